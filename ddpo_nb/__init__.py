@@ -1,0 +1,27 @@
+__version__ = "0.1.0"
+
+# `import ddpo_nb` loads nothing else: names and modules are imported when they are first used (PEP 562).
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .policy import DefaultDDPOStableDiffusionPipeline
+    from .trainer import DDPOConfig, DDPOTrainer, RWRConfig, RWRTrainer
+
+_home = dict(DDPOConfig="trainer", DDPOTrainer="trainer", RWRConfig="trainer", RWRTrainer="trainer",
+             DefaultDDPOStableDiffusionPipeline="policy")
+__all__ = [*_home]
+
+def __getattr__(name):
+    if name in _home:
+        globals()[name] = res = getattr(_import_module(f"{__name__}.{_home[name]}"), name)
+        return res
+    if name.startswith("_"): raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try: return _import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as e:
+        if e.name != f"{__name__}.{name}": raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__():
+    from pkgutil import iter_modules
+    return sorted({*globals(), *_home, *(o.name for o in iter_modules(__path__) if not o.name.startswith("_"))})

@@ -1,0 +1,18 @@
+"Set before anything heavy is imported: tests draw to files and never ask the network for a model."
+import os
+import shutil
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+@pytest.fixture(scope="session")
+def browser():
+    "A headless Chromium driven by playwright: the system's, or else playwright's own"
+    from playwright.sync_api import sync_playwright
+    exe = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    with sync_playwright() as p:
+        b = p.chromium.launch(executable_path=exe, args=["--no-sandbox"])
+        yield b
+        b.close()

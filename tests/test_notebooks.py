@@ -1,0 +1,91 @@
+"Notebooks are the source: modules and README are what they make, and each runs from top to bottom."
+import filecmp
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from shutil import copytree, ignore_patterns
+
+import pytest
+
+root = Path(__file__).resolve().parents[1]
+nbs = sorted(o for o in (root/"nbs").rglob("*.ipynb") if not any(p.startswith((".", "_")) for p in o.relative_to(root).parts))
+names = [o.relative_to(root/"nbs").with_suffix("").as_posix() for o in nbs]
+
+def tool(name, *args, cwd):
+    "Run one of nbdev's commands, and show what it wrote if it fails"
+    res = subprocess.run([Path(sys.executable).with_name(name), *map(str, args)], cwd=cwd, capture_output=True, text=True)
+    assert res.returncode == 0, (res.stdout + res.stderr)[-8000:]
+    return res.stdout + res.stderr
+
+def copy(tmp, *parts):
+    "A copy of the named files and folders of the repository, to run things in"
+    for o in ("pyproject.toml", "settings.ini", *parts):
+        if (root/o).is_dir(): copytree(root/o, tmp/o, ignore=ignore_patterns("__pycache__", ".*", "weights", "runs"))
+        else: (tmp/o).write_bytes((root/o).read_bytes())
+    return tmp
+
+@pytest.fixture(scope="module")
+def remade(tmp_path_factory):
+    "A copy of the repository in which every module has been thrown away and exported again, and every notebook cleaned"
+    tmp = copy(tmp_path_factory.mktemp("remade"), "ddpo_nb", "nbs")
+    for o in (tmp/"ddpo_nb").glob("*.py"):
+        if o.name not in ("__init__.py", "__main__.py"): o.unlink()
+    tool("nbdev-export", cwd=tmp)
+    tool("nbdev-clean", cwd=tmp)
+    return tmp
+
+def differences(a, b):
+    "Files that are not the same in folders `a` and `b`"
+    def files(d): return {o.relative_to(d) for o in d.rglob("*") if o.is_file() and o.suffix in (".py", ".ipynb", ".txt", ".yml")
+                          and not {"__pycache__", ".ipynb_checkpoints", "weights", "runs"} & {*o.parts}}
+    fa, fb = files(a), files(b)
+    return sorted(map(str, fa ^ fb)) + sorted(str(o) for o in fa & fb if not filecmp.cmp(a/o, b/o, shallow=False))
+
+def test_modules_are_exported(remade): assert differences(root/"ddpo_nb", remade/"ddpo_nb") == []
+
+def test_notebooks_are_clean(remade): assert differences(root/"nbs", remade/"nbs") == []
+
+def test_readme():
+    spec = importlib.util.spec_from_file_location("readme", root/"tools/readme.py")
+    mod = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mod)
+    assert (root/"README.md").read_text(encoding="utf-8") == mod.readme(), "run `python tools/readme.py`"
+
+def test_readme_is_complete():
+    "Nothing is left to fill in, every file it links to exists, and it lists every notebook with its badge"
+    text = (root/"README.md").read_text(encoding="utf-8")
+    assert "TODO" not in text
+    links = re.findall(r"""(?:\]\(|\b(?:src|href)=")(?![a-z]+:|[#/])([^)"\s#]+)""", text)
+    assert [o for o in links if not (root/o).exists()] == []
+    badges = re.findall(r"\]\(https://colab.research.google.com/github/ddpo-nb/ddpo_nb/blob/main/nbs/(\S+)\.ipynb\)", text)
+    assert badges == [o for o in names if o != "index"]
+
+def text_of(nb):
+    "All text in a notebook: sources and textual outputs"
+    for cell in nb["cells"]:
+        yield "".join(cell["source"])
+        for out in cell.get("outputs", []):
+            yield "".join(out.get("text", ""))
+            yield from ("".join(v) for k, v in out.get("data", {}).items() if k.startswith("text/"))
+
+@pytest.mark.parametrize("name", names)
+def test_notebook_is_tidy(name):
+    "Opens with a title and a subtitle, holds no author's path and no error, and stays small enough to read on the web"
+    file = root/"nbs"/f"{name}.ipynb"
+    nb = json.loads(file.read_text(encoding="utf-8"))
+    first = "".join(nb["cells"][0]["source"])
+    assert re.match(r"(---\n.*?\n---\n+)?# .+\n+> .+", first, re.S), "no title with a `>` subtitle"
+    assert not [o for t in text_of(nb) for o in re.findall(r"/(?:home|root|Users|tmp)/\S+", t)]
+    assert not [o for c in nb["cells"] for o in c.get("outputs", []) if o["output_type"] == "error"]
+    assert file.stat().st_size < 3e6
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    "A copy of the notebooks to run them in; what they import is the installed package"
+    return copy(tmp_path_factory.mktemp("workshop"), "nbs")
+
+@pytest.mark.parametrize("name", names)
+def test_notebook_runs(name, workshop): assert "Success." in tool("nbdev-test", f"nbs/{name}.ipynb", cwd=workshop)

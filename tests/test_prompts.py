@@ -1,0 +1,88 @@
+import json
+import pickle
+import subprocess
+import sys
+import pytest
+from hypothesis import given, settings, strategies as st
+from ddpo_nb.prompts import InputError, PROMPT_SETS, PromptSource, prompt_source
+
+@pytest.mark.parametrize("name,n,first,last", [
+    ("simple_animals", 45, "cat", "kangaroo"), ("imagenet_animals", 398, "tench", "puffer"),
+    ("animal_activities", 135, "a cat washing dishes", "a kangaroo playing chess"),
+    ("unseen_animals", 26, "elephant", "beaver"), ("everyday_objects", 43, "apple", "key")])
+def test_sets(name, n, first, last):
+    prompts = PROMPT_SETS[name]()
+    assert (len(prompts), prompts[0], prompts[-1]) == (n, first, last)
+    assert len(set(prompts)) == n and all(p == p.strip() and "," not in p for p in prompts)
+    assert prompt_source(name).prompts == prompts
+
+def test_unseen_sets_are_unseen():
+    seen = set(PROMPT_SETS["simple_animals"]())
+    assert not seen & {*PROMPT_SETS["unseen_animals"](), *PROMPT_SETS["everyday_objects"]()}
+
+def test_activities_article():
+    prompts = PROMPT_SETS["animal_activities"]()
+    assert "an ant playing chess" in prompts and not [p for p in prompts if p[:4] in ("a an", "an b") or p.startswith("a a")]
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.text("abc ", min_size=1, max_size=3), min_size=1, max_size=6), st.integers(0, 2**32))
+def test_one_seed_one_sequence(prompts, seed):
+    a, b = PromptSource(prompts, seed), PromptSource(prompts, seed)
+    drawn = [a() for _ in range(20)]
+    assert drawn == [b() for _ in range(20)] and {p for p, _ in drawn} <= set(prompts)
+
+def test_draws_are_uniform():
+    source, n = PromptSource(["a", "b", "c"], 0), 3000
+    drawn = [source()[0] for _ in range(n)]
+    assert all(abs(drawn.count(o) - n/3) < 5*(n*2/9)**0.5 for o in "abc")
+
+def test_metadata_is_a_copy():
+    source = PromptSource([("a", {"n": 1})])
+    source()[1]["n"] = 2
+    assert source() == ("a", {"n": 1})
+
+def test_seeds_differ():
+    a, b = (prompt_source("imagenet_animals", seed) for seed in (0, 1))
+    assert [a() for _ in range(5)] != [b() for _ in range(5)]
+
+@pytest.mark.parametrize("suffix", [".txt", ".prompts", ""])
+def test_field_trap_12_prompt_file_by_the_users_own_path(tmp_path, monkeypatch, suffix):
+    file = tmp_path/f"mine{suffix}"
+    file.write_bytes("\ufeffa cat\r\n\r\n  ein Bär \r\n".encode())
+    assert prompt_source(str(file)).prompts == prompt_source(file).prompts == ["a cat", "ein Bär"]
+    monkeypatch.chdir(tmp_path)
+    assert prompt_source(f"mine{suffix}").prompts == ["a cat", "ein Bär"]
+
+def test_jsonl(tmp_path):
+    file = tmp_path/"p.jsonl"
+    rows = [{"prompt": "two\u2028cats", "count": 2}, {"prompt": "a dog"}]
+    file.write_text("\n\n".join(json.dumps(o, ensure_ascii=False) for o in rows), encoding="utf-8")
+    assert prompt_source(file).items == [("two\u2028cats", {"count": 2}), ("a dog", {})]
+
+@pytest.mark.parametrize("name,content,says", [
+    ("empty.txt", b" \n\n", "holds no prompt"), ("empty.jsonl", b"", "holds no prompt"), ("latin.txt", b"caf\xe9", "UTF-8"),
+    ("a.jsonl", b'{"prompt": "a"}\n\n{"prompt": }', "line 3"), ("b.jsonl", b'["a"]', "line 1"), ("c.jsonl", b'{"text": "a"}', "line 1"),
+    ("d.jsonl", b'{"prompt": 3}', "line 1")])
+def test_bad_files(tmp_path, name, content, says):
+    (tmp_path/name).write_bytes(content)
+    with pytest.raises(InputError) as e: prompt_source(tmp_path/name)
+    assert e.value.argument == "--prompts" and says in str(e.value) and name in str(e.value) and "\n" not in str(e.value)
+
+@pytest.mark.parametrize("name,says", [("simple_animal", "simple_animals"), ("no/such/file.txt", "no/such/file.txt"), ("a\0b", "cannot read")])
+def test_no_such_set_or_file(name, says):
+    with pytest.raises(InputError, match=says) as e: prompt_source(name)
+    assert len(str(e.value).splitlines()) == 1
+
+def test_folder(tmp_path):
+    with pytest.raises(InputError, match="it is a folder"): prompt_source(tmp_path)
+
+def test_no_prompts_at_all():
+    with pytest.raises(InputError): PromptSource([])
+
+def test_input_error_survives_pickling():
+    e = pickle.loads(pickle.dumps(InputError("--x", "is wrong", "be right")))
+    assert str(e) == "--x: is wrong; be right" and isinstance(e, ValueError)
+
+def test_import_is_light():
+    code = "import sys, ddpo_nb.prompts; sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'diffusers')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
