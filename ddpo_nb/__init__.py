@@ -1,5 +1,10 @@
 __version__ = "0.1.0"
 
+import logging as _logging
+
+# transformers says twice that it has no torchvision when diffusers imports image processors that nothing here uses.
+_logging.getLogger("transformers.utils.import_utils").addFilter(lambda record: "requires torchvision" not in record.getMessage())
+
 # `import ddpo_nb` loads nothing else: names and modules are imported when they are first used (PEP 562).
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING

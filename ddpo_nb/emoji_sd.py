@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from .prompts import InputError
 
-# %% ../nbs/12_emoji_sd.ipynb #a5475070
+# %% ../nbs/12_emoji_sd.ipynb #d2443f04
 WEIGHTS = "weights/emoji-sd"  # inside the package
 
 def load(dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
@@ -34,8 +34,15 @@ def load(dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
     return pipe
 
 def save(pipe: StableDiffusionPipeline, folder: Path):
-    "Write the pipeline in half precision, in diffusers' format."
-    pipe.to(torch.float16).save_pretrained(folder)
+    "Write the pipeline in half precision, in diffusers' format, so that transformers 4 and 5 read it."
+    for part in (pipe.vae, pipe.text_encoder, pipe.unet): part.half()
+    pipe.save_pretrained(folder)
+    text, tokens = Path(folder) / "text_encoder/model.safetensors", Path(folder) / "tokenizer"
+    named = {"text_model." + k.removeprefix("text_model."): v for k, v in load_file(text).items()}  # transformers 4 wants the prefix
+    save_file(named, text, metadata=dict(format="pt"))
+    model = json.loads((tokens / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    (tokens / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    (tokens / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(m) + "\n" for m in model["merges"]), encoding="utf-8")
 
 # %% ../nbs/12_emoji_sd.ipynb #fd7310e2
 _animals = """cat 1F431 dog 1F436 horse 1F434 monkey 1F435 rabbit 1F430 zebra 1F993 spider 1F577 bird 1F426 sheep 1F411 deer 1F98C cow 1F42E
@@ -229,9 +236,9 @@ def train_vae(folder: Path, steps: int, device: str = "cpu", font: str = FONT, b
         if (step + 1) % save_every == 0 or step + 1 == steps: save_state(folder, step + 1, dict(vae=vae), optimizer, schedule)
     return vae.eval()
 
-# %% ../nbs/12_emoji_sd.ipynb #20728afb
+# %% ../nbs/12_emoji_sd.ipynb #a90b032b
 @torch.no_grad()
-def encode_scenes(vae, repeats: int = 40, device: str = "cpu", font: str = FONT) -> tuple:
+def encode_scenes(vae, repeats: int = 24, device: str = "cpu", font: str = FONT) -> tuple:
     "Latents (M, 8, 8, 8) of every noun on every colour, `repeats` times, with the indices of noun and colour, (M,) each."
     rng, latents = np.random.default_rng(1), []
     pairs = [(i, c) for i in range(len(NOUNS)) for c in range(len(COLOURS))]
@@ -247,7 +254,7 @@ def tokenize_captions(tokenizer) -> torch.Tensor:
     ids = tokenizer(text, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
     return ids.reshape(len(_patterns), len(NOUNS), len(COLOURS), -1)
 
-# %% ../nbs/12_emoji_sd.ipynb #5eedc3b2
+# %% ../nbs/12_emoji_sd.ipynb #d431a92d
 def unet_loss(unet, text_encoder, scheduler, latents, ids, generator):
     "Loss of one batch: weighted squared error of the predicted noise."
     device, draw = latents.device, partial(torch.randint, generator=generator)
@@ -257,7 +264,7 @@ def unet_loss(unet, text_encoder, scheduler, latents, ids, generator):
     snr = compute_snr(scheduler, t)
     return ((prediction - noise).pow(2).flatten(1).mean(1) * snr.clamp(max=5) / snr).mean()
 
-def train_unet(folder: Path, vae, steps: int, device: str = "cpu", font: str = FONT, batch: int = 128, save_every: int = 500) -> StableDiffusionPipeline:
+def train_unet(folder: Path, vae, steps: int, device: str = "cpu", font: str = FONT, batch: int = 64, save_every: int = 500) -> StableDiffusionPipeline:
     "Train UNet and text encoder on encoded scenes, keeping the state in `folder`; returns the pipeline with averaged weights."
     folder.mkdir(parents=True, exist_ok=True)
     latents, nouns, colours = encode_scenes(vae, device=device, font=font)
@@ -268,7 +275,7 @@ def train_unet(folder: Path, vae, steps: int, device: str = "cpu", font: str = F
     ids, empty = tokenize_captions(tokenizer).to(device), tokenizer("", padding="max_length", max_length=16, return_tensors="pt").input_ids.to(device)
     parts = dict(text_encoder=build_text_encoder(tokenizer).to(device), unet=build_unet().to(device))
     parameters = [p for part in parts.values() for p in part.parameters()]
-    optimizer = torch.optim.AdamW(parameters, 1.5e-3, (0.9, 0.99), weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(parameters, 1.2e-3, (0.9, 0.99), weight_decay=1e-2)
     schedule = get_cosine_schedule_with_warmup(optimizer, 300, steps)
     ema = EMAModel(parameters, decay=0.9995, use_ema_warmup=True, power=0.8)
     start = load_state(folder, parts, optimizer, schedule, ema)
@@ -277,7 +284,7 @@ def train_unet(folder: Path, vae, steps: int, device: str = "cpu", font: str = F
         i = torch.randint(len(latents), (batch,), generator=g).to(device)
         caption = ids[torch.randint(len(ids), (batch,), generator=g).to(device), nouns[i], colours[i]]
         caption = torch.where((torch.rand(batch, generator=g) < 0.1).to(device)[:, None], empty, caption)
-        with torch.autocast(device, torch.bfloat16): loss = unet_loss(parts["unet"], parts["text_encoder"], scheduler, latents[i], caption, g)
+        loss = unet_loss(parts["unet"], parts["text_encoder"], scheduler, latents[i], caption, g)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step(); schedule.step(); optimizer.zero_grad(); ema.step(parameters)
@@ -286,14 +293,14 @@ def train_unet(folder: Path, vae, steps: int, device: str = "cpu", font: str = F
     ema.copy_to(parameters)
     return assemble(vae.cpu(), tokenizer, parts["text_encoder"].cpu().eval(), parts["unet"].cpu().eval())
 
-# %% ../nbs/12_emoji_sd.ipynb #1881d436
+# %% ../nbs/12_emoji_sd.ipynb #cab3c147
 def main(argv: list|None = None) -> int:
     "Train Emoji Stable Diffusion from the font."
     parser = argparse.ArgumentParser(prog="python -m ddpo_nb.emoji_sd", description=main.__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and, in pipeline/, the result")
     parser.add_argument("--font", default=FONT, help="NotoColorEmoji.ttf (default: %(default)s)")
     parser.add_argument("--vae-steps", type=int, default=6500, help="of 32 scenes (default: %(default)s)")
-    parser.add_argument("--unet-steps", type=int, default=9000, help="of 128 latents (default: %(default)s)")
+    parser.add_argument("--unet-steps", type=int, default=6000, help="of 64 latents (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     args = parser.parse_args(argv)
     try: glyph("cat", args.font)

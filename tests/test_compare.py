@@ -129,6 +129,7 @@ def test_load_gives_the_same_back(run):
     c, folder = run
     d = Comparison.load(folder)
     assert (d.headline(), d.table(), d.rows, d.settings) == (c.headline(), c.table(), c.rows, c.settings)
+    assert d.html() == c.html()
     assert all(np.array_equal(a, b) for a, b in zip(d.evaluations["rwr", 1].pictures, c.evaluations["rwr", 1].pictures))
     with pytest.raises(InputError, match="holds no comparison"): Comparison.load(folder.parent)
 

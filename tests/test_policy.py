@@ -90,8 +90,8 @@ def test_another_family_is_refused(folder, tmp_path):
 
 def test_lora_starts_as_the_pretrained_model():
     pipe = load_pipeline()
-    x, t = inputs()
-    text = pipe.encode_prompt(["cat", "frog"], "cpu", 1, False)[0]
+    x, t = torch.randn(16, 8, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(16)*60   # 16 rows: none are filled up
+    text = pipe.encode_prompt(["cat", "frog"]*8, "cpu", 1, False)[0]
     with torch.no_grad():
         before = pipe.unet(x, t, text).sample
         after = StableDiffusionPolicy(pipe, guidance_scale=1, num_steps=4).predict(x, t, Conditioning(text, text))
@@ -146,7 +146,7 @@ def test_predict_is_diffusers_formula(policy, scale):
         given, without = (policy.pipeline.unet(x, t, c).sample for c in (text, empty))
         ours, plain = (policy.predict(x, t, policy.encode(["cat", "frog"]), guidance) for guidance in (True, False))
     torch.testing.assert_close(ours, without + scale*(given - without), atol=1e-4, rtol=0)
-    torch.testing.assert_close(plain, given, atol=1e-5, rtol=0)
+    torch.testing.assert_close(plain, given, atol=1e-4, rtol=0)
 
 def test_configure(policy):
     policy.configure(7, eta=.5, guidance_scale=2)
@@ -157,6 +157,13 @@ def test_configure(policy):
     for wrong in (dict(num_steps=0), dict(num_steps=1001), dict(eta=0.), dict(eta=1.1), dict(reduction="max")):
         with pytest.raises(ValueError, match=next(iter(wrong))): policy.configure(**wrong)
     assert len(policy.timesteps) == 7 and policy.latent_shape == (8, 8, 8) and policy.num_train_timesteps == 1000
+
+@pytest.mark.parametrize("guidance", [True, False])
+def test_a_row_does_not_depend_on_its_batch(policy, guidance):
+    policy.configure(4, guidance_scale=5)
+    x, t, cond = torch.randn(40, 8, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(40)*20, policy.encode(["cat", "frog"]*20)
+    with torch.no_grad(): whole, *cut = (torch.cat([policy.predict(x[i:i+n], t[i:i+n], cond[i:i+n], guidance) for i in range(0, 40, n)]) for n in (40, 1, 7, 16))
+    for o in cut: torch.testing.assert_close(o, whole, atol=2e-6, rtol=0)
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 def test_denoising_error_of_a_perfect_network_is_zero(kind):
@@ -211,6 +218,7 @@ def test_a_loaded_lora_goes_on_training_and_keeps_its_strength(tmp_path):
     torch.testing.assert_close(draw(third), draw(second.pipeline), atol=1e-5, rtol=0)
     assert (draw(third) - draw(first.pipeline)).abs().mean() > 1e-4
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 def test_several_loras_are_refused():
     from peft import LoraConfig
     pipe = load_pipeline()

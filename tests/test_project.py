@@ -90,6 +90,11 @@ def test_imports_are_declared(ini):
     dists = packages_distributions()
     assert {o for o in names if not {*map(canonicalize_name, dists.get(o, [o]))} & declared} == set()
 
+def test_syntax_of_the_oldest_python(ini):
+    "Nothing in the package is newer than `min_python`'s grammar"
+    oldest = tuple(map(int, ini["min_python"].split(".")))
+    for f in (root/"ddpo_nb").glob("*.py"): ast.parse(f.read_text(encoding="utf-8"), f.name, feature_version=oldest)
+
 # The package
 
 def test_import_is_light():
