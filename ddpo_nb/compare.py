@@ -7,10 +7,9 @@ __all__ = ['BASE', 'QUERIES', 't_quantile', 'mean_interval', 'fit_budget', 'exam
            'latent_spread', 'Evaluation', 'Examiner', 'Comparison', 'pm', 'Table', 'write_atomic', 'check_output',
            'RewardError', 'load_reward', 'compare']
 
-# %% ../nbs/10_compare.ipynb #c4e96bc5
+# %% ../nbs/10_compare.ipynb #33e47295
 import base64, contextlib, hashlib, importlib.util, io, json, math, os, platform, shlex, shutil, sys, tempfile, time
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache
 from html import escape
 from pathlib import Path
 import numpy as np, torch
@@ -20,6 +19,7 @@ from fastcore.basics import patch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy.special import stdtrit
 from tqdm.auto import tqdm
 from . import __version__
 from .policy import EMOJI_SD, ModelError, StableDiffusionPolicy, load_pipeline
@@ -28,27 +28,14 @@ from .rewards import PromptAlignment, check_rewards, get_reward, to_uint8
 from .rollout import rollout, sample_generator
 from .trainer import ALGORITHMS, make_config, make_trainer
 
-# %% ../nbs/10_compare.ipynb #dc4d848b
-def _t_inside(theta, df):
-    "P(|T| < t) of Student's distribution, t = sqrt(df)·tan(theta)."
-    term, total = (math.cos(theta) if df % 2 else 1.0), 0.0
-    for i in range(2 + df % 2, df + 1, 2):
-        total += term
-        term *= (i - 1) / i * math.cos(theta)**2
-    return 2 / math.pi * (theta + math.sin(theta) * total) if df % 2 else math.sin(theta) * total
-
-@cache
+# %% ../nbs/10_compare.ipynb #3843789d
 def t_quantile(
     df: int,             # degrees of freedom, at least 1
     level: float = 0.95, # probability inside
 ) -> float:              # t with P(|T| < t) = level
     "Two-sided quantile of Student's t distribution; 1.96 for large `df`. ValueError for `df` < 1."
     if df < 1: raise ValueError(f"df must be at least 1, not {df}")
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        mid = (low + high) / 2
-        low, high = (mid, high) if _t_inside(mid, df) < level else (low, mid)
-    return math.sqrt(df) * math.tan(low)
+    return float(stdtrit(df, (1 + level) / 2))
 
 def mean_interval(
     values,   # numbers (n,)

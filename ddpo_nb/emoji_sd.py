@@ -171,7 +171,7 @@ def assemble(vae, tokenizer, text_encoder, unet) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=build_scheduler(),
                                    safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
-# %% ../nbs/12_emoji_sd.ipynb #59414656
+# %% ../nbs/12_emoji_sd.ipynb #08b2026d
 def _atomic(path: Path, write):
     "Let `write` fill a temporary file, then move it into place: a reader never sees half a file."
     temporary = path.with_name(path.name + ".tmp")
@@ -202,6 +202,7 @@ def load_state(folder: Path, modules: dict, optimizer, schedule, ema=None) -> in
         state["state"].setdefault(int(i), {})[moment] = value
     optimizer.load_state_dict(state)
     schedule.load_state_dict(info["schedule"])
+    for group, rate in zip(optimizer.param_groups, schedule.get_last_lr()): group["lr"] = rate  # the schedule sets it only after the next step
     if ema:
         for i, p in enumerate(ema.shadow_params): p.copy_(tensors[f"ema/{i}"])
         ema.optimization_step = info["ema"]["optimization_step"]
@@ -254,7 +255,7 @@ def tokenize_captions(tokenizer) -> torch.Tensor:
     ids = tokenizer(text, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
     return ids.reshape(len(_patterns), len(NOUNS), len(COLOURS), -1)
 
-# %% ../nbs/12_emoji_sd.ipynb #d431a92d
+# %% ../nbs/12_emoji_sd.ipynb #f33624da
 def unet_loss(unet, text_encoder, scheduler, latents, ids, generator):
     "Loss of one batch: weighted squared error of the predicted noise."
     device, draw = latents.device, partial(torch.randint, generator=generator)
@@ -271,8 +272,9 @@ def train_unet(folder: Path, vae, steps: int, device: str = "cpu", font: str = F
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     latents = latents * vae.config.scaling_factor
     torch.manual_seed(0)
-    tokenizer, scheduler = build_tokenizer(), build_scheduler()
-    ids, empty = tokenize_captions(tokenizer).to(device), tokenizer("", padding="max_length", max_length=16, return_tensors="pt").input_ids.to(device)
+    if not (folder / "tokenizer").exists(): build_tokenizer().save_pretrained(folder / "tokenizer")  # built anew, equally frequent pairs could swap places
+    tokenizer, scheduler = CLIPTokenizer.from_pretrained(folder / "tokenizer"), build_scheduler()
+    ids, empty = tokenize_captions(tokenizer).to(device), tokenizer("", padding="max_length", return_tensors="pt").input_ids.to(device)
     parts = dict(text_encoder=build_text_encoder(tokenizer).to(device), unet=build_unet().to(device))
     parameters = [p for part in parts.values() for p in part.parameters()]
     optimizer = torch.optim.AdamW(parameters, 1.2e-3, (0.9, 0.99), weight_decay=1e-2)

@@ -155,9 +155,9 @@ def configure(self: StableDiffusionPolicy,
     self.eta, self.guidance_scale, self.negative_prompt, self.reduction = eta, guidance_scale, negative_prompt, reduction
     for scheduler in (self.scheduler, self.pipeline.scheduler): scheduler.set_timesteps(num_steps)
 
-# %% ../nbs/02_policy.ipynb #ec16629c
+# %% ../nbs/02_policy.ipynb #3257c627
 @patch(as_prop=True)
-def device(self: StableDiffusionPolicy): return self.pipeline.unet.device
+def device(self: StableDiffusionPolicy): return next(self.pipeline.unet.parameters()).device  # diffusers' own property walks all modules
 
 @patch(as_prop=True)
 def timesteps(self: StableDiffusionPolicy) -> Tensor:

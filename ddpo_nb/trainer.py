@@ -241,13 +241,15 @@ def make_trainer(config: DDPOConfig, reward_function, prompt_function, policy, *
     "The trainer for the config's algorithm."
     return (RWRTrainer if config.algorithm.startswith("rwr") else DDPOTrainer)(config, reward_function, prompt_function, policy, **kwargs)
 
-# %% ../nbs/09_trainer.ipynb #ed1f09a7
-_sampling = dict(sample_num_steps=20, sample_guidance_scale=3.0, sample_batch_size=64, micro_batch_size=64)
+# %% ../nbs/09_trainer.ipynb #23292218
+_emoji = dict(sample_num_steps=10, sample_guidance_scale=3.0, sample_batch_size=64, sample_num_batches_per_epoch=1, micro_batch_size=64, lora_rank=16,
+              per_prompt_stat_tracking=True, per_prompt_stat_tracking_buffer_size=32, per_prompt_stat_tracking_min_count=3)
+_rwr = dict(sample_num_batches_per_epoch=2, train_batch_size=64, train_num_inner_epochs=2, train_learning_rate=3e-3, train_cfg=False, lora_rank=4)
 EMOJI_SETTINGS = {
-    "ddpo-is": _sampling | dict(sample_num_batches_per_epoch=1, train_batch_size=16, train_learning_rate=3e-3, train_clip_range=1e-2),
-    "ddpo-sf": _sampling | dict(sample_num_batches_per_epoch=1, train_batch_size=64, train_learning_rate=5e-3),
-    "rwr": _sampling | dict(sample_num_batches_per_epoch=4, train_batch_size=64, train_num_inner_epochs=8, rwr_draws=4, train_learning_rate=1e-3),
-    "rwr-sparse": _sampling | dict(sample_num_batches_per_epoch=4, train_batch_size=64, train_num_inner_epochs=8, rwr_draws=16, train_learning_rate=1e-3),
+    "ddpo-is": _emoji | dict(train_batch_size=16, train_learning_rate=3e-3, train_clip_range=1e-3, train_timestep_fraction=0.5),
+    "ddpo-sf": _emoji | dict(sample_batch_size=32, train_batch_size=32, train_learning_rate=3e-3, train_timestep_fraction=0.5, lora_rank=4),
+    "rwr": _emoji | _rwr | dict(rwr_draws=2),
+    "rwr-sparse": _emoji | _rwr | dict(rwr_draws=8, train_learning_rate=1e-3),
 }
 PAPER_SETTINGS = {
     "ddpo-is": dict(sample_batch_size=8, sample_num_batches_per_epoch=32, train_batch_size=64),
