@@ -94,7 +94,7 @@ def test_progress_reaches_its_total():
     t.epoch()
     assert all(calls[-1][0] == calls[-1][1] == len(calls) for calls in seen.values()) and set(seen) == {"sampling", "training"}
 
-@pytest.mark.parametrize("bad,says", [(lambda i, p, m: (np.full(len(i), np.nan), {}), "nan"), (lambda i, p, m: (np.zeros(3), {}), "3")], ids=["nan", "length"])
+@pytest.mark.parametrize("bad,says", [(lambda i, p, m: (np.full(len(i), np.nan), {}), "not finite"), (lambda i, p, m: (np.zeros(3), {}), "3")], ids=["nan", "length"])
 def test_bad_rewards_are_named(bad, says):
     with pytest.raises(InputError, match=f"(?i){says}"): trainer(reward=bad).epoch()
 
