@@ -17,7 +17,6 @@ import numpy as np, torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel, compute_snr
-from fastcore.imports import IN_NOTEBOOK
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -312,4 +311,4 @@ def main(argv: list|None = None) -> int:
     print(f"wrote {args.output / 'pipeline'}")
     return 0
 
-if __name__ == "__main__" and not IN_NOTEBOOK: sys.exit(main())
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())  # not in a notebook

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from fastcore.basics import patch
 from .advantages import PerPromptStatTracker, normalize
-from .ddpo import DDPO, DDPOSF
+from .ddpo import DDPO, DDPOSF, STEP_WEIGHTINGS
 from .policy import EMOJI_SD, StableDiffusionPolicy, load_pipeline
 from .prompts import InputError
 from .rewards import check_rewards
@@ -56,6 +56,7 @@ class DDPOConfig:
     algorithm: str = "ddpo-is"             # one of ALGORITHMS
     micro_batch_size: int = 32             # examples in one forward and backward pass: speed and memory, never the result
     log_prob_reduction: str = "mean"       # "mean" over the latent's dimensions, or the exact "sum"
+    step_weighting: str = "equal"          # of DDPO's steps: "equal", as published, or by their "variance" (notebook 08)
     rwr_beta: float = 0.2                  # RWR's temperature
     rwr_fraction: float = 0.1              # share of the samples that RWR-sparse keeps
     rwr_draws: int = 1                     # noise levels that RWR draws for a sample in one pass
@@ -79,7 +80,7 @@ _positive = ("sample_num_steps", "sample_batch_size", "sample_num_batches_per_ep
              "train_adam_epsilon", "sample_guidance_scale", "rwr_beta")
 _shares = ("sample_eta", "train_timestep_fraction", "rwr_fraction")
 _betas = ("train_adam_beta1", "train_adam_beta2")
-_choices = dict(algorithm=ALGORITHMS, mixed_precision=("no", "fp16", "bf16"), log_prob_reduction=("mean", "sum"))
+_choices = dict(algorithm=ALGORITHMS, mixed_precision=("no", "fp16", "bf16"), log_prob_reduction=("mean", "sum"), step_weighting=STEP_WEIGHTINGS)
 
 def _check_value(name, value, kind):
     "InputError unless `value` has the field's type and range."
@@ -109,7 +110,8 @@ def make_objective(c: DDPOConfig):
     if c.algorithm == "rwr": return RWR(beta=c.rwr_beta, draws=c.rwr_draws, guidance=c.train_cfg)
     if c.algorithm == "rwr-sparse": return RWRSparse(fraction=c.rwr_fraction, draws=c.rwr_draws, guidance=c.train_cfg)
     kind = DDPOSF if c.algorithm == "ddpo-sf" else DDPO
-    return kind(clip_range=c.train_clip_range, adv_clip_max=c.train_adv_clip_max, timestep_fraction=c.train_timestep_fraction, guidance=c.train_cfg)
+    return kind(clip_range=c.train_clip_range, adv_clip_max=c.train_adv_clip_max, timestep_fraction=c.train_timestep_fraction, guidance=c.train_cfg,
+                step_weighting=c.step_weighting)
 
 # %% ../nbs/09_trainer.ipynb #20426af9
 class DDPOTrainer:

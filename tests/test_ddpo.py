@@ -56,6 +56,10 @@ def test_at_ratio_one_the_surrogate_is_minus_the_advantage(A, clip):
 def test_bad_settings_fail_at_once_and_say_why(cls, name, bad):
     with pytest.raises(InputError, match=f"^{name}: .*; give "): cls(**{name: bad})
 
+@pytest.mark.parametrize("cls", [DDPO, DDPOSF])
+def test_an_unknown_step_weighting_is_named(cls):
+    with pytest.raises(InputError, match="^step_weighting: there is no 'late'; choose from equal, variance"): cls(step_weighting="late")
+
 def test_only_the_score_function_is_on_policy(): assert DDPOSF().on_policy and not DDPO().on_policy
 
 # ---- examples ----

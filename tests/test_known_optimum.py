@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ddpo_nb.ddpo import DDPO, DDPOSF
+from ddpo_nb.mdp import step_std
 from ddpo_nb.rwr import RWR, RWRSparse, TinyDiffusion, x0_moments
 
 T = 5
@@ -71,6 +72,17 @@ def test_ddpo_error_shrinks_as_one_over_root_n(policy, exact, objective):
         g = gen(2)
         return torch.stack([(estimate(policy, objective, n, g) - exact).norm()**2 for _ in range(k)]).mean().sqrt().item()
     assert 3 < rms(200) / rms(3_200) < 5.3   # 16 times the samples: 4 times less, within the noise of 40 repeats
+
+@pytest.mark.parametrize("cls", [DDPOSF, DDPO])
+def test_weighing_steps_by_their_variance_weighs_the_exact_gradient_through_each(policy, cls):
+    "E[r] with only step t by the policy is E[r] as a function of that step's weights: its gradient, times σ_t², summed over t."
+    fixed, g = make(), gen(8)
+    weights = step_std(policy.scheduler, policy.timesteps, 1.0)**2
+    target = flat_grad(sum(w * expected_reward([policy if k == t else fixed for k in range(T)]) for t, w in enumerate(weights)), policy)
+    objective = cls(adv_clip_max=math.inf, clip_range=math.inf, step_weighting="variance")
+    estimates = torch.stack([estimate(policy, objective, 4_000, g) for _ in range(40)])
+    assert z_scores(estimates, target).abs().max() < 4
+    assert sine(target, flat_grad(expected_reward([policy] * T), policy)) > 0.05   # another direction, not only another length
 
 def test_both_estimators_are_one_at_ratio_one(policy):
     sf, is_ = (estimate(policy, o, 500, gen(3)) for o in (DDPOSF(adv_clip_max=math.inf), DDPO(adv_clip_max=math.inf, clip_range=math.inf)))
