@@ -264,18 +264,20 @@ def unet_loss(unet, text_encoder, scheduler, latents, ids, generator):
     snr = compute_snr(scheduler, t)
     return ((prediction - noise).pow(2).flatten(1).mean(1) * snr.clamp(max=5) / snr).mean()
 
-def train_unet(folder: Path, vae, steps: int, device: str = "cpu", font: str = FONT, batch: int = 64, save_every: int = 500) -> StableDiffusionPipeline:
-    "Train UNet and text encoder on encoded scenes, keeping the state in `folder`; returns the pipeline with averaged weights."
+def train_unet(folder: Path, vae, steps: int, device: str = "cpu", font: str = FONT, batch: int = 64, save_every: int = 500,
+               repeats: int = 24, text_encoder: CLIPTextModel|None = None) -> StableDiffusionPipeline:
+    """Train UNet and text encoder on encoded scenes, keeping the state in `folder`; returns the pipeline with averaged weights.
+    A `text_encoder` that is given learns only if its weights ask for gradients."""
     folder.mkdir(parents=True, exist_ok=True)
-    latents, nouns, colours = encode_scenes(vae, device=device, font=font)
+    latents, nouns, colours = encode_scenes(vae, repeats, device, font)
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     latents = latents * vae.config.scaling_factor
     torch.manual_seed(0)
     if not (folder / "tokenizer").exists(): build_tokenizer().save_pretrained(folder / "tokenizer")  # built anew, equally frequent pairs could swap places
     tokenizer, scheduler = CLIPTokenizer.from_pretrained(folder / "tokenizer"), build_scheduler()
     ids, empty = tokenize_captions(tokenizer).to(device), tokenizer("", padding="max_length", return_tensors="pt").input_ids.to(device)
-    parts = dict(text_encoder=build_text_encoder(tokenizer).to(device), unet=build_unet().to(device))
-    parameters = [p for part in parts.values() for p in part.parameters()]
+    parts = dict(text_encoder=(text_encoder or build_text_encoder(tokenizer)).to(device), unet=build_unet().to(device))
+    parameters = [p for part in parts.values() for p in part.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, 1.2e-3, (0.9, 0.99), weight_decay=1e-2)
     schedule = get_cosine_schedule_with_warmup(optimizer, 300, steps)
     ema = EMAModel(parameters, decay=0.9995, use_ema_warmup=True, power=0.8)
