@@ -246,10 +246,11 @@ def make_trainer(config: DDPOConfig, reward_function, prompt_function, policy, *
 # %% ../nbs/09_trainer.ipynb #23292218
 _emoji = dict(sample_num_steps=10, sample_guidance_scale=3.0, sample_batch_size=64, sample_num_batches_per_epoch=1, micro_batch_size=64, lora_rank=16,
               per_prompt_stat_tracking=True, per_prompt_stat_tracking_buffer_size=32, per_prompt_stat_tracking_min_count=3)
+_ddpo = dict(train_batch_size=16, train_timestep_fraction=0.5, step_weighting="variance")
 _rwr = dict(sample_num_batches_per_epoch=2, train_batch_size=64, train_num_inner_epochs=2, train_learning_rate=3e-3, train_cfg=False, lora_rank=4)
 EMOJI_SETTINGS = {
-    "ddpo-is": _emoji | dict(train_batch_size=16, train_learning_rate=3e-3, train_clip_range=1e-3, train_timestep_fraction=0.5),
-    "ddpo-sf": _emoji | dict(sample_batch_size=32, train_batch_size=32, train_learning_rate=3e-3, train_timestep_fraction=0.5, lora_rank=4),
+    "ddpo-is": _emoji | _ddpo | dict(train_learning_rate=3e-3, train_clip_range=1e-3),
+    "ddpo-sf": _emoji | _ddpo | dict(train_learning_rate=1e-3, sample_batch_size=16),
     "rwr": _emoji | _rwr | dict(rwr_draws=2),
     "rwr-sparse": _emoji | _rwr | dict(rwr_draws=8, train_learning_rate=1e-3),
 }
