@@ -31,6 +31,10 @@ class PerPromptStatTracker:
         self.buffer_size, self.min_count = buffer_size, min_count
         self.rewards = defaultdict(lambda: deque(maxlen=buffer_size))  # prompt -> its last rewards
 
+    def state_dict(self): return dict(rewards={p: list(r) for p, r in self.rewards.items()})  # for checkpoints
+    def load_state_dict(self, state):
+        for p, r in state["rewards"].items(): self.rewards[p].extend(r)
+
     def update(self,
         prompts: list,       # N strings
         rewards: np.ndarray, # (N,)

@@ -6,7 +6,7 @@
 __all__ = ['config_fields', 'algorithms', 'make_parser', 'main']
 
 # %% ../nbs/11_cli.ipynb #81bfc041
-import argparse, ast, datetime, io, os, shlex, sys, traceback
+import argparse, ast, datetime, io, json, os, shlex, signal, sys, traceback
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -21,8 +21,9 @@ def config_fields() -> tuple:
     "(name, type, default, comment) of each field of `DDPOConfig`, without importing the trainer."
     lines = _trainer_source().splitlines()
     body = next(n for n in ast.parse(_trainer_source()).body if isinstance(n, ast.ClassDef) and n.name == "DDPOConfig").body
-    kinds = dict(int=int, float=float, bool=bool, str=str)
-    return tuple((n.target.id, kinds[n.annotation.id], ast.literal_eval(n.value), lines[n.lineno - 1].partition("#")[2].strip())
+    kinds = {"int": int, "float": float, "bool": bool, "str": str, "str | None": str, "dict": dict}
+    literal = lambda node: ast.literal_eval(node) if isinstance(node, ast.Constant) else None
+    return tuple((n.target.id, kinds[ast.unparse(n.annotation)], literal(n.value), lines[n.lineno - 1].partition("#")[2].strip())
                  for n in body if isinstance(n, ast.AnnAssign))
 
 @cache
@@ -48,7 +49,13 @@ def _number(kind, what, ok):
 _count = _number(int, "a whole number above 0", lambda v: v > 0)
 _seed = _number(int, "a whole number from 0 on", lambda v: v >= 0)
 _positive = _number(float, "a number above 0", lambda v: 0 < v < float("inf"))
-_types = {int: _number(int, "a whole number", lambda v: True), float: _number(float, "a number", lambda v: v == v), str: str}
+def _json_object(text):
+    try: value = json.loads(text)
+    except ValueError: value = None
+    if not isinstance(value, dict): raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object; give something like '{{\"key\": 1}}'")
+    return value
+_types = {int: _number(int, "a whole number", lambda v: True), float: _number(float, "a number", lambda v: v == v), str: str, dict: _json_object}
+_not_flags = ("seed", "num_epochs", "algorithm", "exp_name", "run_name", "logdir", "resume_from", "push_to_hub", "hub_model_id")  # have flags of other names, or none
 
 def _algorithms(text):
     names = [o.strip() for o in text.split(",")]
@@ -83,18 +90,21 @@ def _add_run(p):
     _add_model(p); _add_reward(p); _add_prompts(p)
     p.add_argument("--queries", type=_count, help="pictures to score in training, for each algorithm and seed")
     p.add_argument("--output", metavar="DIR", help="folder to write; what is finished in it is kept (runs/NAME-DATE)")
+    p.add_argument("--resume", action="store_true", help="go on with an unfinished run from its newest whole checkpoint: that in --output, or the latest in runs/")
     p.add_argument("--lora", action=argparse.BooleanOptionalAction, default=True, help="train adapters; --no-lora trains the whole UNet")
     p.add_argument("--evaluation-samples", type=_count, metavar="N", help="pictures of each prompt set in the examination (one a prompt, at most 64)")
     p.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True, help="progress bars")
     g = p.add_argument_group("settings of DDPOConfig", "defaults depend on model and algorithm; see 09_trainer")
     for name, kind, _, comment in config_fields():
         flag = "--" + name.replace("_", "-")
-        if name in ("seed", "num_epochs", "algorithm"): continue
+        if name in _not_flags: continue
         if kind is bool: g.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=comment.replace("%", "%%"))
         else: g.add_argument(flag, type=_types[kind], metavar=kind.__name__.upper(), help=comment.replace("%", "%%"))
 
 # %% ../nbs/11_cli.ipynb #0fd502f8
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(
+    defaults: dict|None = None,  # of `ddpo-nb train`, from a recipe
+) -> argparse.ArgumentParser:
     "The parser of `ddpo-nb`."
     p = _Parser(prog="ddpo-nb", description="Fine-tune text-to-image diffusion models with DDPO and RWR.", allow_abbrev=False)
     from ddpo_nb import __version__
@@ -112,7 +122,15 @@ def make_parser() -> argparse.ArgumentParser:
     c.add_argument("--algorithm", choices=algorithms(), default="ddpo-is", help="(ddpo-is)")
     c.add_argument("--seed", type=_seed, default=0, help="of prompts, noise and adapters (0)")
     c.add_argument("--epochs", type=_count, help="rounds of sampling and training, instead of --queries")
+    c.add_argument("--recipe", metavar="NAME", help="settings with a name; every flag given beside it overrides its own")
+    c.add_argument("--list-recipes", action="store_true", help="print the recipes and stop")
+    c.add_argument("--dry-run", action="store_true", help="print what the run would do and need, and stop")
+    c.add_argument("--init-lora", metavar="DIR", help="go on training the LoRA in this folder")
+    c.add_argument("--push-to-hub", metavar="USER/NAME", help="upload the trained weights with a model card")
+    c.add_argument("--hf-user-access-token", metavar="TOKEN", help="for the hub; better in HF_TOKEN, or by `hf auth login`")
+    c.add_argument("--private", action="store_true", help="make a new repository private")
     _add_run(c)
+    c.set_defaults(**defaults or {})
 
     c = add("sample", _sample, "Draw pictures into one PNG file.")
     _add_model(c); _add_weights(c); _add_sampling(c)
@@ -136,7 +154,7 @@ def _check_model(model):
         if not (path/"model_index.json").is_file(): raise InputError("--model", f"the folder {model!r} holds no model_index.json", remedy)
     elif model.count("/") != 1 or model.startswith((".", "~", "/")) or model.endswith("/"): raise InputError("--model", f"there is no folder {model!r}", remedy)
 
-def _settings(args): return {n: v for n, *_ in config_fields() if n not in ("seed", "num_epochs", "algorithm") and (v := getattr(args, n, None)) is not None}
+def _settings(args): return {n: v for n, *_ in config_fields() if n not in _not_flags and (v := getattr(args, n, None)) is not None}
 
 def _overrides(texts):
     "{'rwr': {'rwr_beta': 0.5}} from ['rwr.rwr_beta=0.5']."
@@ -151,36 +169,92 @@ def _overrides(texts):
         except (KeyError, ValueError): raise InputError("--set", f"{value!r} is not of type {known[name].__name__}", remedy) from None
     return found
 
+def _output(args):
+    "The folder to write; with --resume, one that holds a run."
+    name = f"{args.command}-{args.reward.rpartition(':')[2]}-"
+    if not args.resume: return args.output or f"runs/{name}{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    found = args.output or max((str(o) for o in Path("runs").glob(name + "*") if (o/"config.json").is_file()), default=None)
+    if found is None: raise InputError("--resume", f"there is no run named runs/{name}…", "name its folder with --output")
+    if not (Path(found)/"config.json").is_file(): raise InputError("--resume", f"there is no run in {found!r}", "name its folder with --output, or leave out --resume")
+    return found
+
+def _words(args, output):
+    "The command line that makes this run again, without a token."
+    words = iter(args.words)
+    kept = [w for w in words if not (w.startswith("--hf-user-access-token") and ("=" in w or next(words, None)))]
+    return kept + ([] if args.output else ["--output", str(output)])
+
+def _go_on(words):
+    "The command that goes on with an interrupted run."
+    return shlex.join(["ddpo-nb", *words, *(["--resume"] if "--resume" not in words else [])])
+
 def _race(args, names, seeds, queries, overrides=None):
     "Run `compare`, print its result; exit status."
     _check_model(args.model)
     prompt_source(args.prompts)
-    what = args.reward.rpartition(":")[2]
-    output = args.output or f"runs/{args.command}-{what}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    words = args.words + ([] if args.output else ["--output", output])
+    output = _output(args)
+    words = _words(args, output)
     from ddpo_nb.compare import compare
     again = shlex.join(["ddpo-nb", *words])
-    c = compare(args.reward, names, queries, seeds, args.model, args.prompts, output, args.lora, args.evaluation_samples, overrides, args.progress,
-                again, **_settings(args))
+    try: c = compare(args.reward, names, queries, seeds, args.model, args.prompts, output, args.lora, args.evaluation_samples, overrides, args.progress,
+                     args.command == "train", again, getattr(args, "init_lora", None), **_settings(args))
+    except SystemExit as e:  # SIGTERM
+        print(f"\nTerminated; what is finished is kept. To go on:\n  {_go_on(words)}", file=sys.stderr)
+        return e.code, None
+    if os.environ.get("RANK", "0") != "0": return (130 if c.interrupted else 0), c
     for note in c.settings["notes"]: print(note)
     if c.evaluations: print(f"\n{c.table()}\n\n{c.headline()}\n\nreport: {Path(output)/'report.html'}")
-    if c.interrupted: print(f"\nInterrupted; what is finished is kept. To go on:\n  {again}", file=sys.stderr)
-    return 130 if c.interrupted else 0
+    if c.interrupted: print(f"\nInterrupted; what is finished is kept. To go on:\n  {_go_on(words)}", file=sys.stderr)
+    return (130 if c.interrupted else 0), c
 
 # %% ../nbs/11_cli.ipynb #26ce3267
 def _compare(args):
     if args.queries is None: args.queries = 1024  # `compare`'s own default
-    return _race(args, args.algorithms, args.seeds, args.queries, _overrides(args.set))
+    return _race(args, args.algorithms, args.seeds, args.queries, _overrides(args.set))[0]
+
+def _recipe(name):
+    "What a recipe says, as the command line's defaults."
+    from ddpo_nb.recipes import get_recipe
+    r = get_recipe(name)
+    return dict(model=r.model, algorithm=r.algorithm, reward=r.reward, prompts=r.prompts, lora=r.lora, recipe_epochs=r.epochs) | r.settings
+
+def _dry_run(args, config, epochs, processes):
+    from ddpo_nb.recipes import model_numbers, plan
+    print(plan(config, model_numbers(args.model), args.lora, epochs, processes))
+    return 0
+
+def _push(args, c):
+    "Upload what was trained; the run stays as it is if that fails."
+    from ddpo_nb.compare import BASE
+    from ddpo_nb.hub import model_card, public, push
+    name, s, own = args.algorithm, c.settings, (args.algorithm, args.seed)
+    files = {o: (c.folder/o).read_bytes() for o in ("before_after.png", "curves.png", "metrics.jsonl")} | {"config.json": json.dumps(public(s), indent=1)}
+    rows = [r for r in c.rows if (r["algorithm"], r["seed"]) == own]
+    card = model_card(args.model, name, s["reward_name"], s["configs"][name], rows, args.push_to_hub, args.lora, numbers={"before": c.summary(BASE), "after": c.summary(name)})
+    where = push(c.folder/"weights"/f"{name}-seed{args.seed}", args.push_to_hub, card, files, args.hf_user_access_token, args.private or None, again=_go_on(_words(args, c.folder)))
+    print(f"uploaded: {where}")
 
 def _train(args):
+    if args.list_recipes:
+        from ddpo_nb.recipes import list_recipes
+        print(list_recipes())
+        return 0
     if args.epochs and args.queries: raise InputError("--epochs", "says the same as --queries", "give one of them")
     _check_model(args.model)
     prompt_source(args.prompts)
-    if args.queries is None:
-        from ddpo_nb.trainer import make_config
-        config = make_config(args.algorithm, args.model, **_settings(args))
-        args.queries = (args.epochs or config.num_epochs) * config.samples_per_epoch * int(os.environ.get("WORLD_SIZE", 1))
-    return _race(args, [args.algorithm], [args.seed], args.queries)
+    main, processes = os.environ.get("RANK", "0") == "0", int(os.environ.get("WORLD_SIZE", 1))
+    if args.push_to_hub:
+        from ddpo_nb.hub import check_access, check_repo_id
+        check_repo_id(args.push_to_hub)
+        if main and not args.dry_run: check_access(args.push_to_hub, args.hf_user_access_token)  # rather now than after hours
+    from ddpo_nb.trainer import make_config
+    config = make_config(args.algorithm, args.model, args.lora, **_settings(args))
+    per_epoch = config.samples_per_epoch * processes
+    if args.queries is None: args.queries = (args.epochs or getattr(args, "recipe_epochs", None) or config.num_epochs) * per_epoch
+    if args.dry_run: return _dry_run(args, config, max(1, args.queries // per_epoch), processes)
+    status, c = _race(args, [args.algorithm], [args.seed], args.queries)
+    if args.push_to_hub and main and status == 0: _push(args, c)
+    return status
 
 # %% ../nbs/11_cli.ipynb #665d07a4
 def _policy(args):
@@ -241,9 +315,15 @@ def main(argv: list|None = None) -> int:
     "Run `ddpo-nb` with the given arguments (the command line's by default); returns the exit status."
     words = list(sys.argv[1:] if argv is None else argv)
     for o in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"): os.environ.setdefault(o, "error")  # their advice is for programmers
-    try: args = make_parser().parse_args(words)
+    try:
+        args = make_parser().parse_args(words)
+        if getattr(args, "recipe", None): args = make_parser(_recipe(args.recipe)).parse_args(words)
     except SystemExit as e: return e.code
+    except InputError as e: print(f"ddpo-nb train: {e.argument}: {e.problem}; {e.remedy}", file=sys.stderr); return 2
     args.words = words
+    usual = signal.getsignal(signal.SIGTERM)
+    try: signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends in good order
+    except ValueError: usual = None  # not the main thread
     try: return args.run(args)
     except KeyboardInterrupt: print("\nInterrupted.", file=sys.stderr); return 130
     except InputError as e: message = f"{_flag(args, e.argument)}: {e.problem}; {e.remedy}"
@@ -251,10 +331,15 @@ def main(argv: list|None = None) -> int:
         if type(e).__name__ != "ModelError": raise
         message = str(e)
     except Exception as e:
+        if type(e).__name__ in ("CheckpointError", "HubError"):
+            print(f"{_prog(args)}: {e}", file=sys.stderr)
+            return 1
         if type(e).__name__ != "RewardError": raise
         traceback.print_exception(e.__cause__)
         print(f"{_prog(args)}: {e}; what was finished before is kept", file=sys.stderr)
         return 1
+    finally:
+        if usual is not None: signal.signal(signal.SIGTERM, usual)
     print(f"{_prog(args)}: {' '.join(message.split())}", file=sys.stderr)
     return 2
 

@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['BASE', 'QUERIES', 't_quantile', 'mean_interval', 'fit_budget', 'exam_generators', 'spread', 'exam_sets',
-           'latent_spread', 'Evaluation', 'Examiner', 'Comparison', 'pm', 'Table', 'write_atomic', 'check_output',
-           'RewardError', 'load_reward', 'compare']
+           'latent_spread', 'Evaluation', 'Examiner', 'Comparison', 'pm', 'Table', 'check_output', 'RewardError',
+           'load_reward', 'compare']
 
 # %% ../nbs/10_compare.ipynb #33e47295
-import base64, contextlib, hashlib, importlib.util, io, json, math, os, platform, shlex, shutil, sys, tempfile, time
+import base64, contextlib, hashlib, importlib.util, io, json, math, os, platform, shlex, shutil, sys, tempfile, time, warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from html import escape
 from pathlib import Path
 import numpy as np, torch
-from accelerate import PartialState
 from accelerate.utils import set_seed
 from fastcore.basics import patch
 from matplotlib import rc_context
@@ -22,11 +21,12 @@ from PIL import Image
 from scipy.special import stdtrit
 from tqdm.auto import tqdm
 from . import __version__
+from .checkpoints import checkpoints, newest_whole, write_atomic
 from .policy import EMOJI_SD, ModelError, StableDiffusionPolicy, load_pipeline
 from .prompts import PROMPT_SETS, InputError, PromptSource, prompt_source
 from .rewards import PromptAlignment, check_rewards, get_reward, to_uint8
 from .rollout import rollout, sample_generator
-from .trainer import ALGORITHMS, make_config, make_trainer
+from .trainer import ALGORITHMS, RESULT_FREE, make_config, make_trainer, processes, usable_precision
 
 # %% ../nbs/10_compare.ipynb #3843789d
 def t_quantile(
@@ -156,6 +156,8 @@ class Examiner:
 @patch
 def __call__(self:Examiner, policy, name: str, seed: int, on_step=None) -> Evaluation:
     "Examine `policy`; InputError if the reward function returns nonsense."
+    device = processes().device
+    self.base.pipeline.to(device)
     start, rewards, second, shown, pictures = time.perf_counter(), {}, {}, [], []
     for key, items in self.sets.items():
         images = self.draw(policy, items, exam_generators(seed, len(items)), on_step).images
@@ -167,6 +169,7 @@ def __call__(self:Examiner, policy, name: str, seed: int, on_step=None) -> Evalu
     varied = [o for o in self.varied for _ in range(self.copies)]
     images = self.draw(policy, varied, exam_generators(seed, len(varied), _VARIETY), on_step).images
     diversity = dict(zip([p for p, _ in self.varied], latent_spread(images, self.copies, self.base.pipeline.vae, self.batch_size)))
+    if device.type != "cpu": self.base.pipeline.to("cpu")  # training needs the room
     return Evaluation(name, seed, rewards, second, diversity, shown, pictures, time.perf_counter() - start)
 
 # %% ../nbs/10_compare.ipynb #59ccda3a
@@ -184,6 +187,9 @@ class Comparison:
     evaluations: dict = field(default_factory=dict, repr=False)  # (name, seed) -> Evaluation
     folder: Path|None = None                               # where it is kept
     interrupted: bool = False                              # stopped before all runs were finished
+    output: str|Path|None = field(default=None, repr=False)     # the folder, on all processes; `folder` is the main process's
+    extra: dict = field(default_factory=dict, repr=False)       # algorithm -> settings that stay out of config.json
+    keep_checkpoints: bool = field(default=False, repr=False)   # of finished runs too
 
     @property
     def names(self): return [a for a in self.settings["algorithms"] if any(n == a for n, _ in self.evaluations)]  # with a finished run
@@ -480,16 +486,6 @@ def _page(title, body):
             f"<title>{escape(title)}</title><style>{_css}</style></head><body><main>{body}</main></body></html>")
 
 # %% ../nbs/10_compare.ipynb #687c3947
-def write_atomic(path: str|Path, data: str|bytes):
-    "Write a file so that it is never seen half-written; makes its folder. InputError if that is not possible."
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as f:
-            try: f.write(data.encode() if isinstance(data, str) else data); f.flush(); os.fchmod(f.fileno(), 0o644); os.replace(f.name, path)
-            except BaseException: os.unlink(f.name); raise
-    except OSError as e: raise InputError("--output", f"cannot write {str(path)!r} ({e.strerror})", "name a folder you may write to") from None
-
 def check_output(folder: Path, ours: str = "config.json"):
     "InputError unless `folder` is absent, empty or one of ours, and can be written to."
     if folder.exists() and not folder.is_dir(): raise InputError("--output", f"{str(folder)!r} is a file", "name a folder")
@@ -620,21 +616,26 @@ def _listed(argument, values, ok, remedy):
     if not values or len({*values}) < len(values): raise InputError(argument, "something is named twice" if values else "nothing is named", remedy)
     return values
 
-def _configs(algorithms, model, common, overrides):
+_ours = ("exp_name", "run_name", "logdir", "resume_from", "push_to_hub", "hub_model_id")  # `compare` has folders and names of its own
+_private = (*_ours, "seed", "tracker_kwargs", "accelerator_kwargs", "project_kwargs")   # may hold secrets: not for config.json
+
+def _configs(algorithms, model, lora, common, overrides):
     "The config of each algorithm; InputError for unknown settings, or if they would not be examined alike."
-    known = {f.name for f in fields(make_config("ddpo-is", model))} - {"algorithm", "seed", "num_epochs"}
+    known = {f.name for f in fields(make_config("ddpo-is", model))} - {"algorithm", "seed", "num_epochs", *_ours}
     given = {a: common | dict((overrides or {}).get(a, {})) for a in algorithms}
     for a in overrides or {}:
         if a not in algorithms: raise InputError("overrides", f"{a!r} does not take part", f"choose from {', '.join(algorithms)}")
     for name in {k for o in given.values() for k in o} - known: raise InputError(name, "there is no such setting", f"see the fields of DDPOConfig: {', '.join(sorted(known))}")
-    configs = {a: make_config(a, model, **o) for a, o in given.items()}
+    configs = {a: make_config(a, model, lora, **o, logdir="") for a, o in given.items()}
+    usable = {p: usable_precision(p) for p in {c.mixed_precision for c in configs.values()}}
+    configs = {a: replace(c, mixed_precision=usable[c.mixed_precision]) for a, c in configs.items()}
     for name in ("sample_num_steps", "sample_eta", "sample_guidance_scale", "negative_prompts", "mixed_precision"):
         if len({getattr(c, name) for c in configs.values()}) > 1:
             raise InputError(name, "differs between the algorithms", "set it alike for all: it decides how pictures are drawn when they are compared")
     return configs
 
 def _machine():
-    device = PartialState().device
+    device = processes().device
     what = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads on {os.cpu_count()} cores"
     return f"{platform.system()} {platform.machine()}, {what}"
 
@@ -643,13 +644,13 @@ def _versions():
     return f"ddpo_nb {__version__}, Python {platform.python_version()}, " + ", ".join(f"{p} {version(p)}" for p in ("torch", "diffusers", "transformers", "peft"))
 
 # %% ../nbs/10_compare.ipynb #ffd5f1a8
-_identity = ("model", "reward", "reward_digest", "prompts", "prompts_digest", "queries", "lora", "evaluation_samples")
+_identity = ("model", "reward", "reward_digest", "prompts", "prompts_digest", "queries", "lora", "init_lora", "evaluation_samples")
 
 def _join(new: dict, old: dict) -> dict:
     "Settings to go on with in a folder that holds `old`; InputError names what differs."
     differs = [f"{k} is {old.get(k)!r} there and {new[k]!r} here" for k in _identity if old.get(k) != new[k]]
     for a in set(new["configs"]) & set(old["configs"]):
-        differs += [f"{a}'s {k} is {old['configs'][a].get(k)!r} there and {v!r} here" for k, v in new["configs"][a].items() if old["configs"][a].get(k) != v]
+        differs += [f"{a}'s {k} is {old['configs'][a].get(k)!r} there and {v!r} here" for k, v in new["configs"][a].items() if k not in RESULT_FREE and old["configs"][a].get(k) != v]
     if differs: raise InputError("--output", f"another comparison is kept there: {differs[0]}" + (f" (and {len(differs) - 1} more)" if differs[1:] else ""),
                                  "name a new folder, or give the settings it was made with")
     both = lambda k: [*old[k], *(v for v in new[k] if v not in old[k])]
@@ -664,28 +665,43 @@ def _digest(items): return hashlib.sha256(json.dumps(items, default=str).encode(
 
 # %% ../nbs/10_compare.ipynb #05985ae2
 @patch
+def _trainer(self:Comparison, name, seed, make_prompts, reward):
+    "A trainer for one algorithm and seed, taken up at the newest whole checkpoint of an earlier attempt."
+    s, extra, home = self.settings, self.extra.get(name, {}), None
+    if self.output is not None:
+        home = Path(self.output)/"runs"/f"{name}-seed{seed}"
+        found = newest_whole(home/"checkpoints")
+        if checkpoints(home/"checkpoints") and found is None:
+            warnings.warn(f"no checkpoint in {str(home)!r} is whole: {name}, seed {seed}, begins again")
+            shutil.rmtree(home)
+        extra = extra | dict(logdir=str(home), resume_from=str(found or ""))
+    config = make_config(name, s["model"], **{"logdir": ""} | {k: v for k, v in s["configs"][name].items() if k != "algorithm"} | extra, seed=seed)
+    set_seed(seed)  # of the adapters
+    return make_trainer(config, reward, make_prompts(seed), StableDiffusionPolicy(load_pipeline(s["model"], s.get("init_lora")), use_lora=s["lora"], lora_rank=config.lora_rank))
+
+@patch
 def _run(self:Comparison, name, seed, make_prompts, reward, examiner, place, progress):
     "Train one algorithm with one seed, then examine what came out."
-    s, config = self.settings, make_config(name, self.settings["model"], **({k: v for k, v in self.settings["configs"][name].items() if k != "algorithm"} | dict(seed=seed)))
-    set_seed(seed)
-    policy = StableDiffusionPolicy(load_pipeline(s["model"]), use_lora=s["lora"], lora_rank=config.lora_rank)
-    trainer, share = make_trainer(config, reward, make_prompts(seed), policy), 0.5
-    per_epoch = s["queries"] // config.num_epochs
-    with tqdm(total=s["queries"], desc=f"{_labels[name]}, seed {seed} ({place})", unit="query", disable=not progress, dynamic_ncols=True) as bar:
-        def advance(stage, done, total): bar.update(int(trainer.queries + per_epoch * (share * done / total if stage == "sampling" else share + (1 - share) * done / total)) - bar.n)
+    s, own = self.settings, (name, seed)
+    trainer, share = self._trainer(name, seed, make_prompts, reward), 0.5
+    per_epoch = s["queries"] // trainer.config.num_epochs
+    whole = lambda row: _clean(dict(algorithm=name, seed=seed, reward=s["reward_name"]) | row)
+    self.rows = [r for r in self.rows if (r["algorithm"], r["seed"]) != own] + [whole(r) for r in trainer.rows]
+    with tqdm(total=s["queries"], desc=f"{_labels[name]}, seed {seed} ({place})", unit="query", disable=not progress, dynamic_ncols=True, initial=trainer.queries) as bar:
+        def advance(stage, done, total):
+            part = share * done / total if stage == "sampling" else share + (1 - share) * done / total
+            bar.update(int(per_epoch * (trainer.epochs_done + part)) - bar.n)
+        def on_row(row):
+            nonlocal share
+            share = row["seconds_sampling"] / max(1e-9, row["seconds_sampling"] + row["seconds_training"])
+            self.rows.append(whole(row)); self.write_rows()
+            bar.update(trainer.queries - bar.n); bar.set_postfix(reward=f"{row['reward_mean']:.3f}")
         trainer.on_progress = advance
-        try:
-            for _ in range(config.num_epochs):
-                row = _clean(dict(algorithm=name, seed=seed, reward=s["reward_name"]) | trainer.epoch())
-                share = row["seconds_sampling"] / max(1e-9, row["seconds_sampling"] + row["seconds_training"])
-                self.rows.append(row); self.write_rows()
-                bar.update(trainer.queries - bar.n); bar.set_postfix(reward=f"{row['reward_mean']:.3f}")
-        except BaseException:
-            self._keep_weights(policy, f"{name}-seed{seed}-unfinished")
-            raise
+        trainer.train(on_row=on_row)
     if trainer.queries != s["queries"]: raise RuntimeError(f"{name} used {trainer.queries} queries, not {s['queries']}")  # equal budgets are the point
-    self._keep_weights(policy, f"{name}-seed{seed}")
-    self._examine(examiner, policy, name, seed, progress)
+    self._keep_weights(trainer.policy, f"{name}-seed{seed}")
+    self._examine(examiner, trainer.policy, name, seed, progress)
+    if self.folder is not None and not self.keep_checkpoints: shutil.rmtree(self.folder/"runs", ignore_errors=True)
 
 # %% ../nbs/10_compare.ipynb #a1a44d60
 @patch
@@ -703,8 +719,7 @@ def _keep_weights(self:Comparison, policy, name):
     home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home, prefix=".writing-") as tmp:
         policy.save_pretrained(Path(tmp)/"w")
-        for o in home.glob(f"{name.removesuffix('-unfinished')}*"):
-            if o.name in (name, name + "-unfinished"): shutil.rmtree(o)
+        shutil.rmtree(home/name, ignore_errors=True)
         os.replace(Path(tmp)/"w", home/name)
 
 # %% ../nbs/10_compare.ipynb #14bfd19d
@@ -715,12 +730,14 @@ def compare(
     seeds = (0,),                           # each is a run of its own
     model: str = EMOJI_SD,                  # "emoji-sd", a folder in diffusers' format, or a hub id
     prompts = "simple_animals",             # a named set, a file, or a list
-    output: str|Path|None = None,           # folder to keep everything in; a second call goes on with what is missing
+    output: str|Path|None = None,           # folder to keep everything in; a second call goes on with what is missing, from its last checkpoint
     lora: bool = True,                      # train adapters; False: the whole UNet
     evaluation_samples: int|None = None,    # pictures of each prompt set in the examination; None: one a prompt, at most 64
     overrides: dict|None = None,            # algorithm -> settings for it alone
     progress: bool = True,                  # progress bars
+    keep_checkpoints: bool = False,         # those of finished runs too, not only their weights
     command: str|None = None,               # what to print in the report as the way to make it again
+    init_lora: str|None = None,             # folder of a LoRA to go on training
     **settings,                             # fields of DDPOConfig, for all algorithms
 ) -> Comparison:                            # with `.interrupted` set if Ctrl-C stopped it
     "Fine-tune `model` by each algorithm and seed on one budget of reward queries, and examine them alike. InputError or ModelError before anything is written."
@@ -731,14 +748,16 @@ def compare(
         raise InputError("evaluation_samples", f"{evaluation_samples!r} is too few", "give at least 2")
     make_prompts = lambda seed: prompt_source(prompts, seed) if isinstance(prompts, (str, Path)) else PromptSource(prompts, seed)
     items = make_prompts(0).items
-    configs, budget, notes = fit_budget(_configs(algorithms, model, settings, overrides), queries, PartialState().num_processes)
+    configs, budget, notes = fit_budget(_configs(algorithms, model, lora, settings, overrides), queries, processes().num_processes)
     function, reward_name, spec, digest = load_reward(reward)
     plan = dict(model=str(model), reward=spec, reward_name=reward_name, reward_digest=digest, prompts=str(prompts) if isinstance(prompts, (str, Path)) else f"{len(items)} prompts",
-                prompts_digest=_digest(items), queries=budget, algorithms=algorithms, seeds=seeds, lora=lora, evaluation_samples=evaluation_samples,
+                prompts_digest=_digest(items), queries=budget, algorithms=algorithms, seeds=seeds, lora=lora, evaluation_samples=evaluation_samples, init_lora=init_lora,
                 configs={a: asdict(c) for a, c in configs.items()}, notes=notes, machine=_machine(), versions=_versions(), command=command)
-    for c in plan["configs"].values(): del c["seed"]
+    extra = {a: {k: c.pop(k) for k in _private if k.endswith("kwargs")} for a, c in plan["configs"].items()}
+    for c in plan["configs"].values():
+        for k in _private: c.pop(k, None)
     plan["command"] = command or _plain_command(plan, output)
-    c = Comparison(plan, folder=Path(output) if output is not None and PartialState().is_main_process else None)
+    c = Comparison(plan, folder=Path(output) if output is not None and processes().is_main_process else None, output=output, extra=extra, keep_checkpoints=keep_checkpoints)
     if c.folder is not None:
         check_output(c.folder)
         if (c.folder/"config.json").exists():
@@ -746,8 +765,7 @@ def compare(
             c.settings, c.evaluations = _join(plan, old.settings), old.evaluations
             c.rows = [r for r in old.rows if (r["algorithm"], r["seed"]) in c.evaluations]
     first = next(iter(configs.values()))
-    base = StableDiffusionPolicy(load_pipeline(model), use_lora=False)
-    base.pipeline.to(PartialState().device)
+    base = StableDiffusionPolicy(load_pipeline(model, init_lora), use_lora=False)
     if first.sample_num_steps > base.num_train_timesteps:
         raise InputError("sample_num_steps", f"{first.sample_num_steps} is more than the model's {base.num_train_timesteps}", "give fewer")
     base.configure(first.sample_num_steps, first.sample_eta, first.sample_guidance_scale, first.negative_prompts)

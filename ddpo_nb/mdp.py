@@ -130,4 +130,5 @@ def transitions(
     steps: Tensor,    # (M,) indices of steps, 0 the first
 ) -> tuple:           # x_t (M,C,H,W), t (M,), x_{t-1} (M,C,H,W), log-probability (M,)
     "The transitions (x_t, t) → x_{t-1} at the given samples and steps."
-    return self.latents[samples, steps], self.timesteps[steps], self.latents[samples, steps + 1], self.log_probs[samples, steps]
+    i, j, device = samples.to(self.latents.device), steps.to(self.latents.device), self.timesteps.device  # the latents may wait on the CPU
+    return self.latents[i, j].to(device), self.timesteps[steps], self.latents[i, j + 1].to(device), self.log_probs[samples, steps]

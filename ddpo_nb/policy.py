@@ -20,6 +20,7 @@ from fastcore.basics import patch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 from .mdp import DDIMStep, ddim_step, step_std
 
@@ -60,6 +61,7 @@ def _load_base(model, revision):
     unet, vae = pipe.unet.config, pipe.vae.config
     if unet.in_channels != vae.latent_channels or unet.addition_embed_type is not None:
         raise ValueError("it is not a text-to-image model of the Stable Diffusion 1.x or 2.x family")
+    if any(p.is_meta for p in pipe.unet.parameters()): raise ValueError("its UNet was saved with a LoRA's layers inside, which nothing can load")
     return pipe
 
 # %% ../nbs/02_policy.ipynb #51e5fbb0
@@ -274,6 +276,19 @@ def save_pretrained(self: StableDiffusionPolicy, folder: str|Path):
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=name))
     self.pipeline.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=config.to_dict())
 
+@patch
+def restore(self: StableDiffusionPolicy, folder: str|Path):
+    "Set the trained weights to those that `save_pretrained` wrote, to the last bit. ModelError if they are not of this policy's shape."
+    unet = self.pipeline.unet
+    if self.use_lora:
+        kept = load_file(Path(folder)/"pytorch_lora_weights.safetensors")
+        own = {f"unet.{k}": v for k, v in convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=next(iter(unet.peft_config)))).items()}
+    else: kept, own = load_file(Path(folder)/"unet/diffusion_pytorch_model.safetensors"), unet.state_dict()
+    if {k: v.shape for k, v in kept.items()} != {k: v.shape for k, v in own.items()}:
+        raise ModelError(f"the weights in {str(folder)!r} are not of this policy's shape: take the same model, and LoRA of the same rank")
+    with torch.no_grad():
+        for k, v in kept.items(): own[k].copy_(v)  # `own` shares its memory with the UNet
+
 # %% ../nbs/02_policy.ipynb #ff341c84
 class DefaultDDPOStableDiffusionPipeline(StableDiffusionPolicy):
     "`StableDiffusionPolicy` made from a model's name, with TRL 0.23's constructor; further arguments are the policy's. ModelError if there is no such model."
@@ -284,4 +299,12 @@ class DefaultDDPOStableDiffusionPipeline(StableDiffusionPolicy):
         use_lora: bool = True,                    # train low-rank adapters; False: the whole UNet
         **kwargs,
     ):
-        super().__init__(load_pipeline(pretrained_model_name, revision=pretrained_model_revision), use_lora=use_lora, **kwargs)
+        lora = pretrained_model_name if use_lora and (Path(pretrained_model_name)/"pytorch_lora_weights.safetensors").is_file() else None
+        super().__init__(load_pipeline(pretrained_model_name, lora, revision=pretrained_model_revision), use_lora=use_lora, **kwargs)
+
+    sd_pipeline = property(lambda self: self.pipeline)  # TRL's names
+    vae = property(lambda self: self.pipeline.vae)
+    tokenizer = property(lambda self: self.pipeline.tokenizer)
+    text_encoder = property(lambda self: self.pipeline.text_encoder)
+    def get_trainable_layers(self): return self.pipeline.unet
+    def set_progress_bar_config(self, **kwargs): self.pipeline.set_progress_bar_config(**kwargs)

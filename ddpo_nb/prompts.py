@@ -62,6 +62,9 @@ class PromptSource:
     def prompts(self) -> list: return [prompt for prompt, _ in self.items]  # all of them, in order
     def __len__(self): return len(self.items)
 
+    def state_dict(self): return dict(rng=self.rng.getstate())  # for checkpoints
+    def load_state_dict(self, state): self.rng.setstate(state["rng"])
+
     def __call__(self) -> tuple:
         "One prompt and a copy of its metadata, which a reward may write to."
         prompt, metadata = self.rng.choice(self.items)

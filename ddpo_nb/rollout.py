@@ -40,6 +40,8 @@ def rollout(
     metadata: list|None = None, # N prompt metadata
     batch_size: int|None = None,# samples denoised together, None: all; speed and memory, never the result
     on_step = None,             # called without arguments after each batched step, for a progress bar
+    on_batch = None,            # called with images, prompts and metadata of each batch as soon as it is decoded
+    keep_on = None,             # device to keep latents and images on; None: where they were made
 ) -> Trajectories:
     "Sample N trajectories with their log-probabilities, then decode the images. ValueError if the lists do not have one length."
     prompts, metadata, n = list(prompts), [{} for _ in prompts] if metadata is None else list(metadata), len(prompts)
@@ -50,5 +52,8 @@ def rollout(
     cond, size, latents, log_probs, images = policy.encode(prompts), batch_size or n, [], [], []
     for i in range(0, n, size):
         states, scores = _batch(policy, generators[i:i+size], cond[i:i+size], on_step)
-        latents.append(states); log_probs.append(scores); images.append(policy.decode(states[:, -1]))
+        pictures = policy.decode(states[:, -1])
+        if on_batch: on_batch(pictures, prompts[i:i+size], metadata[i:i+size])
+        if keep_on: states, pictures = states.to(keep_on), pictures.to(keep_on)
+        latents.append(states); log_probs.append(scores); images.append(pictures)
     return Trajectories(torch.cat(latents), policy.timesteps, torch.cat(log_probs), policy.stochastic, cond, prompts, metadata, torch.cat(images))

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
 from ddpo_nb import cli
@@ -118,7 +119,35 @@ def test_interrupt_prints_how_to_go_on(run, scratch):
 
 def test_flags_are_the_fields_of_the_config():
     from ddpo_nb.trainer import ALGORITHMS, DDPOConfig
-    assert [f[:3] for f in config_fields()] == [(f.name, f.type, f.default) for f in fields(DDPOConfig)] and cli.algorithms() == ALGORITHMS
+    made = DDPOConfig()
+    for (name, kind, default, comment), f in zip(config_fields(), fields(DDPOConfig), strict=True):
+        assert (name, kind) == (f.name, {str | None: str}.get(f.type, f.type)) and comment
+        assert default == getattr(made, name) or (default is None and (kind is dict or name == "exp_name"))
+    assert cli.algorithms() == ALGORITHMS
+
+NUMBERS = [(n, k) for n, k, *_ in config_fields() if k in (int, float) and n not in cli._not_flags]
+CHOICES = ["mixed_precision", "log_prob_reduction", "step_weighting", "log_with", "lr_scheduler"]
+free = {"lr_warmup_updates", "train_adam_weight_decay", "train_adam_beta1", "train_adam_beta2"}  # may be 0
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_bad_values_of_any_setting(run, scratch, data):
+    "One line that names the flag, exit 2, nothing written"
+    if data.draw(st.booleans()):
+        name, kind = data.draw(st.sampled_from(NUMBERS))
+        bad = ["x", "", "nan", "-1", "1e400", "0x1"] + ([] if name in free else ["0"]) + (["1.5", "1e3"] if kind is int else [])
+        value = data.draw(st.sampled_from(bad) | st.text("abcxyz ,;", min_size=1))
+    else: name, value = data.draw(st.sampled_from(CHOICES)), data.draw(st.text("abcdefghij", min_size=1))
+    flag, before = "--" + name.replace("_", "-"), files(scratch)
+    status, out, err = run(f"train --output out {flag}={shlex.quote(value)}")
+    assert status == 2 and out == "" and err.count("\n") == 1 and flag in err, (value, err)
+    assert files(scratch) == before
+
+@pytest.mark.parametrize("flag", ["tracker", "accelerator", "project"])
+@pytest.mark.parametrize("value", ["{", "[1]", "3", "x"])
+def test_dictionaries_are_json(run, flag, value):
+    status, out, err = run(f"train --{flag}-kwargs '{value}'")
+    assert status == 2 and f"--{flag}-kwargs" in err and err.count("\n") == 1
 
 def test_help_and_errors_come_without_torch():
     code = "import sys; from ddpo_nb.cli import main; s = [main(['--help']), main(['train', '--help']), main(['train', '--algorithm', 'x'])]; print(s, 'torch' in sys.modules)"
@@ -128,3 +157,61 @@ def test_help_and_errors_come_without_torch():
 def test_python_m_exits_with_the_status():
     res = subprocess.run([sys.executable, "-m", "ddpo_nb", "train", "--prompts", "nowhere.txt"], capture_output=True, text=True)
     assert res.returncode == 2 and res.stderr.startswith("ddpo-nb train: --prompts") and res.stderr.count("\n") == 1
+
+# Recipes, plans, going on, sharing
+
+def test_a_recipe_is_listed_planned_and_overridden(run, scratch):
+    status, out, err = run("train --list-recipes")
+    assert status == 0 and "a100-aesthetic-lora" in out and "emoji-compressibility" in out
+    status, out, err = run("train --recipe a100-aesthetic-lora --dry-run")
+    assert status == 0 and files(scratch) == files(scratch), err
+    words = " ".join(out.split())
+    for part in ("samples per epoch 24", "updates per epoch 8", "updates in all 1,600", "reward queries in all 4,800", "LoRA of rank 4", "peak"): assert part in words, out
+    out = run("train --recipe a100-aesthetic-lora --dry-run --epochs 10 --train-batch-size 6")[1]
+    assert "updates in all 40" in " ".join(out.split())
+    status, out, err = run("train --recipe emoji-compresibility --dry-run")
+    assert status == 2 and "did you mean 'emoji-compressibility'" in err and err.count("\n") == 1
+
+def test_a_recipe_runs(run, scratch):
+    assert run(f"train --recipe emoji-rwr {tiny} --output out")[0] == 0
+    s = json.loads((scratch/"out/config.json").read_text())
+    assert s["algorithms"] == ["rwr"] and s["reward"] == "jpeg_incompressibility" and s["queries"] == 4
+
+@pytest.mark.parametrize("line,words", [("train --resume", "--resume runs/train-jpeg_compressibility-"), ("train --resume --output out", "--resume 'out'"),
+                                        ("train --push-to-hub nobody", "--push-to-hub USER/NAME"), ("train --init-lora nowhere", "--lora 'nowhere'"),
+                                        ("train --log-with wandb", "--log-with wandb pip")])
+def test_more_bad_input(run, scratch, line, words):
+    before = files(scratch)
+    status, out, err = run(line)
+    assert status == 2 and out == "" and err.count("\n") == 1 and [w for w in words.split() if w not in err] == [], err
+    assert files(scratch) == before
+
+def test_a_lora_goes_on_training(run, scratch):
+    assert run(f"train {tiny} --train-learning-rate 0.01 --output first")[0] == 0
+    assert run(f"train {tiny} --init-lora first/weights/ddpo-is-seed0 --seed 1 --output second")[0] == 0
+    first, second = (json.loads((scratch/o).read_text())["rewards"]["seen"] for o in ("first/results/ddpo-is-seed0.json", "second/results/base-seed1.json"))
+    plain = json.loads((scratch/"first/results/base-seed0.json").read_text())["rewards"]["seen"]
+    status, out, err = run("evaluate --samples 2 --steps 2 --seed 1 --lora first/weights/ddpo-is-seed0")
+    assert status == 0 and float(out.split()[1].replace("−", "-")) == pytest.approx(sum(second) / 2, abs=.006)  # the second run began where the first ended
+
+def test_the_newest_run_is_found_again(run, scratch):
+    assert run(f"train {tiny}")[0] == 0
+    status, out, err = run(f"train {tiny} --resume")
+    assert status == 0 and len(list((scratch/"runs").iterdir())) == 1, err
+
+def test_push_to_hub(run, scratch, monkeypatch):
+    import huggingface_hub
+    from hub_server import TOKEN, Server
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"): monkeypatch.delenv(name, raising=False)
+    with Server() as s:
+        for name, value in dict(ENDPOINT=s.url, HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True, HF_TOKEN_PATH=str(scratch/"hf/token")).items(): monkeypatch.setattr(huggingface_hub.constants, name, value)
+        status, out, err = run(f"train {tiny} --push-to-hub ada/tidy --hf-user-access-token {TOKEN} --output out")
+        assert status == 0 and "uploaded: " in out, err
+        there = s.files("ada/tidy")
+        assert {"README.md", "pytorch_lora_weights.safetensors", "before_after.png", "curves.png", "metrics.jsonl", "config.json"} <= {*there}
+        assert there["pytorch_lora_weights.safetensors"] == (scratch/"out/weights/ddpo-is-seed0/pytorch_lora_weights.safetensors").read_bytes()
+        assert any(TOKEN in h.get("authorization", h.get("Authorization", "")) for _, _, h, _ in s.requests)
+        everything = [o.read_bytes() for o in scratch.rglob("*") if o.is_file()] + [bytes(v) for v in there.values()] + [out.encode(), err.encode()]
+        assert not any(TOKEN.encode() in o for o in everything)
+        status, out, err = run(f"train {tiny} --push-to-hub ada/tidy --hf-user-access-token hf_wrong --output other")
+        assert status == 1 and err.count("\n") == 1 and not (scratch/"other").exists(), err

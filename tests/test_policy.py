@@ -229,3 +229,24 @@ def test_trl_constructor(folder):
     policy = DefaultDDPOStableDiffusionPipeline(str(folder), pretrained_model_revision="main", use_lora=False)
     assert not policy.use_lora and len(policy.timesteps) == 50 and policy.guidance_scale == 5
     with pytest.raises(ModelError): DefaultDDPOStableDiffusionPipeline("/missing")
+
+def test_a_lora_merges_into_the_unet(tmp_path):
+    policy = StableDiffusionPolicy(load_pipeline())
+    torch.manual_seed(0)
+    for name, p in policy.unet.named_parameters():
+        if "lora_B" in name: p.data.normal_(std=0.1)
+    policy.save_pretrained(tmp_path)
+    apart, merged = load_pipeline(lora=str(tmp_path)), load_pipeline(lora=str(tmp_path))
+    merged.fuse_lora(); merged.unload_lora_weights()
+    assert not [k for k in merged.unet.state_dict() if "lora" in k]
+    merged.unet.save_pretrained(tmp_path/"unet")
+    draw = lambda pipe: pipe(["a cat"], num_inference_steps=3, output_type="pt", generator=torch.Generator().manual_seed(0)).images
+    again = load_pipeline(unet=str(tmp_path))
+    assert (draw(apart) - draw(merged)).abs().max() < 1e-3 and (draw(again) - draw(merged)).abs().max() == 0 and (draw(apart) - draw(load_pipeline())).abs().max() > 0.01
+
+def test_restore_is_exact_and_refuses_other_shapes(tmp_path):
+    a, b = StableDiffusionPolicy(load_pipeline()), StableDiffusionPolicy(load_pipeline())
+    for p in a.trainable_parameters(): p.data.normal_()
+    a.save_pretrained(tmp_path); b.restore(tmp_path)
+    assert all(torch.equal(p, q) for p, q in zip(a.trainable_parameters(), b.trainable_parameters()))
+    with pytest.raises(ModelError, match="not of this policy's shape"): StableDiffusionPolicy(load_pipeline(), lora_rank=8).restore(tmp_path)

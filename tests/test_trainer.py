@@ -1,5 +1,4 @@
 "The epoch loop: invariants that hold for every algorithm, and settings that cannot work."
-import inspect
 import numpy as np, pytest, torch
 from hypothesis import given, strategies as st
 from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
@@ -7,39 +6,29 @@ from ddpo_nb.prompts import InputError, PromptSource
 from ddpo_nb.rewards import jpeg_compressibility
 from ddpo_nb.trainer import ALGORITHMS, DDPOConfig, DDPOTrainer, RWRConfig, RWRTrainer, make_config, make_trainer
 
-# TRL 0.23.1's names and defaults, as far as this trainer has them
-TRL = dict(num_epochs=100, sample_num_steps=50, sample_eta=1.0, sample_guidance_scale=5.0, sample_batch_size=1, sample_num_batches_per_epoch=2,
-           train_batch_size=1, train_learning_rate=3e-4, train_adam_beta1=0.9, train_adam_beta2=0.999, train_adam_weight_decay=1e-4,
-           train_adam_epsilon=1e-8, train_gradient_accumulation_steps=1, train_max_grad_norm=1.0, train_num_inner_epochs=1, train_cfg=True,
-           train_adv_clip_max=5, train_clip_range=1e-4, train_timestep_fraction=1.0, per_prompt_stat_tracking=False,
-           per_prompt_stat_tracking_buffer_size=16, per_prompt_stat_tracking_min_count=16, negative_prompts="", seed=0)
 SMALL = dict(sample_num_steps=3, sample_batch_size=4, sample_num_batches_per_epoch=2, train_batch_size=8, micro_batch_size=5, train_learning_rate=1e-2, rwr_fraction=0.5)
 
 def trainer(algorithm="ddpo-is", reward=jpeg_compressibility, lora=True, **overrides):
-    config = make_config(algorithm, **(SMALL | overrides))
+    config = make_config(algorithm, **(dict(logdir="") | SMALL | overrides))
     torch.manual_seed(config.seed)
     return make_trainer(config, reward, PromptSource(["cat", "dog", "bear"], config.seed), StableDiffusionPolicy(load_pipeline(), use_lora=lora))
 
 def weights(t): return torch.cat([p.detach().flatten() for p in t.policy.trainable_parameters()])
-def timeless(row): return {k: v for k, v in row.items() if not k.startswith("seconds")}
-
-def test_defaults_are_trls():
-    assert {k: getattr(DDPOConfig(), k) for k in TRL} == TRL
-    assert list(inspect.signature(DDPOTrainer.__init__).parameters)[1:] == ["config", "reward_function", "prompt_function", "sd_pipeline", "image_samples_hook"]
+def timeless(row): return {k: v for k, v in row.items() if not k.startswith(("seconds", "images_per_second", "peak_memory"))}
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_an_epoch_trains(algorithm, lora):
-    t = trainer(algorithm, lora=lora, train_learning_rate=1e-3)
+    t = trainer(algorithm, lora=lora, train_learning_rate=1e-3 if lora else 1e-4)
     before, row = weights(t).clone(), t.epoch()
-    assert (weights(t) != before).any() and all(np.isfinite(v) for v in timeless(row).values() if not isinstance(v, str))
+    assert (weights(t) != before).any() and all(np.isfinite(v) for v in timeless(row).values() if isinstance(v, (int, float)))
     assert row["queries"] == 8 and row["epoch"] == 1 and row["algorithm"] == algorithm and row["grad_norm"] > 0
     assert row["seconds"] == pytest.approx(sum(row[f"seconds_{s}"] for s in ("sampling", "reward", "training")))
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_one_seed_one_result(algorithm):
     a, b = trainer(algorithm), trainer(algorithm)
-    assert [timeless(r) for r in a.train(2)] == [timeless(r) for r in b.train(2)]
+    assert [timeless(r) for r in a.train(2, progress=False)] == [timeless(r) for r in b.train(2, progress=False)]
     assert torch.equal(weights(a), weights(b))
 
 def test_another_seed_another_result(): assert timeless(trainer().epoch()) != timeless(trainer(seed=1).epoch())
@@ -77,16 +66,16 @@ def test_updates_share_the_examples():
 def test_budget_counts_every_query_once():
     seen = []
     def reward(images, prompts, metadata): seen.append(len(images)); return jpeg_compressibility(images, prompts, metadata)
-    rows = trainer(reward=reward).train(2)
+    rows = trainer(reward=reward).train(2, progress=False)
     assert sum(seen) == 16 == rows[-1]["queries"]
 
 def test_the_hook_sees_images_prompts_and_rewards():
     calls, t = [], trainer()
     t.hook = lambda *args: calls.append(args)
     t.epoch()
-    (batches, epoch, accelerator), = calls
-    images, prompts, metadata, rewards, info = batches[0]
-    assert images.shape == (8, 3, 64, 64) and len(prompts) == len(metadata) == len(rewards) == 8 and accelerator is t.accelerator
+    (batches, step, accelerator), = calls
+    images, prompts, metadata, rewards, info = batches[1]
+    assert len(batches) == 2 and images.shape == (4, 3, 64, 64) and len(prompts) == len(metadata) == len(rewards) == 4 and accelerator is t.accelerator
 
 def test_progress_reaches_its_total():
     t, seen = trainer(), {}

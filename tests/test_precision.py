@@ -1,0 +1,86 @@
+"Half precision: what is trained and scored stays in fp32, and the ratio is 1 before the first update (FIELD's traps 3 and 6)."
+import pytest, torch
+from accelerate.state import AcceleratorState
+from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
+from ddpo_nb.prompts import PromptSource
+from ddpo_nb.rewards import jpeg_compressibility
+from ddpo_nb.trainer import make_config, make_trainer
+
+HALF = ["bf16", pytest.param("fp16", marks=pytest.mark.cuda)]
+
+@pytest.fixture(autouse=True)
+def afterwards():
+    yield
+    AcceleratorState._reset_state()
+
+def trainer(precision, lora=True, **kw):
+    c = make_config("ddpo-is", **(dict(mixed_precision=precision, logdir="", sample_num_steps=10, sample_batch_size=8, sample_num_batches_per_epoch=2, train_batch_size=8,
+                                       train_timestep_fraction=1.0, train_clip_range=1e-4, step_weighting="equal", micro_batch_size=7, train_learning_rate=1e-3 if lora else 1e-5) | kw))
+    torch.manual_seed(0)
+    return make_trainer(c, jpeg_compressibility, PromptSource(["cat", "dog"]), StableDiffusionPolicy(load_pipeline(), use_lora=lora))
+
+def ratios(t):
+    work = t.collect()
+    ex = t.objective.examples(t.policy, work.trajectories, work.advantages, torch.Generator().manual_seed(0))
+    parts = [{k: v[i:i + t.config.micro_batch_size] for k, v in ex.items()} for i in range(0, len(ex["sample"]), t.config.micro_batch_size)]
+    with t.accelerator.autocast(): return torch.cat([t.objective.loss(t.policy, work.trajectories, p)[1]["ratio"] for p in parts])
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_trap_3_ratio_in_fp32(lora): assert (ratios(trainer("no", lora)) - 1).abs().max() < 1e-6
+
+@pytest.mark.parametrize("precision", HALF)
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_trap_3_nothing_is_clipped_before_the_first_update(precision, lora):
+    r = ratios(trainer(precision, lora))
+    assert r.dtype == torch.float32 and (r - 1).abs().max() < 1e-4
+
+@pytest.mark.parametrize("precision", ["no", *HALF])
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_trap_6_trained_weights_are_fp32_and_frozen_ones_half(precision, lora):
+    t = trainer(precision, lora)
+    half = dict(no=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[precision]
+    unet = t.policy.pipeline.unet
+    assert {p.dtype for p in unet.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for m in (unet, t.policy.pipeline.vae, t.policy.pipeline.text_encoder) for p in m.parameters() if not p.requires_grad} == {half}
+
+@pytest.mark.parametrize("precision", HALF)
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_trap_6_an_epoch_trains(precision, lora):
+    t = trainer(precision, lora)
+    before = [p.detach().clone() for p in t.policy.trainable_parameters()]
+    row = t.epoch()
+    assert any((a != b).any() for a, b in zip(before, t.policy.trainable_parameters())) and 0 < row["grad_norm"] < float("inf")
+
+@pytest.mark.parametrize("setting", ["gradient_checkpointing", "vae_slicing", "offload_trajectories"])
+def test_memory_savers_do_not_change_the_result(setting):
+    drop = lambda row: {k: v for k, v in row.items() if not k.startswith(("seconds", "images_per", "peak")) and isinstance(v, (int, float))}
+    small = dict(sample_num_steps=3, sample_batch_size=4, sample_num_batches_per_epoch=1, train_batch_size=4)
+    plain, saved = drop(trainer("no", **small).epoch()), drop(trainer("no", **small, **{setting: True}).epoch())
+    assert plain.keys() == saved.keys() and all(saved[k] == pytest.approx(v, rel=1e-4, abs=1e-6) for k, v in plain.items())
+
+def test_gradient_checkpointing_keeps_less_for_the_backward_pass():
+    def kept(**kw):
+        t, blocks = trainer("no", sample_num_steps=2, sample_batch_size=8, sample_num_batches_per_epoch=1, **kw), {}
+        work = t.collect()
+        ex = t.objective.examples(t.policy, work.trajectories, work.advantages, torch.Generator().manual_seed(0))
+        def pack(x): blocks[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes(); return x
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x): t.objective.loss(t.policy, work.trajectories, ex)
+        return sum(blocks.values())
+    assert kept(gradient_checkpointing=True) < 0.5 * kept()
+
+def test_schedule_reaches_zero_and_is_logged():
+    t = trainer("no", sample_num_steps=2, sample_batch_size=4, sample_num_batches_per_epoch=1, train_batch_size=4, lr_scheduler="linear", num_epochs=2)
+    rates = [r["learning_rate"] for r in t.train(progress=False)]
+    assert rates == pytest.approx([0.5e-3, 0], abs=1e-9)
+
+def test_8bit_adam_trains_or_says_what_to_install():
+    from ddpo_nb.prompts import InputError
+    small = dict(sample_num_steps=2, sample_batch_size=4, sample_num_batches_per_epoch=1, train_batch_size=4, train_use_8bit_adam=True)
+    try: import bitsandbytes
+    except ImportError:
+        with pytest.raises(InputError, match="train_use_8bit_adam: bitsandbytes is not installed; pip install bitsandbytes"): trainer("no", **small)
+    else:
+        t = trainer("no", **small)
+        before = [p.detach().clone() for p in t.policy.trainable_parameters()]
+        t.epoch()
+        assert any((a != b).any() for a, b in zip(before, t.policy.trainable_parameters()))

@@ -1,0 +1,179 @@
+"A run that is stopped or killed anywhere goes on to the same metrics and the same weights, to the last bit (FIELD's traps 5 and 7)."
+import json, os, shlex, signal, subprocess, sys, time
+from pathlib import Path
+import pytest, torch
+from safetensors.torch import load_file
+from ddpo_nb import trainer as T
+from ddpo_nb.checkpoints import CheckpointError, checkpoints
+from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
+from ddpo_nb.prompts import InputError, PromptSource
+from ddpo_nb.rewards import jpeg_compressibility
+from ddpo_nb.trainer import ALGORITHMS, make_config, make_trainer
+
+SMALL = dict(sample_num_steps=3, sample_batch_size=4, sample_num_batches_per_epoch=2, train_batch_size=4, micro_batch_size=5, train_learning_rate=1e-2, num_epochs=3,
+             train_num_inner_epochs=1, rwr_fraction=0.5, per_prompt_stat_tracking=True, per_prompt_stat_tracking_min_count=2)
+clock = ("seconds", "images_per_second", "peak_memory")
+def timeless(line): return {k: v for k, v in json.loads(line).items() if not k.startswith(clock)}
+def metrics(home): return [timeless(o) for o in (Path(home)/"metrics.jsonl").read_text().splitlines()]
+def weights(t): return torch.cat([p.detach().flatten() for p in t.policy.trainable_parameters()])
+
+def trainer(home, algorithm="ddpo-is", lora=True, reward=jpeg_compressibility, **kw):
+    settings = SMALL | (dict(train_batch_size=8) if algorithm == "ddpo-sf" else {}) | (dict(train_num_inner_epochs=2) if algorithm == "ddpo-is" else {})
+    c = make_config(algorithm, **(settings | dict(logdir=str(home)) | kw))
+    torch.manual_seed(c.seed)
+    return make_trainer(c, reward, PromptSource(["cat", "dog"], c.seed), StableDiffusionPolicy(load_pipeline(), use_lora=lora))
+
+def stop_after(t, n):
+    "Ask for a stop when the run has come by a stopping place `n` times"
+    breathe, count = t._breathe, [0]
+    def counted():
+        count[0] += 1
+        if count[0] == n: t.stop()
+        breathe()
+    t._breathe = counted
+    return count
+
+@pytest.mark.parametrize("algorithm,lora", [(a, True) for a in ALGORITHMS] + [("ddpo-is", False)])
+def test_trap_7_stopped_anywhere_and_resumed_is_the_same_run(tmp_path, algorithm, lora):
+    whole = trainer(tmp_path/"whole", algorithm, lora, train_learning_rate=1e-2 if lora else 1e-4)
+    places = stop_after(whole, -1)
+    whole.train(progress=False)
+    t = None
+    for i, n in enumerate((2, places[0] // 3, places[0] // 2)):  # each counted from the last stop
+        t = trainer(tmp_path/"cut", algorithm, lora, train_learning_rate=1e-2 if lora else 1e-4, resume_from=str(tmp_path/"cut") if i else "")
+        stop_after(t, n)
+        t.train(progress=False)
+    t = trainer(tmp_path/"cut", algorithm, lora, train_learning_rate=1e-2 if lora else 1e-4, resume_from=str(tmp_path/"cut"))
+    t.train(progress=False)
+    assert metrics(tmp_path/"cut") == metrics(tmp_path/"whole")
+    assert torch.equal(weights(t), weights(whole))
+
+def test_trap_7_checkpoints_are_kept_to_the_limit_with_the_last_epoch_among_them(tmp_path):
+    t = trainer(tmp_path, num_epochs=5, save_freq=2, num_checkpoint_limit=2)
+    t.train(progress=False)
+    assert [o.name for o in checkpoints(tmp_path/"checkpoints")] == ["checkpoint_5", "checkpoint_4"]
+    assert (tmp_path/"checkpoints/checkpoint_5/pytorch_lora_weights.safetensors").is_file()
+
+def test_a_checkpoint_is_a_lora_for_plain_diffusers(tmp_path):
+    t = trainer(tmp_path, num_epochs=1)
+    t.train(progress=False)
+    pipe = load_pipeline(lora=str(tmp_path/"checkpoints/checkpoint_1"))
+    own = {k: v for k, v in t.policy.pipeline.unet.state_dict().items() if "lora" in k}
+    assert own and all(torch.equal(v, pipe.unet.state_dict()[k]) for k, v in own.items())
+
+def test_nothing_is_kept_if_not_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer("", num_epochs=1).train(progress=False)
+    assert not list(tmp_path.iterdir())
+
+def test_another_runs_folder_is_not_overwritten(tmp_path):
+    trainer(tmp_path, num_epochs=1).train(progress=False)
+    with pytest.raises(InputError, match="logdir: .*holds checkpoints of another run; go on with resume_from"): trainer(tmp_path, num_epochs=1).train(progress=False)
+
+@pytest.mark.parametrize("change,named", [(dict(train_learning_rate=1.0), "train_learning_rate"), (dict(seed=4), "seed"), (dict(algorithm="rwr"), "algorithm|train_num_inner_epochs")])
+def test_resume_with_other_settings_is_refused(tmp_path, change, named):
+    trainer(tmp_path, num_epochs=1).train(progress=False)
+    algorithm = change.pop("algorithm", "ddpo-is")
+    with pytest.raises(InputError, match=f"resume_from: ({named})"): trainer(tmp_path, algorithm, resume_from=str(tmp_path), **change)
+
+def test_settings_that_do_not_matter_may_change(tmp_path):
+    trainer(tmp_path, num_epochs=1).train(progress=False)
+    t = trainer(tmp_path, num_epochs=2, micro_batch_size=3, save_freq=7, resume_from=str(tmp_path))
+    assert len(t.train(progress=False)) == 2 and t.global_step == 8
+
+@pytest.mark.parametrize("place", ["nowhere", "."])
+def test_nothing_to_resume_from(tmp_path, place):
+    with pytest.raises(InputError, match="resume_from: there is no whole checkpoint"): trainer(tmp_path, resume_from=str(tmp_path/place))
+
+def test_full_disk(tmp_path, monkeypatch):
+    t = trainer(tmp_path)
+    t.train(1, progress=False)
+    def full(*a, **k): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(T, "save_state", full)
+    with pytest.raises(CheckpointError, match="No space left on device; earlier checkpoints are whole"): t.train(progress=False)
+    monkeypatch.undo()
+    assert [o.name for o in (tmp_path/"checkpoints").iterdir()] == ["checkpoint_1"]  # and no half of another
+    assert trainer(tmp_path, resume_from=str(tmp_path)).epochs_done == 1
+
+def test_an_error_in_the_reward_leaves_the_last_checkpoint_whole(tmp_path):
+    calls = [0]
+    def reward(images, prompts, metadata):
+        calls[0] += 1
+        return (1 / 0, {}) if calls[0] == 4 else jpeg_compressibility(images, prompts, metadata)
+    t = trainer(tmp_path, reward=reward)
+    with pytest.raises(ZeroDivisionError): t.train(progress=False)
+    assert trainer(tmp_path, resume_from=str(tmp_path)).epochs_done == 1
+
+def test_trl_style_prompt_functions_are_resumed(tmp_path):
+    "They draw from Python's global generator, which a checkpoint remembers."
+    import random
+    def make(home, **kw):
+        t = trainer(home, **kw)
+        t.prompt_function = lambda: (random.choice(["cat", "dog", "bear"]), {})
+        return t
+    make(tmp_path/"whole").train(progress=False)
+    make(tmp_path/"cut", num_epochs=1).train(progress=False)
+    random.seed(99)
+    make(tmp_path/"cut", resume_from=str(tmp_path/"cut")).train(progress=False)
+    assert metrics(tmp_path/"cut") == metrics(tmp_path/"whole")
+
+# From outside: another process, real signals
+
+LINE = "train --reward jpeg_compressibility --prompts simple_animals --queries 96 --evaluation-samples 2 --sample-num-steps 3 --sample-batch-size 8 --train-batch-size 4 --save-freq 1 --no-progress"
+
+def start(output, more=""):
+    return subprocess.Popen([sys.executable, "-m", "ddpo_nb", *shlex.split(f"{LINE} --output {output} {more}")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | dict(OMP_NUM_THREADS="1"))
+
+def wait_for_epochs(output, n):
+    "Until the run has finished `n` epochs"
+    file = Path(output)/"metrics.jsonl"
+    for _ in range(2400):
+        if file.exists() and len(file.read_text().splitlines()) >= n: return
+        time.sleep(0.05)
+    pytest.fail("the run does not get anywhere")
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")/"run"
+    p = start(folder)
+    assert p.wait(300) == 0, p.stderr.read()
+    return folder
+
+def same(a, b):
+    name = "weights/ddpo-is-seed0/pytorch_lora_weights.safetensors"
+    x, y = load_file(a/name), load_file(b/name)
+    assert metrics(a) == metrics(b) and x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+
+def killed(tmp_path, moments):
+    for epochs, seconds in moments:
+        p = start(tmp_path/"run", "--resume" if (tmp_path/"run/config.json").exists() else "")
+        wait_for_epochs(tmp_path/"run", epochs)
+        time.sleep(seconds)
+        p.kill(); p.wait()
+    p = start(tmp_path/"run", "--resume")
+    assert p.wait(300) == 0, p.stderr.read()
+
+def test_killed_and_resumed_is_the_same_run(tmp_path, whole):
+    killed(tmp_path, [(3, 0.13)])
+    same(tmp_path/"run", whole)
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_and_resumed_is_the_same_run(tmp_path, whole):
+    import random
+    rng = random.Random(time.time_ns())
+    killed(tmp_path, [(k, rng.random() * 0.5) for k in range(1, 11)])
+    same(tmp_path/"run", whole)
+
+@pytest.mark.parametrize("signum,status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+def test_signals_save_and_say_how_to_go_on(tmp_path, whole, signum, status):
+    p = start(tmp_path/"run")
+    wait_for_epochs(tmp_path/"run", 2)
+    p.send_signal(signum)
+    out, err = p.communicate(timeout=120)
+    assert p.returncode == status and "Traceback" not in err, err
+    command = err.strip().splitlines()[-1].strip()
+    assert command.startswith("ddpo-nb train") and command.endswith("--resume")
+    again = subprocess.run([sys.executable, "-m", "ddpo_nb", *shlex.split(command)[1:]], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert again.returncode == 0, again.stderr
+    same(tmp_path/"run", whole)
