@@ -117,6 +117,7 @@ def publish(folder: Path, home: Path, name: str, limit: int):
     os.replace(folder, home/name)
     _flush(home)
     for o in checkpoints(home)[limit:]: _remove(o)
+    for o in home.glob(".*-*"): shutil.rmtree(o, ignore_errors=True)  # what a killed process was writing or removing
 
 def _remove(path):
     os.replace(path, gone := Path(tempfile.mkdtemp(dir=path.parent, prefix=".removing-"))/path.name)  # half removed, it must not look like a checkpoint

@@ -189,7 +189,7 @@ def _go_on(words):
     return shlex.join(["ddpo-nb", *words, *(["--resume"] if "--resume" not in words else [])])
 
 def _race(args, names, seeds, queries, overrides=None):
-    "Run `compare`, print its result; exit status."
+    "Run `compare` and print its result; the exit status, and the comparison unless it was terminated."
     _check_model(args.model)
     prompt_source(args.prompts)
     output = _output(args)

@@ -48,7 +48,7 @@ def draw_pictures(
     return _png(fig)
 
 # %% ../nbs/09a_dashboard.ipynb #52c8c6bc
-def _in_notebook():
+def _in_notebook():  # fastcore's `in_jupyter` takes a terminal's IPython for one too
     try: return get_ipython().__class__.__name__ == "ZMQInteractiveShell"
     except NameError: return False
 

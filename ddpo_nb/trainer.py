@@ -89,7 +89,7 @@ class DDPOConfig:
     lora_rank: int = 4                     # of the adapters that a model without any gets
     lr_scheduler: str = "constant"         # learning rate over the run, by diffusers' names: constant_with_warmup, linear, cosine, …
     lr_warmup_updates: int = 0             # updates until the learning rate is reached, if the schedule warms up
-    gradient_checkpointing: bool = False   # a third more time, a fraction of the memory: activations are computed again
+    gradient_checkpointing: bool = False   # compute activations again in the backward pass: more time, less memory
     vae_slicing: bool = False              # decode images one at a time
     offload_trajectories: bool = False     # keep sampled latents in the CPU's memory
     compile: bool = False                  # torch.compile the UNet
@@ -235,7 +235,8 @@ class DDPOTrainer:
         self.epochs_done = self.queries = self.global_step = 0
         self.rows, self.work = [], None  # metrics of each epoch; the epoch under way
         self.on_progress = None   # (stage, done, total), for progress bars within an epoch
-        self.paused, self.stopping, self.sampling, self.resumed = False, None, False, False
+        self.paused, self.stopping, self.resumed = False, None, False
+        self.before = None        # while an epoch is being sampled: what it takes to begin it again
         if config.resume_from: self.load_checkpoint(config.resume_from)
 
     @property
@@ -357,7 +358,9 @@ def collect(self:DDPOTrainer) -> Work:
     rewards, prompts = np.array(gather_object([r for rewards, _ in scored for r in rewards.tolist()])), gather_object(trajectories.prompts)
     self.queries += len(rewards)
     row = dict(reward_mean=rewards.mean(), reward_std=rewards.std()) | {f"reward_q{q:02}": v for q, v in zip((0, 10, 50, 90, 100), np.quantile(rewards, (0, .1, .5, .9, 1)))}
-    row["reward_by_prompt"] = {p: np.mean([r for r, o in zip(rewards, prompts) if o == p]) for p in sorted(set(prompts))}
+    by_prompt = {}
+    for p, r in zip(prompts, rewards): by_prompt.setdefault(p, []).append(r)
+    row["reward_by_prompt"] = {p: np.mean(r) for p, r in sorted(by_prompt.items())}
     return Work(trajectories, self.advantages(prompts, rewards), row | dict(seconds_sampling=t[1] - t[0], seconds_reward=t[2] - t[1], seconds_training=0.))
 
 @patch
@@ -376,8 +379,10 @@ def _memory():
 def epoch(self:DDPOTrainer) -> dict:
     "Sample, score, weigh, update; returns the epoch's row of metrics. Goes on where a checkpoint was made in the middle."
     if self.work is None:
-        self.before = self._outside()  # what a run needs to begin this epoch again
+        if self.before is None: self.before = self._outside()
+        else: self._put_back(self.before)  # the sampling was broken off
         self.work = self.collect()
+        self.before = None
     work, start = self.work, time.perf_counter()
     try: figures = self.update(work)
     finally: work.row["seconds_training"] += time.perf_counter() - start
@@ -395,11 +400,15 @@ def _outside(self:DDPOTrainer):
     return dict(rng=rng_state(), prompts=self.prompt_function.state_dict() if hasattr(self.prompt_function, "state_dict") else None)
 
 @patch
+def _put_back(self:DDPOTrainer, outside):
+    set_rng_state(outside["rng"])
+    if outside["prompts"] is not None: self.prompt_function.load_state_dict(outside["prompts"])
+
+@patch
 def _write_state(self:DDPOTrainer, folder):
     "This process's part of a checkpoint."
     rank, work, a = self.accelerator.process_index, self.work, self.accelerator
-    outside = self._outside() if work else self.before if self.sampling else self._outside()
-    own = dict(outside=outside, work=None)
+    own = dict(outside=self.before or self._outside(), work=None)
     if work: own["work"] = dict(latents=work.trajectories.latents, log_probs=work.trajectories.log_probs, prompts=work.trajectories.prompts, advantages=work.advantages,
                                 row=_plain(work.row), done=work.done, count=work.count, totals=work.totals, norms=work.norms)
     save_state(folder/f"process-{rank}", own)
@@ -443,6 +452,7 @@ def save_checkpoint(self:DDPOTrainer) -> Path|None:
     if problems:
         if a.is_main_process and tmp[0]: shutil.rmtree(tmp[0], ignore_errors=True)
         raise CheckpointError(problems[0])
+    self.resumed = True  # the folder is this run's own
     return home/name
 
 # %% ../nbs/09_trainer.ipynb #c2c34831
@@ -473,8 +483,7 @@ def load_checkpoint(self:DDPOTrainer, place: str|Path):
     self.epochs_done, self.queries, self.global_step, self.rows = (state[k] for k in ("epochs_done", "queries", "global_step", "rows"))
     own = load_state(folder/f"process-{a.process_index}")
     if own["work"]: self.work = self._work(**own["work"])
-    set_rng_state(own["outside"]["rng"])
-    if own["outside"]["prompts"] is not None: self.prompt_function.load_state_dict(own["outside"]["prompts"])
+    self._put_back(own["outside"])
 
 @patch
 def _work(self:DDPOTrainer, latents, log_probs, prompts, advantages, **rest):
@@ -520,9 +529,7 @@ def _end(self:DDPOTrainer):
     "Save what is there, and leave as the one who asked for it expects."
     self.optimizer.zero_grad()  # of the update that was under way
     signum, self.stopping = self.stopping, None
-    self.sampling = self.work is None
-    try: kept = self.save_checkpoint()
-    finally: self.sampling = False
+    kept = self.save_checkpoint()
     if kept: self.accelerator.print(f"stopped after {self.queries:,} queries; go on with resume_from={str(kept)!r}", file=sys.stderr)
     if signum == 2: raise KeyboardInterrupt
     if signum: raise SystemExit(128 + signum)

@@ -48,6 +48,15 @@ def test_trap_7_stopped_anywhere_and_resumed_is_the_same_run(tmp_path, algorithm
     assert metrics(tmp_path/"cut") == metrics(tmp_path/"whole")
     assert torch.equal(weights(t), weights(whole))
 
+def test_stopped_while_sampling_and_gone_on_in_the_same_process(tmp_path):
+    whole, t = trainer(tmp_path/"whole"), trainer(tmp_path/"cut")
+    whole.train(progress=False)
+    stop_after(t, 2)
+    t.train(progress=False)
+    assert t.queries == 0
+    t.train(progress=False)
+    assert metrics(tmp_path/"cut") == metrics(tmp_path/"whole") and torch.equal(weights(t), weights(whole))
+
 def test_trap_7_checkpoints_are_kept_to_the_limit_with_the_last_epoch_among_them(tmp_path):
     t = trainer(tmp_path, num_epochs=5, save_freq=2, num_checkpoint_limit=2)
     t.train(progress=False)
