@@ -54,6 +54,7 @@ REWARDS = {  # name -> reward, or where the function stands that makes it for a 
     "jpeg_incompressibility": jpeg_incompressibility,
     "clip_alignment": "ddpo_nb.clip:clip_alignment",
     "clip_score": "ddpo_nb.clip:clip_score",
+    "aesthetic": "ddpo_nb.aesthetic:aesthetic",
 }
 
 def get_reward(
