@@ -38,7 +38,12 @@ def some_votes(n, seed=0): return np.random.default_rng(seed).integers(0, 40, (n
 def embedder(): return load_embedder()
 
 @pytest.fixture(scope="module")
-def ava(tmp_path_factory): return render_ava(tmp_path_factory.mktemp("ava"), 300, seed=5)
+def ava(tmp_path_factory): return render_ava(tmp_path_factory.mktemp("ava"), 700, seed=5)
+
+@pytest.fixture(scope="module")
+def exam(tmp_path_factory):
+    "Scenes of pairs of noun and colour that no head here was trained on, nor its CLIP"
+    return load(render_ava(tmp_path_factory.mktemp("exam"), 120, seed=77, unseen=True)[1])
 
 @pytest.fixture
 def few(tmp_path):
@@ -305,7 +310,7 @@ def test_a_damaged_head_is_refused_in_one_line(calibrated, embedder, tmp_path):
         return str(e.value)
     assert "cannot load" in broken("a", lambda f: (f/"head.safetensors").write_bytes(b"x"*50))
     assert "config.json" in broken("b", lambda f: (f/"config.json").unlink())
-    assert "size mismatch" in broken("c", lambda f: (f/"config.json").write_text(json.dumps(calibrated.config | dict(hidden=9)))) or True
+    assert "cannot load" in broken("c", lambda f: (f/"config.json").write_text(json.dumps(calibrated.config | dict(hidden=9))))
     def bend(folder):
         from safetensors.torch import save_file
         tensors = load_file(folder/"head.safetensors"); tensors["layers.3.bias"][9] += 3; save_file(tensors, folder/"head.safetensors")
@@ -349,7 +354,7 @@ def test_the_real_published_head_if_it_is_here():
     "Set DDPO_NB_LAION_HEAD to the published file (sac+logos+ava1-l14-linearMSE.pth, or aesthetic-model.pth from the hub)"
     if not (path := os.environ.get("DDPO_NB_LAION_HEAD")): pytest.skip("DDPO_NB_LAION_HEAD is not set")
     head, u = load_head(path), torch.cat([fixed_vectors(768), units(50, 768)])
-    exact = collapse(torch.load(path, weights_only=True), u)
+    exact = collapse(torch.load(path, map_location="cpu", weights_only=True), u)
     np.testing.assert_allclose(head.score(u), exact, atol=1e-5)
     np.testing.assert_allclose(exact[:4], LAION_SCORES, atol=1e-5)
     assert (head(15*u)[:, 0] > 20).any()
@@ -363,7 +368,8 @@ def hub(monkeypatch, tmp_path):
     import huggingface_hub.constants as c
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"): monkeypatch.setattr(c, name, str(tmp_path/"cache"))
     with Server() as s:
-        for name, value in dict(ENDPOINT=s.url, HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True, HF_HUB_DISABLE_TELEMETRY=True, HF_HUB_DISABLE_PROGRESS_BARS=True).items(): monkeypatch.setattr(c, name, value)
+        for name, value in dict(ENDPOINT=s.url, HUGGINGFACE_CO_URL_TEMPLATE=s.url + "/{repo_id}/resolve/{revision}/{filename}", HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True,
+                                HF_HUB_DISABLE_TELEMETRY=True, HF_HUB_DISABLE_PROGRESS_BARS=True).items(): monkeypatch.setattr(c, name, value)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield s
 
@@ -440,25 +446,20 @@ def test_other_models_get_the_published_head(monkeypatch):
     assert asked == [(LAION_HEAD, "aesthetic-model.pth")]
 
 @needs_font
-def test_the_bundled_head_found_the_hidden_preference(tmp_path):
-    _, folder = render_ava(tmp_path, 150, seed=77, unseen=True)
-    x = load(folder)
-    assert agreement(aesthetic()(x, [""]*150, [{}]*150)[0], hidden_preference(x))["spearman"] >= .95
+def test_the_bundled_head_found_the_hidden_preference(exam):
+    assert agreement(aesthetic()(exam, [""]*120, [{}]*120)[0], hidden_preference(exam))["spearman"] >= .95
 
 # All of it, by the command
 
 @needs_font
 @pytest.mark.parametrize("loss", ["emd", "mse"])
-def test_the_hidden_preference_is_found_from_votes_alone(loss, ava, embedder, tmp_path, monkeypatch, capsys, shared_cache):
+def test_the_hidden_preference_is_found_from_votes_alone(loss, ava, exam, tmp_path, monkeypatch, capsys, shared_cache):
     monkeypatch.chdir(tmp_path)
     assert main(["train-aesthetic", "--ratings", str(ava[0]), "--images", str(ava[1]), "--output", "run", "--loss", loss, "--cache", str(shared_cache), "--no-progress"]) == 0
     out = capsys.readouterr().out
     assert all(w in out for w in ("mse", "spearman", "pearson", "run/head")) and (loss == "emd") == ("emd  " in out)
-    _, folder = render_ava(tmp_path/"exam", 150, seed=6, unseen=True)
-    x = load(folder)
-    head = load_head("run/head")
-    assert agreement(head.score(embedder.images(x)), hidden_preference(x))["spearman"] >= .9
-    assert aesthetic(head="run/head")(x[:2], [""]*2, [{}]*2)[0].shape == (2,)
+    scores = aesthetic(head="run/head")(exam, [""]*120, [{}]*120)[0]
+    assert agreement(scores, hidden_preference(exam))["spearman"] >= .9
 
 @pytest.fixture(scope="module")
 def shared_cache(tmp_path_factory): return tmp_path_factory.mktemp("cache")
