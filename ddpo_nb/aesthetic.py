@@ -11,9 +11,8 @@ __all__ = ['VOTES', 'MAX_TURN', 'MAX_MOVE', 'MAX_HEAD', 'HEAD_FILES', 'LAION_HEA
            'AestheticReward', 'aesthetic', 'held_out', 'examine', 'train_aesthetic']
 
 # %% ../nbs/05b_aesthetic.ipynb #fdd2efd7
-import hashlib, json, os, re, shutil, tempfile
+import hashlib, json, os, shutil, tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -27,7 +26,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from .checkpoints import load_state, newest_whole, publish, save_state, write_atomic
+from .checkpoints import complaints, load_state, newest_whole, publish, save_state, write_atomic
 from .clip import EMOJI_CLIP, OPENAI_CLIP, Embedder, _unit, load_embedder
 from .policy import EMOJI_SD, _no_bars, _one_line
 from .prompts import InputError
@@ -229,10 +228,11 @@ def _one_epoch(head, optimizer, schedule, vectors, shares, batch_size, seed):
 # %% ../nbs/05b_aesthetic.ipynb #e7564026
 def _keep(home, epoch, **parts):
     "Publish a checkpoint in the folder `home`."
-    home.mkdir(parents=True, exist_ok=True)
-    writing = Path(tempfile.mkdtemp(dir=home, prefix=".writing-"))
-    save_state(writing/"state", {k: o.state_dict() for k, o in parts.items()} | dict(epoch=epoch))
-    publish(writing, home, f"checkpoint_{epoch}", limit=2)
+    with complaints(f"a checkpoint in {str(home)!r}"):
+        home.mkdir(parents=True, exist_ok=True)
+        writing = Path(tempfile.mkdtemp(dir=home, prefix=".writing-"))
+        save_state(writing/"state", {k: o.state_dict() for k, o in parts.items()} | dict(epoch=epoch))
+        publish(writing, home, f"checkpoint_{epoch}", limit=2)
 
 def _go_on(home, **parts):
     "Take up the newest checkpoint in `home`; the epochs that are done."

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 from scipy.stats import pearsonr, spearmanr, wasserstein_distance
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+from transformers import AutoImageProcessor, CLIPConfig, CLIPImageProcessor, CLIPModel, SiglipConfig, SiglipImageProcessor, SiglipModel
 from transformers.activations import ACT2FN
 
 import ddpo_nb.aesthetic as A
@@ -20,6 +20,7 @@ from ddpo_nb.aesthetic import (EMOJI_HEAD, LAION_HEAD, LAION_SCORES, OPENAI_L14,
                                cache_key, calibrate, calibration_pictures, check_head, check_pixels, check_published, check_settings, clip_pixels, crowd, embed,
                                embed_files, emd, emd_loss, find_images, fixed_vectors, held_out, hidden_preference, load_head, read_ava, render_ava, save_head,
                                train_aesthetic, train_head)
+from ddpo_nb.checkpoints import CheckpointError
 from ddpo_nb.cli import main
 from ddpo_nb.clip import Embedder, load_embedder
 from ddpo_nb.policy import ModelError
@@ -413,6 +414,15 @@ def test_a_setting_that_is_not_as_published_is_named(l14, act, changes, says):
     with pytest.raises(CalibrationError, match=says): check_settings(l14(act, **changes), SMALL)
     check_settings(l14(), SMALL)
 
+def test_the_old_form_of_the_published_settings_is_understood(l14, tmp_path):
+    "Two plain numbers for the sizes, and nothing about rescaling: so they stand on the hub"
+    old = dict(crop_size=224, do_center_crop=True, do_normalize=True, do_resize=True, feature_extractor_type="CLIPFeatureExtractor", resample=3, size=224,
+               **{k: OPENAI_L14["processor"][k] for k in ("image_mean", "image_std")})
+    (tmp_path/"preprocessor_config.json").write_text(json.dumps(old))
+    e = l14()
+    e.image_processor = AutoImageProcessor.from_pretrained(tmp_path)
+    check_settings(e, SMALL); check_pixels(e, SMALL)
+
 @pytest.mark.parametrize("slip", [swapped, scaled, lambda e: setattr(e, "images", lambda x: Embedder.images(e, x*255)), lambda e: setattr(e, "images", lambda x: Embedder.images(e, x[..., ::2]))])
 def test_pixels_that_are_not_as_published_are_noticed(l14, slip):
     e = l14()
@@ -425,6 +435,23 @@ def test_our_preprocessing_is_transformers(l14, size):
     x = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
     theirs = CLIPImageProcessor()(images=[*(x*255).round().byte().permute(0, 2, 3, 1).numpy()], return_tensors="pt").pixel_values
     assert (clip_pixels(x) - theirs).abs().mean() < .01
+
+def test_siglip_serves_as_well(few, tmp_path):
+    torch.manual_seed(0)
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    e = Embedder(SiglipModel(SiglipConfig(text_config=small | dict(vocab_size=20), vision_config=small | dict(image_size=32, patch_size=16))), SiglipImageProcessor(size=dict(height=32, width=32)), None, "siglip")
+    rated = read_ava(few[0])
+    ids, vectors, _ = embed_files(e, find_images(few[1], rated.ids), tmp_path/"cache", progress=False)
+    head = train_head(vectors, rated.votes[:len(ids)], epochs=2, progress=False, clip="siglip")
+    save_head(head, tmp_path/"head", e)
+    assert AestheticReward(e, load_head(tmp_path/"head"))(torch.rand(2, 3, 40, 50), [""]*2, [{}]*2)[0].shape == (2,)
+    e.image_processor.image_std = [.1]*3
+    with pytest.raises(CalibrationError, match="siglip does not see"): AestheticReward(e, load_head(tmp_path/"head"))
+
+def test_a_disk_that_is_full_is_one_line(tmp_path, monkeypatch):
+    def full(*args): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(A, "save_state", full)
+    with pytest.raises(CheckpointError, match="No space left"): train_head(units(20), some_votes(20), epochs=1, home=tmp_path, progress=False)
 
 # The reward
 
