@@ -28,7 +28,7 @@ from .ddpo import DDPO, DDPOSF, STEP_WEIGHTINGS
 from .mdp import Trajectories
 from .policy import EMOJI_SD, StableDiffusionPolicy, load_pipeline
 from .prompts import InputError
-from .rewards import check_rewards
+from .rewards import check_rewards, to_uint8
 from .rollout import rollout, sample_generator
 from .rwr import RWR, RWRSparse
 
@@ -172,6 +172,18 @@ def usable_precision(wanted: str) -> str:
         return "no"
     return wanted
 
+def _tracker_kwargs(c):
+    "Those of the config, and the run's name for the trackers that have a place for it."
+    named = {"name": c.run_name} if c.run_name else {}
+    return c.tracker_kwargs | {t: named | c.tracker_kwargs.get(t, {}) for t in ("wandb", "trackio")}
+
+def _log_images(tracker, images, step):
+    "Name -> images (n, 3, H, W) in [0, 1], to a tracker; the others have no place for pictures."
+    if hasattr(tracker, "log_images"): tracker.log_images(images, step=step)
+    elif tracker.name == "trackio":  # accelerate logs only numbers there
+        from trackio import Image
+        tracker.log({k: Image(to_uint8(torch.as_tensor(v))[0]) for k, v in images.items()}, step=step)
+
 def _accelerator(c, home):
     "An `Accelerator` with the config's precision, trackers and folders; it can also log images."
     if c.allow_tf32 and torch.cuda.is_available(): torch.backends.cuda.matmul.allow_tf32 = True
@@ -182,10 +194,9 @@ def _accelerator(c, home):
     a = Accelerator(mixed_precision=precision, log_with=c.log_with, project_config=ProjectConfiguration(**project), **c.accelerator_kwargs)
     if c.log_with:
         plain = {k: v for k, v in c.to_dict().items() if isinstance(v, (int, float, str)) and not k.startswith(("tracker_kwargs", "accelerator_kwargs"))}
-        a.init_trackers(c.tracker_project_name, config=plain, init_kwargs=c.tracker_kwargs)
+        a.init_trackers(c.tracker_project_name, config=plain, init_kwargs=_tracker_kwargs(c))
     def log_images(images, step=None):
-        for t in a.trackers:
-            if hasattr(t, "log_images"): t.log_images(images, step=step)
+        for t in a.trackers: _log_images(t, images, step)
     a.log_images = log_images  # as TRL's hooks call it on their third argument
     return a
 
@@ -368,7 +379,7 @@ def _log_some(self:DDPOTrainer, batches, step, accelerator, most=8):
     "The hook of those who give none: a few pictures for the trackers, with prompt and reward."
     if not accelerator.trackers: return
     images, prompts, _, rewards, _ = batches[0]
-    accelerator.log_images({f"{p:.40} | {float(r):.3f}": o[None].float().cpu().numpy() for o, p, r in zip(images[:most], prompts, rewards)}, step=step)
+    accelerator.log_images({f"{p:.40} | {float(r):.3f}": o[None].float().cpu() for o, p, r in zip(images[:most], prompts, rewards)}, step=step)
 
 def _memory():
     "Peak memory in GB: of the GPU if there is one, else of this process."
