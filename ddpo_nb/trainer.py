@@ -436,35 +436,41 @@ RESULT_FREE = ("exp_name", "run_name", "log_with", "tracker_kwargs", "accelerato
          "gradient_checkpointing", "vae_slicing", "offload_trajectories", "compile")
 
 def _identity(c):
-    "The settings that decide a run's result."
-    return {k: v for k, v in asdict(c).items() if k not in RESULT_FREE}
+    "The settings that decide a run's result: its length too, if the learning rate follows it."
+    steady = c.lr_scheduler.startswith("constant")
+    return {k: v for k, v in asdict(c).items() if k not in RESULT_FREE} | ({} if steady else dict(num_epochs=c.num_epochs))
+
+@patch
+def _together(self:DDPOTrainer, what, do, main_only=False) -> str|None:
+    "Do something with the disk on all processes, or on the main one; all get to know the first complaint."
+    problem = None
+    if self.accelerator.is_main_process or not main_only:
+        try:
+            with complaints(what): do()
+        except CheckpointError as e: problem = str(e)
+    return next((p for p in gather_object([problem]) if p), None)
+
+@patch
+def _write_checkpoint(self:DDPOTrainer, place):
+    "From all processes into a folder of another name, which gets its own when it is whole. CheckpointError on all of them if one cannot write."
+    what, tmp = str(place), [None]
+    def begin(): place.parent.mkdir(parents=True, exist_ok=True); tmp[0] = tempfile.mkdtemp(dir=place.parent, prefix=".writing-")
+    problem = self._together(what, begin, main_only=True)
+    broadcast_object_list(tmp)
+    problem = problem or self._together(what, lambda: self._write_state(Path(tmp[0])))
+    problem = problem or self._together(what, lambda: publish(Path(tmp[0]), place.parent, place.name, self.config.num_checkpoint_limit), main_only=True)
+    if problem is None: return
+    if tmp[0] and self.accelerator.is_main_process: shutil.rmtree(tmp[0], ignore_errors=True)
+    raise CheckpointError(problem)
 
 @patch
 def save_checkpoint(self:DDPOTrainer) -> Path|None:
     "Write a checkpoint from all processes; returns its folder, or None if the run keeps nothing. CheckpointError on all of them if one cannot write."
     if self.home is None: return None
-    a, home, name = self.accelerator, self.home/"checkpoints", f"checkpoint_{self.epochs_done}" + (f"-{self.work.done}" if self.work else "")
-    problem, tmp = None, [None]
-    try:
-        with complaints(str(home/name)):
-            if a.is_main_process: home.mkdir(parents=True, exist_ok=True); tmp = [tempfile.mkdtemp(dir=home, prefix=".writing-")]
-    except CheckpointError as e: problem = str(e)
-    broadcast_object_list(tmp)
-    try:
-        with complaints(str(home/name)):
-            if tmp[0]: self._write_state(Path(tmp[0]))
-    except CheckpointError as e: problem = str(e)
-    problems = [p for p in gather_object([problem]) if p]
-    if a.is_main_process and not problems:
-        try:
-            with complaints(str(home/name)): publish(Path(tmp[0]), home, name, self.config.num_checkpoint_limit)
-        except CheckpointError as e: problems = [str(e)]
-    problems = [p for p in gather_object(problems[:1] or [None]) if p]
-    if problems:
-        if a.is_main_process and tmp[0]: shutil.rmtree(tmp[0], ignore_errors=True)
-        raise CheckpointError(problems[0])
+    place = self.home/"checkpoints"/(f"checkpoint_{self.epochs_done}" + (f"-{self.work.done}" if self.work else ""))
+    self._write_checkpoint(place)
     self.resumed = True  # the folder is this run's own
-    return home/name
+    return place
 
 # %% ../nbs/09_trainer.ipynb #c2c34831
 def find_checkpoint(place: str|Path) -> Path:
