@@ -71,7 +71,7 @@ def _once(text, values):
 # %% ../nbs/11_cli.ipynb #d2ed763a
 def _add_model(p): p.add_argument("--model", default="emoji-sd", metavar="DIR_OR_ID", help="emoji-sd (bundled), a folder in diffusers' format, or a hub id")
 def _add_reward(p):
-    p.add_argument("--reward", default="jpeg_compressibility", metavar="NAME", help="jpeg_compressibility, jpeg_incompressibility, or path/to/file.py:function")
+    p.add_argument("--reward", default="jpeg_compressibility", metavar="NAME", help="a name (see 05_rewards), a weighted sum such as clip_alignment+0.5*jpeg_compressibility, or path/to/file.py:function")
 def _add_prompts(p, what=""):
     p.add_argument("--prompts", default="simple_animals", metavar="NAME_OR_FILE", help=f"{', '.join(PROMPT_SETS)}, or a file with one prompt a line{what}")
 
@@ -317,7 +317,7 @@ def _evaluate(args):
     from ddpo_nb.compare import exam_generators, load_reward, mean_interval, pm, spread
     from ddpo_nb.rewards import check_rewards
     from ddpo_nb.rollout import rollout
-    reward, name, *_ = load_reward(args.reward)
+    reward, name, *_ = load_reward(args.reward, args.model)
     policy, items = _policy(args), spread(items, args.samples)
     prompts, metadata = [p for p, _ in items], [dict(m) for _, m in items]
     images = rollout(policy, prompts, exam_generators(args.seed, len(items)), metadata, args.batch_size).images

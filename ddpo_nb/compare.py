@@ -594,7 +594,7 @@ def _from_file(path, function):
     if not callable(found): raise InputError("--reward", f"{str(path)!r} has no function {function!r}", "name one that it defines, as path/to/file.py:function")
     return found
 
-def load_reward(reward) -> tuple:
+def load_reward(reward, model: str = EMOJI_SD) -> tuple:
     "(function, name, what to call it in config.json, digest of its file) from a name, `file.py:function`, or a callable; InputError if there is none."
     if callable(reward):
         name = getattr(reward, "__name__", type(reward).__name__)
@@ -602,7 +602,9 @@ def load_reward(reward) -> tuple:
     path, _, function = str(reward).rpartition(":")
     if not path.endswith(".py"):
         if str(reward).endswith(".py"): raise InputError("--reward", f"{reward!r} names no function", f"write {reward}:function")
-        return _Guarded(get_reward(reward), reward), reward, reward, None
+        found = get_reward(reward, model)
+    if hasattr(found, "to"): found.to(processes().device)
+    return _Guarded(found, reward), reward, reward, None
     found = _from_file(Path(path).expanduser(), function)
     return _Guarded(found, function), function, str(reward), hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()[:16]
 
@@ -750,7 +752,7 @@ def compare(
     make_prompts = lambda seed: prompt_source(prompts, seed) if isinstance(prompts, (str, Path)) else PromptSource(prompts, seed)
     items = make_prompts(0).items
     configs, budget, notes = fit_budget(_configs(algorithms, model, lora, settings, overrides), queries, processes().num_processes)
-    function, reward_name, spec, digest = load_reward(reward)
+    function, reward_name, spec, digest = load_reward(reward, str(model))
     plan = dict(model=str(model), reward=spec, reward_name=reward_name, reward_digest=digest, prompts=str(prompts) if isinstance(prompts, (str, Path)) else f"{len(items)} prompts",
                 prompts_digest=_digest(items), queries=budget, algorithms=algorithms, seeds=seeds, lora=lora, evaluation_samples=evaluation_samples, init_lora=init_lora,
                 configs={a: asdict(c) for a, c in configs.items()}, notes=notes, machine=_machine(), versions=_versions(), command=command)
