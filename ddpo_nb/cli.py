@@ -178,11 +178,26 @@ def _output(args):
     if not (Path(found)/"config.json").is_file(): raise InputError("--resume", f"there is no run in {found!r}", "name its folder with --output, or leave out --resume")
     return found
 
+def _open_json(flag, text):
+    "A flag and its JSON object, without what is secret in it."
+    from ddpo_nb.hub import without_secrets
+    value = json.loads(text)
+    shown = without_secrets(value)
+    return [flag, text if shown == value else json.dumps(shown)]
+
+def _open_words(words):
+    "The words of a command line, without a token, and without secrets in --tracker-kwargs and its like."
+    words, kept, objects = iter(words), [], ["--" + n.replace("_", "-") for n, kind, *_ in config_fields() if kind is dict]
+    for w in words:
+        flag, equals, value = w.partition("=")
+        if flag not in ("--hf-user-access-token", *objects): kept.append(w); continue
+        if not equals: value = next(words)
+        if flag in objects: kept += _open_json(flag, value)
+    return kept
+
 def _words(args, output):
-    "The command line that makes this run again, without a token."
-    words = iter(args.words)
-    kept = [w for w in words if not (w.startswith("--hf-user-access-token") and ("=" in w or next(words, None)))]
-    return kept + ([] if args.output else ["--output", str(output)])
+    "The command line that makes this run again, without what is secret."
+    return _open_words(args.words) + ([] if args.output else ["--output", str(output)])
 
 def _go_on(words):
     "The command that goes on with an interrupted run."
@@ -321,6 +336,7 @@ def main(argv: list|None = None) -> int:
     except SystemExit as e: return e.code
     except InputError as e: print(f"ddpo-nb train: {e.argument}: {e.problem}; {e.remedy}", file=sys.stderr); return 2
     args.words = words
+    if argv is None: sys.argv[1:] = _open_words(words)  # trackers write the command down
     usual = signal.getsignal(signal.SIGTERM)
     try: signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends in good order
     except ValueError: usual = None  # not the main thread

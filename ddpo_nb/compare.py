@@ -676,7 +676,7 @@ def _trainer(self:Comparison, name, seed, make_prompts, reward):
         if checkpoints(home/"checkpoints") and found is None:
             warnings.warn(f"no checkpoint in {str(home)!r} is whole: {name}, seed {seed}, begins again")
             shutil.rmtree(home)
-        extra = extra | dict(logdir=str(home), resume_from=str(found or ""))
+        extra = extra | dict(logdir=str(home.parent), run_name=home.name, resume_from=str(found or ""))
     config = make_config(name, s["model"], **{"logdir": ""} | {k: v for k, v in s["configs"][name].items() if k != "algorithm"} | extra, seed=seed)
     set_seed(seed)  # of the adapters
     return make_trainer(config, reward, make_prompts(seed), StableDiffusionPolicy(load_pipeline(s["model"], s.get("init_lora")), use_lora=s["lora"], lora_rank=config.lora_rank))
@@ -700,6 +700,7 @@ def _run(self:Comparison, name, seed, make_prompts, reward, examiner, place, pro
             bar.update(trainer.queries - bar.n); bar.set_postfix(reward=f"{row['reward_mean']:.3f}")
         trainer.on_progress = advance
         trainer.train(on_row=on_row)
+    for tracker in trainer.accelerator.trackers: tracker.finish()  # or the next run's numbers would go to this one
     if trainer.queries != s["queries"] and not trainer._past_its_best(): raise RuntimeError(f"{name} used {trainer.queries} queries, not {s['queries']}")  # equal budgets are the point
     self._keep_weights(trainer.policy, f"{name}-seed{seed}")
     self._examine(examiner, trainer.policy, name, seed, progress)

@@ -28,7 +28,7 @@ from .ddpo import DDPO, DDPOSF, STEP_WEIGHTINGS
 from .mdp import Trajectories
 from .policy import EMOJI_SD, StableDiffusionPolicy, load_pipeline
 from .prompts import InputError
-from .rewards import _numbers, check_name, check_rewards, get_reward
+from .rewards import _numbers, check_name, check_rewards, get_reward, to_uint8
 from .rollout import rollout, sample_generator
 from .rwr import RWR, RWRSparse
 
@@ -178,6 +178,18 @@ def usable_precision(wanted: str) -> str:
         return "no"
     return wanted
 
+def _tracker_kwargs(c):
+    "Those of the config, and the run's name for the trackers that have a place for it."
+    named = {"name": c.run_name} if c.run_name else {}
+    return c.tracker_kwargs | {t: named | c.tracker_kwargs.get(t, {}) for t in ("wandb", "trackio")}
+
+def _log_images(tracker, images, step):
+    "Name -> images (n, 3, H, W) in [0, 1], to a tracker; the others have no place for pictures."
+    if hasattr(tracker, "log_images"): tracker.log_images(images, step=step)
+    elif tracker.name == "trackio":  # accelerate logs only numbers there
+        from trackio import Image
+        tracker.log({k: Image(to_uint8(torch.as_tensor(v))[0]) for k, v in images.items()}, step=step)
+
 def _accelerator(c, home):
     "An `Accelerator` with the config's precision, trackers and folders; it can also log images."
     if c.allow_tf32 and torch.cuda.is_available(): torch.backends.cuda.matmul.allow_tf32 = True
@@ -188,10 +200,9 @@ def _accelerator(c, home):
     a = Accelerator(mixed_precision=precision, log_with=c.log_with, project_config=ProjectConfiguration(**project), **c.accelerator_kwargs)
     if c.log_with:
         plain = {k: v for k, v in c.to_dict().items() if isinstance(v, (int, float, str)) and not k.startswith(("tracker_kwargs", "accelerator_kwargs"))}
-        a.init_trackers(c.tracker_project_name, config=plain, init_kwargs=c.tracker_kwargs)
+        a.init_trackers(c.tracker_project_name, config=plain, init_kwargs=_tracker_kwargs(c))
     def log_images(images, step=None):
-        for t in a.trackers:
-            if hasattr(t, "log_images"): t.log_images(images, step=step)
+        for t in a.trackers: _log_images(t, images, step)
     a.log_images = log_images  # as TRL's hooks call it on their third argument
     return a
 
@@ -381,7 +392,7 @@ def _log_some(self:DDPOTrainer, batches, step, accelerator, most=8):
     "The hook of those who give none: a few pictures for the trackers, with prompt and reward."
     if not accelerator.trackers: return
     images, prompts, _, rewards, _ = batches[0]
-    accelerator.log_images({f"{p:.40} | {float(r):.3f}": o[None].float().cpu().numpy() for o, p, r in zip(images[:most], prompts, rewards)}, step=step)
+    accelerator.log_images({f"{p:.40} | {float(r):.3f}": o[None].float().cpu() for o, p, r in zip(images[:most], prompts, rewards)}, step=step)
 
 def _memory():
     "Peak memory in GB: of the GPU if there is one, else of this process."
@@ -484,35 +495,41 @@ RESULT_FREE = ("exp_name", "run_name", "log_with", "tracker_kwargs", "accelerato
          "gradient_checkpointing", "vae_slicing", "offload_trajectories", "compile")
 
 def _identity(c):
-    "The settings that decide a run's result."
-    return {k: v for k, v in asdict(c).items() if k not in RESULT_FREE}
+    "The settings that decide a run's result: its length too, if the learning rate follows it."
+    steady = c.lr_scheduler.startswith("constant")
+    return {k: v for k, v in asdict(c).items() if k not in RESULT_FREE} | ({} if steady else dict(num_epochs=c.num_epochs))
+
+@patch
+def _together(self:DDPOTrainer, what, do, main_only=False) -> str|None:
+    "Do something with the disk on all processes, or on the main one; all get to know the first complaint."
+    problem = None
+    if self.accelerator.is_main_process or not main_only:
+        try:
+            with complaints(what): do()
+        except CheckpointError as e: problem = str(e)
+    return next((p for p in gather_object([problem]) if p), None)
+
+@patch
+def _write_checkpoint(self:DDPOTrainer, place):
+    "From all processes into a folder of another name, which gets its own when it is whole. CheckpointError on all of them if one cannot write."
+    what, tmp = str(place), [None]
+    def begin(): place.parent.mkdir(parents=True, exist_ok=True); tmp[0] = tempfile.mkdtemp(dir=place.parent, prefix=".writing-")
+    problem = self._together(what, begin, main_only=True)
+    broadcast_object_list(tmp)
+    problem = problem or self._together(what, lambda: self._write_state(Path(tmp[0])))
+    problem = problem or self._together(what, lambda: publish(Path(tmp[0]), place.parent, place.name, self.config.num_checkpoint_limit), main_only=True)
+    if problem is None: return
+    if tmp[0] and self.accelerator.is_main_process: shutil.rmtree(tmp[0], ignore_errors=True)
+    raise CheckpointError(problem)
 
 @patch
 def save_checkpoint(self:DDPOTrainer) -> Path|None:
     "Write a checkpoint from all processes; returns its folder, or None if the run keeps nothing. CheckpointError on all of them if one cannot write."
     if self.home is None: return None
-    a, home, name = self.accelerator, self.home/"checkpoints", f"checkpoint_{self.epochs_done}" + (f"-{self.work.done}" if self.work else "")
-    problem, tmp = None, [None]
-    try:
-        with complaints(str(home/name)):
-            if a.is_main_process: home.mkdir(parents=True, exist_ok=True); tmp = [tempfile.mkdtemp(dir=home, prefix=".writing-")]
-    except CheckpointError as e: problem = str(e)
-    broadcast_object_list(tmp)
-    try:
-        with complaints(str(home/name)):
-            if tmp[0]: self._write_state(Path(tmp[0]))
-    except CheckpointError as e: problem = str(e)
-    problems = [p for p in gather_object([problem]) if p]
-    if a.is_main_process and not problems:
-        try:
-            with complaints(str(home/name)): publish(Path(tmp[0]), home, name, self.config.num_checkpoint_limit)
-        except CheckpointError as e: problems = [str(e)]
-    problems = [p for p in gather_object(problems[:1] or [None]) if p]
-    if problems:
-        if a.is_main_process and tmp[0]: shutil.rmtree(tmp[0], ignore_errors=True)
-        raise CheckpointError(problems[0])
+    place = self.home/"checkpoints"/(f"checkpoint_{self.epochs_done}" + (f"-{self.work.done}" if self.work else ""))
+    self._write_checkpoint(place)
     self.resumed = True  # the folder is this run's own
-    return home/name
+    return place
 
 # %% ../nbs/09_trainer.ipynb #c2c34831
 def find_checkpoint(place: str|Path) -> Path:
