@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REWARDS', 'to_uint8', 'jpeg_size', 'jpeg_incompressibility', 'jpeg_compressibility', 'check_name', 'get_reward',
-           'reward', 'check_rewards', 'parse_sum', 'WeightedSum', 'PromptAlignment']
+           'reward', 'check_rewards', 'parse_sum', 'WeightedSum', 'PromptAlignment', 'prompt_alignment']
 
 # %% ../nbs/05_rewards.ipynb #5ce11a5e
 import io, os, re
@@ -54,6 +54,7 @@ REWARDS = {  # name -> reward, or where the function stands that makes it for a 
     "jpeg_incompressibility": jpeg_incompressibility,
     "clip_alignment": "ddpo_nb.clip:clip_alignment",
     "clip_score": "ddpo_nb.clip:clip_score",
+    "prompt_alignment": "ddpo_nb.rewards:prompt_alignment",
 }
 
 def check_name(
@@ -208,3 +209,14 @@ def errors(self: PromptAlignment, images: Tensor, prompts: list) -> Tensor:
 def score(self: PromptAlignment, images: Tensor, prompts: list) -> np.ndarray:
     "The reward (N,) of one batch: error without the prompt minus error with it, averaged over noise levels."
     return (self.errors(images, [""]*len(prompts)) - self.errors(images, prompts)).mean(1).double().cpu().numpy()
+
+# %% ../nbs/05_rewards.ipynb #fc60d881
+def prompt_alignment(model: str = "emoji-sd") -> PromptAlignment:
+    "`PromptAlignment` by the pretrained `model` itself, loaded once more."
+    from ddpo_nb.policy import load_pipeline
+    return PromptAlignment(load_pipeline(model))
+
+@patch
+def to(self: PromptAlignment, device):
+    for part in (self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.unet): part.to(device)
+    return self
