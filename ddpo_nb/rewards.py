@@ -54,6 +54,9 @@ REWARDS = {  # name -> reward, or where the function stands that makes it for a 
     "jpeg_incompressibility": jpeg_incompressibility,
     "clip_alignment": "ddpo_nb.clip:clip_alignment",
     "clip_score": "ddpo_nb.clip:clip_score",
+    "pickscore": "ddpo_nb.preference:pickscore",
+    "hps_v2": "ddpo_nb.preference:hps_v2",
+    "image_reward": "ddpo_nb.preference:image_reward",
 }
 
 def get_reward(
