@@ -603,8 +603,8 @@ def load_reward(reward, model: str = EMOJI_SD) -> tuple:
     if not path.endswith(".py"):
         if str(reward).endswith(".py"): raise InputError("--reward", f"{reward!r} names no function", f"write {reward}:function")
         found = get_reward(reward, model)
-    if hasattr(found, "to"): found.to(processes().device)
-    return _Guarded(found, reward), reward, reward, None
+        if hasattr(found, "to"): found.to(processes().device)
+        return _Guarded(found, reward), reward, reward, None
     found = _from_file(Path(path).expanduser(), function)
     return _Guarded(found, function), function, str(reward), hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()[:16]
 

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['REWARDS', 'to_uint8', 'jpeg_size', 'jpeg_incompressibility', 'jpeg_compressibility', 'check_name', 'get_reward',
-           'reward', 'check_rewards', 'parse_sum', 'WeightedSum', 'PromptAlignment', 'prompt_alignment']
+           'reward', 'check_rewards', 'parse_sum', 'WeightedSum', 'ParallelReward', 'join_info', 'PromptAlignment',
+           'prompt_alignment']
 
 # %% ../nbs/05_rewards.ipynb #5ce11a5e
-import io, os, re
-from concurrent.futures import ThreadPoolExecutor
+import io, multiprocessing, os, pickle, re, signal, traceback
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
 import numpy as np
 import torch
@@ -55,6 +57,9 @@ REWARDS = {  # name -> reward, or where the function stands that makes it for a 
     "clip_alignment": "ddpo_nb.clip:clip_alignment",
     "clip_score": "ddpo_nb.clip:clip_score",
     "prompt_alignment": "ddpo_nb.rewards:prompt_alignment",
+    "pickscore": "ddpo_nb.preference:pickscore",
+    "hps_v2": "ddpo_nb.preference:hps_v2",
+    "image_reward": "ddpo_nb.preference:image_reward",
 }
 
 def check_name(
@@ -149,6 +154,119 @@ class WeightedSum:
             values = check_rewards(values, len(images), name)
             total, info = total + weight * values, info | {f"{name}/{k}": v for k, v in (own or {}).items()} | {f"reward/{name}": values}
         return total, info
+
+# %% ../nbs/05_rewards.ipynb #b0010002
+class ParallelReward:
+    "Reward: another one, asked about the parts of a batch side by side. Close it at the end, or use it in a `with`."
+    kinds = ("thread", "process")
+    def __init__(self,
+        reward,               # (images, prompts, metadata) -> (rewards, reward metadata), of each picture by itself
+        workers: int = 2,     # threads or processes
+        kind: str = "thread", # or "process": they are spawned, and get the reward once
+    ):
+        if kind not in self.kinds: raise InputError("reward_pool", f"there is no {kind!r}", f"choose from {', '.join(self.kinds)}")
+        if workers < 1: raise InputError("workers", f"{workers} is not positive", "give a number above 0")
+        self.reward, self.workers, self.kind, self.pool = reward, workers, kind, None
+        self.__name__ = getattr(reward, "__name__", type(reward).__name__)
+
+    def close(self):
+        "Wait for what is being scored, drop what is not, and end the threads or processes. Another call begins anew."
+        if self.pool: self.pool.shutdown(cancel_futures=True)
+        self.pool = None
+
+    def to(self, device):
+        self.close()  # processes have copies
+        if hasattr(self.reward, "to"): self.reward.to(device)
+        return self
+
+    def __enter__(self): return self
+    def __exit__(self, *_): self.close()
+
+    def __call__(self, images: Tensor, prompts: list, metadata: list) -> tuple:
+        "Rewards (N,), float64, and the metadata of all parts put together, from images (N, 3, H, W)."
+        cuts = np.linspace(0, len(prompts), min(self.workers, max(len(prompts), 1)) + 1).astype(int)
+        parts = [slice(a, b) for a, b in zip(cuts, cuts[1:])]
+        waiting = [self.submit(images[s], prompts[s], metadata[s]) for s in parts]
+        found, sizes = [wait() for wait in waiting], [s.stop - s.start for s in parts]
+        return np.concatenate([_sized(r, n, self.__name__) for (r, _), n in zip(found, sizes)]), join_info([info for _, info in found], sizes)
+
+def _sized(rewards, n, name):
+    "Rewards of a part as an array. Values that are not finite are left to the check of the whole, which knows their places."
+    try: values = _numbers(rewards)
+    except (TypeError, ValueError, RuntimeError): values = None
+    return values if np.shape(values) == (n,) else check_rewards(rewards, n, name)
+
+# %% ../nbs/05_rewards.ipynb #b0010004
+def _same(values):
+    try: return all(bool(np.all(v == values[0])) and np.shape(v) == np.shape(values[0]) for v in values)
+    except Exception: return False  # they cannot be compared
+
+_join = {list: lambda parts: sum(parts, []), tuple: lambda parts: sum(parts, ()), np.ndarray: np.concatenate, Tensor: torch.cat}
+
+def join_info(
+    infos: list,  # of each part, its reward metadata: a dictionary or None
+    sizes: list,  # pictures in each part
+) -> dict:
+    "One dictionary from the parts'."
+    if len(infos) == 1: return infos[0] or {}
+    out = {}
+    for k in dict.fromkeys(k for info in infos for k in info or {}):
+        values = [(info or {}).get(k) for info in infos]
+        kind = next((o for o in _join if all(isinstance(v, o) for v in values)), None)
+        if kind and all(getattr(v, "ndim", 1) and len(v) == n for v, n in zip(values, sizes)): out[k] = _join[kind](values)
+        else: out[k] = values[0] if _same(values) else values
+    return out
+
+# %% ../nbs/05_rewards.ipynb #b0010006
+class _InWorker(Exception):
+    "The traceback of an error in another process, as text: frames do not travel."
+    def __str__(self): return "\n" + self.args[0]
+
+_own = None  # in a worker process: its reward, as bytes until it is first asked
+
+def _begin(reward):
+    global _own
+    _own = reward
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
+
+def _work(job):
+    "In a worker process: (what the reward returned, error, traceback), as bytes."
+    global _own
+    try:
+        if isinstance(_own, bytes): _own = pickle.loads(_own)
+    except Exception as e:
+        return pickle.dumps((None, InputError("reward_pool", f"a new process cannot load the reward ({type(e).__name__}: {e})", "define it in a module, not in a notebook or a script, or use threads"), ""))
+    try: return pickle.dumps((_own(*pickle.loads(job)), None, ""))
+    except Exception as e:
+        shown = e.__cause__ or e.with_traceback(e.__traceback__.tb_next)
+        text = "".join(traceback.format_exception(shown))
+        try: return pickle.dumps((None, pickle.loads(pickle.dumps(e)), text))
+        except Exception: return pickle.dumps((None, RuntimeError(f"{type(e).__name__}: {e}"), text))
+
+def _sent(value, what):
+    try: return pickle.dumps(value)
+    except (pickle.PicklingError, AttributeError, TypeError) as e:
+        raise InputError("reward_pool", f"{what} cannot be sent to another process ({str(e).splitlines()[0]})", "use a function at the top of a module, or threads") from None
+
+@patch
+def submit(self: ParallelReward, images: Tensor, prompts: list, metadata: list):
+    """Begin to score one batch, whole. Returns a function that waits for what the reward returned; it raises what the reward raised.
+    InputError if a process cannot be given the reward, or ended before it answered."""
+    processes = self.kind == "process"
+    if self.pool is None:
+        self.pool = ThreadPoolExecutor(self.workers) if not processes else ProcessPoolExecutor(
+            self.workers, multiprocessing.get_context("spawn"), _begin, (_sent(self.reward, f"reward {self.__name__}"),))
+    if not processes: return self.pool.submit(self.reward, images, prompts, metadata).result
+    job = self.pool.submit(_work, _sent((images.detach().cpu(), prompts, metadata), "a prompt's metadata"))
+    def wait():
+        try: found, error, text = pickle.loads(job.result())
+        except BrokenProcessPool:
+            self.close()
+            raise InputError("reward_pool", "a worker process ended before it could answer", 'keep a script\'s main part under `if __name__ == "__main__":`, or use threads') from None
+        if isinstance(error, InputError): raise error
+        if error: raise error from _InWorker(text)
+        return found
+    return wait
 
 # %% ../nbs/05_rewards.ipynb #8d9d333c
 def _predicted_noise(scheduler, output, x, t):

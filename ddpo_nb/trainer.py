@@ -9,9 +9,9 @@ __all__ = ['ALGORITHMS', 'RESULT_FREE', 'EMOJI_SETTINGS', 'PAPER_SETTINGS', 'DDP
 
 # %% ../nbs/09_trainer.ipynb #8222ca9a
 import json, os, resource, shutil, sys, tempfile, time, warnings
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 import numpy as np, torch
 from accelerate import Accelerator, PartialState
@@ -28,7 +28,7 @@ from .ddpo import DDPO, DDPOSF, STEP_WEIGHTINGS
 from .mdp import Trajectories
 from .policy import EMOJI_SD, StableDiffusionPolicy, load_pipeline
 from .prompts import InputError
-from .rewards import _numbers, check_name, check_rewards, get_reward, to_uint8
+from .rewards import ParallelReward, _numbers, check_name, check_rewards, get_reward, to_uint8
 from .rollout import rollout, sample_generator
 from .rwr import RWR, RWRSparse
 
@@ -75,8 +75,8 @@ class DDPOConfig:
     per_prompt_stat_tracking: bool = False # normalise rewards by their own prompt's history
     per_prompt_stat_tracking_buffer_size: int = 16  # rewards remembered for each prompt
     per_prompt_stat_tracking_min_count: int = 16    # with fewer of them, a prompt takes the batch's statistics
-    async_reward_computation: bool = False # score a batch in a thread while the next is sampled
-    max_workers: int = 2                   # such threads
+    async_reward_computation: bool = False # score a batch in a thread, or process, while the next is sampled
+    max_workers: int = 2                   # such threads, or processes
     negative_prompts: str = ""             # what to steer away from
     push_to_hub: bool = False              # upload the weights to `hub_model_id` at the end
     algorithm: str = "ddpo-is"             # one of ALGORITHMS
@@ -96,6 +96,7 @@ class DDPOConfig:
     vae_slicing: bool = False              # decode images one at a time
     offload_trajectories: bool = False     # keep sampled latents in the CPU's memory
     compile: bool = False                  # torch.compile the UNet
+    reward_pool: str = "thread"            # what async_reward_computation takes: "thread", or "process" for rewards in pure Python
     hub_model_id: str = ""                 # USER/NAME on the hub
 
     def __post_init__(self): check_config(self)
@@ -121,7 +122,7 @@ _positive = ("sample_num_steps", "sample_batch_size", "sample_num_batches_per_ep
 _shares = ("sample_eta", "train_timestep_fraction", "rwr_fraction")
 _betas = ("train_adam_beta1", "train_adam_beta2")
 _not_negative = ("seed", "train_adam_weight_decay", "lr_warmup_updates", "kl_coef", "stop_patience")
-_choices = dict(algorithm=ALGORITHMS, mixed_precision=("no", "fp16", "bf16"), log_prob_reduction=("mean", "sum"), step_weighting=STEP_WEIGHTINGS,
+_choices = dict(algorithm=ALGORITHMS, mixed_precision=("no", "fp16", "bf16"), log_prob_reduction=("mean", "sum"), reward_pool=ParallelReward.kinds, step_weighting=STEP_WEIGHTINGS,
                 log_with=(None, *(str(o) for o in LoggerType)), lr_scheduler=tuple(o.value for o in SchedulerType if o.value != "piecewise_constant"))
 
 def _check_value(name, value, kind):
@@ -257,6 +258,7 @@ class DDPOTrainer:
         self.best = None          # the weights that the watched reward liked best
         self.on_progress = None   # (stage, done, total), for progress bars within an epoch
         self.paused, self.stopping, self.resumed = False, None, False
+        self.pool = None          # of async_reward_computation
         self.before = None        # while an epoch is being sampled: what it takes to begin it again
         if config.resume_from: self.load_checkpoint(config.resume_from)
 
@@ -298,12 +300,27 @@ def sample(self:DDPOTrainer, on_batch=None):
         return rollout(self.policy, prompts, generators, metadata, c.sample_batch_size, on_step, on_batch, "cpu" if c.offload_trajectories else None)
 
 # %% ../nbs/09_trainer.ipynb #04fad1a3
+class _Judges:
+    "The reward and the watched one, asked together: what a pool calls."
+    def __init__(self, reward, watched): self.reward, self.watched, self.__name__ = reward, watched, getattr(reward, "__name__", type(reward).__name__)
+    def __call__(self, images, prompts, metadata):
+        rewards, info = self.reward(images, prompts, metadata)
+        return rewards, info, self.watched(images, prompts, metadata)[0] if self.watched else None
+
 @patch
-def score(self:DDPOTrainer, images, prompts, metadata):
+def ask(self:DDPOTrainer):
+    "What a batch's images, prompts and metadata are given to; it returns a function that waits for the judges' answer."
+    c, judges = self.config, _Judges(self.reward_function, self.watched)
+    if not c.async_reward_computation: return lambda *batch: partial(judges, *batch)
+    if self.pool and self.pool.reward.reward is not self.reward_function: self.pool = self.pool.close()
+    self.pool = self.pool or ParallelReward(judges, c.max_workers, c.reward_pool)
+    return self.pool.submit
+
+@patch
+def checked(self:DDPOTrainer, answer, n):
     "Checked rewards (n,) of a batch, the reward function's own metadata, and the watched reward's values (n,), if one is watched."
-    rewards, info = self.reward_function(images, prompts, metadata)
-    rewards = check_rewards(rewards, len(prompts), getattr(self.reward_function, "__name__", type(self.reward_function).__name__))
-    return rewards, info, check_rewards(self.watched(images, prompts, metadata)[0], len(prompts), self.config.watch_reward) if self.watched else None
+    rewards, info, watched = answer
+    return check_rewards(rewards, n, getattr(self.reward_function, "__name__", type(self.reward_function).__name__)), info, None if watched is None else check_rewards(watched, n, self.config.watch_reward)
 
 # %% ../nbs/09_trainer.ipynb #003e9012
 @patch
@@ -370,11 +387,10 @@ def update(self:DDPOTrainer, work: Work) -> dict:
 @patch
 def collect(self:DDPOTrainer) -> Work:
     "Sample an epoch's trajectories, ask for their rewards, and turn these into advantages."
-    t, batches, c = [time.perf_counter()], [], self.config
-    with ThreadPoolExecutor(c.max_workers) if c.async_reward_computation else nullcontext() as pool:
-        def on_batch(*batch): batches.append((batch, pool.submit(self.score, *batch) if pool else None))
-        trajectories = self.sample(on_batch); t.append(time.perf_counter())
-        scored = [asked.result() if asked else self.score(*batch) for batch, asked in batches]; t.append(time.perf_counter())
+    t, batches, ask = [time.perf_counter()], [], self.ask()
+    def on_batch(*batch): batches.append((batch, ask(*batch)))
+    trajectories = self.sample(on_batch); t.append(time.perf_counter())
+    scored = [self.checked(wait(), len(batch[1])) for batch, wait in batches]; t.append(time.perf_counter())
     seen = [[*batch, torch.as_tensor(rewards, device=self.accelerator.device), info] for (batch, _), (rewards, info, _) in zip(batches, scored)]
     (self.hook or self._log_some)(seen, self.global_step, self.accelerator)
     rewards, prompts = np.array(gather_object([r for rewards, *_ in scored for r in rewards.tolist()])), gather_object(trajectories.prompts)
@@ -491,7 +507,7 @@ def _write_state(self:DDPOTrainer, folder):
 def _plain(value): return json.loads(json.dumps(value, default=lambda o: o.item()))
 
 RESULT_FREE = ("exp_name", "run_name", "log_with", "tracker_kwargs", "accelerator_kwargs", "project_kwargs", "tracker_project_name", "logdir", "num_epochs", "save_freq",
-         "num_checkpoint_limit", "allow_tf32", "resume_from", "async_reward_computation", "max_workers", "push_to_hub", "hub_model_id", "micro_batch_size",
+         "num_checkpoint_limit", "allow_tf32", "resume_from", "async_reward_computation", "max_workers", "reward_pool", "push_to_hub", "hub_model_id", "micro_batch_size",
          "gradient_checkpointing", "vae_slicing", "offload_trajectories", "compile")
 
 def _identity(c):
@@ -601,6 +617,8 @@ def train(self:DDPOTrainer,
             self._take_best()
             if c.push_to_hub: self.push_to_hub(c.hub_model_id)
         except _Stopped: self._end()
+        finally:
+            if self.pool: self.pool.close()
     return self.rows
 
 @patch
