@@ -8,7 +8,7 @@ __all__ = ['QUESTION', 'png_url', 'chat_request', 'ServerGone', 'retry_after', '
            'answer_matches', 'VLMQuestions', 'vlm_client', 'make_similarity', 'vlm_alignment', 'vlm_questions']
 
 # %% ../nbs/05c_vlm.ipynb #32179f43
-import base64, io, json, os, random, re, threading, time, unicodedata
+import base64, io, json, os, random, re, threading, time, unicodedata, weakref
 from collections import OrderedDict
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from datetime import datetime, timezone
@@ -157,6 +157,7 @@ class VLMClient:
         own = self.url.host in ("localhost", "127.0.0.1", "::1")
         self._http = httpx2.Client(verify=_certificates(), timeout=timeout, trust_env=not own, headers={"Accept": "application/json", "Accept-Encoding": "identity"},  # no proxy to one's own machine
                                    limits=httpx2.Limits(max_connections=concurrency + 1, max_keepalive_connections=concurrency + 1))
+        weakref.finalize(self, self._http.close)
         if self.answers: self._recall()
 
     @property
@@ -243,7 +244,7 @@ def _recall(self: VLMClient):
     "Take up the answers of earlier processes. A line that was cut off when one of them died is no answer; the next begins on a line of its own."
     if not self.answers.exists(): return
     text = self.answers.read_text(encoding="utf-8", errors="replace")
-    for line in text.splitlines():
+    for line in text.split("\n"):
         try: found = json.loads(line); self._remember(str(found["name"]), found["answer"] + "", write=False)
         except (ValueError, TypeError, KeyError, RecursionError): continue
     if text and not text.endswith("\n"):
@@ -458,15 +459,15 @@ class VLMQuestions:
 
 # %% ../nbs/05c_vlm.ipynb #f8588bb3
 def vlm_client(
-    url: str|None = None,    # None: from DDPO_VLM_URL
-    model: str|None = None,  # None: from DDPO_VLM_MODEL
-    **settings,              # of `VLMClient`
+    url: str|None = None,        # None: from DDPO_VLM_URL
+    vlm_model: str|None = None,  # None: from DDPO_VLM_MODEL
+    **settings,                  # of `VLMClient`
 ) -> VLMClient:
     "A client as the environment describes it. InputError if it does not."
-    url, model = url or os.environ.get("DDPO_VLM_URL", ""), model or os.environ.get("DDPO_VLM_MODEL", "")
+    url, name = url or os.environ.get("DDPO_VLM_URL", ""), vlm_model or os.environ.get("DDPO_VLM_MODEL", "")
     if not url.strip(): raise InputError("--vlm-url", "there is no server to ask", "give an OpenAI-compatible address such as http://localhost:8000/v1, or set DDPO_VLM_URL")
-    if not model.strip(): raise InputError("--vlm-model", "there is no model to ask for", "give its name as the server calls it, or set DDPO_VLM_MODEL")
-    return VLMClient(url, model, **settings)
+    if not name.strip(): raise InputError("--vlm-model", "there is no model to ask for", "give its name as the server calls it, or set DDPO_VLM_MODEL")
+    return VLMClient(url, name, **settings)
 
 def make_similarity(
     name: str,  # "words", "emoji-clip", or a transformers text encoder's name, with "clip:" or "bertscore:" before it for other ways than mean pooling
@@ -475,24 +476,28 @@ def make_similarity(
     if name == "words": return WordRecall()
     if name == "emoji-clip" or name.startswith("clip:"):
         from ddpo_nb.clip import load_embedder
-        return EmbeddingSimilarity(load_embedder(name.removeprefix("clip:")).texts)
+        return EmbeddingSimilarity(load_embedder(name.removeprefix("clip:"), argument="--vlm-similarity").texts)
     if name.startswith("bertscore:"): return BERTScoreRecall(name.removeprefix("bertscore:"))
     return EmbeddingSimilarity(name)
 
+_ENGLISH = "sentence-transformers/all-MiniLM-L6-v2"
+
 def vlm_alignment(
+    model: str = "emoji-sd",      # the diffusion model whose pictures are judged
     url: str|None = None,         # None: from DDPO_VLM_URL
-    model: str|None = None,       # None: from DDPO_VLM_MODEL
-    similarity: str|None = None,  # a name for `make_similarity`; None: from DDPO_VLM_SIMILARITY, or else all-MiniLM-L6-v2
+    vlm_model: str|None = None,   # None: from DDPO_VLM_MODEL
+    similarity: str|None = None,  # a name for `make_similarity`; None: from DDPO_VLM_SIMILARITY, or else what suits the diffusion model
     **settings,                   # of `VLMClient`
 ) -> VLMAlignment:
     "The reward `vlm_alignment` as flags or the environment describe it. InputError if something is missing."
-    client = vlm_client(url, model, **settings)
-    return VLMAlignment(client, make_similarity(similarity or os.environ.get("DDPO_VLM_SIMILARITY") or "sentence-transformers/all-MiniLM-L6-v2"))
+    client = vlm_client(url, vlm_model, **settings)
+    return VLMAlignment(client, make_similarity(similarity or os.environ.get("DDPO_VLM_SIMILARITY") or ("emoji-clip" if model == "emoji-sd" else _ENGLISH)))
 
 def vlm_questions(
-    url: str|None = None,    # None: from DDPO_VLM_URL
-    model: str|None = None,  # None: from DDPO_VLM_MODEL
-    **settings,              # of `VLMClient`
+    model: str = "emoji-sd",     # the diffusion model whose pictures are judged: it makes no difference here
+    url: str|None = None,        # None: from DDPO_VLM_URL
+    vlm_model: str|None = None,  # None: from DDPO_VLM_MODEL
+    **settings,                  # of `VLMClient`
 ) -> VLMQuestions:
     "The reward `vlm_questions` as flags or the environment describe it. InputError if something is missing."
-    return VLMQuestions(vlm_client(url, model, **settings))
+    return VLMQuestions(vlm_client(url, vlm_model, **settings))

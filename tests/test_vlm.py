@@ -292,7 +292,10 @@ def test_answers_outlive_the_process(server, tmp_path):
     assert c.ask(pictures(8), ["q"] * 8) == described() and c.requests == 2
     c = client(server, answers=file)
     assert c.ask(pictures(8), ["q"] * 8) == described() and c.requests == 0
-    assert client(server, answers=file, max_tokens=5).ask(pictures(1), ["q"]) and len(server.requests) == 9   # other settings, other answers
+    server.see = lambda picture, question: "two\u2028lines\x85and a \"quote\""
+    said = client(server, answers=file).ask(pictures(1), ["p"])
+    assert client(server, answers=file).ask(pictures(1), ["p"]) == said == ["two\u2028lines\x85and a \"quote\""] and len(server.requests) == 9
+    assert client(server, answers=file, max_tokens=5).ask(pictures(1), ["q"]) and len(server.requests) == 10   # other settings, other answers
 
 def test_concurrency_is_bounded_over_all_threads(server):
     server.pause, found = .02, {}
@@ -361,6 +364,15 @@ def test_from_the_environment(server, monkeypatch):
     monkeypatch.setenv("DDPO_VLM_SIMILARITY", "words")
     assert isinstance(vlm_alignment().similarity, WordRecall)
     assert vlm_client("http://localhost:1/v1", "m").model == "m"
+
+def test_the_bundled_clip_compares_what_is_said_of_bundled_pictures(server, monkeypatch):
+    monkeypatch.setenv("DDPO_VLM_URL", server.url); monkeypatch.setenv("DDPO_VLM_MODEL", MODEL)
+    same, other = vlm_alignment("emoji-sd").similarity(["a bear on a blue background"] * 2, ["a bear on a blue background", "a frog on a red background"])
+    assert same == pytest.approx(1, abs=1e-5) and other < .8
+    named = []
+    monkeypatch.setattr(V, "make_similarity", lambda name: named.append(name))
+    vlm_alignment("stable-diffusion-v1-5/stable-diffusion-v1-5"), vlm_questions("any")
+    assert named == ["sentence-transformers/all-MiniLM-L6-v2"]
 
 @pytest.mark.parametrize("name", ["no/such-model", "bertscore:no/such-model"])
 def test_text_models_that_are_not_there(name):
