@@ -324,6 +324,8 @@ def test_check(server):
     server.plan = ["404", "405", "garbage", "503"]
     c = client(server)
     assert [c.check() for _ in range(3)] == [[], [], []] and c.check() == [MODEL, "other"]
+    server.plan = ["500"] * 5
+    assert client(server).check() == []   # as some servers do that are well otherwise
     with pytest.raises(ServerGone): client(f"http://127.0.0.1:{free_port()}/v1", retries=1).check()
 
 # Bad input
