@@ -72,6 +72,9 @@ def _once(text, values):
 def _add_model(p): p.add_argument("--model", default="emoji-sd", metavar="DIR_OR_ID", help="emoji-sd (bundled), a folder in diffusers' format, or a hub id")
 def _add_reward(p):
     p.add_argument("--reward", default="jpeg_compressibility", metavar="NAME", help="a name (see 05_rewards), a weighted sum such as clip_alignment+0.5*jpeg_compressibility, or path/to/file.py:function")
+    p.add_argument("--vlm-url", metavar="URL", help="of an OpenAI-compatible server, for vlm_alignment and vlm_questions (DDPO_VLM_URL); its key is read from OPENAI_API_KEY")
+    p.add_argument("--vlm-model", metavar="NAME", help="as that server calls it (DDPO_VLM_MODEL)")
+    p.add_argument("--vlm-similarity", metavar="NAME", help="how an answer is compared with the prompt; see 05c_vlm (DDPO_VLM_SIMILARITY)")
 def _add_prompts(p, what=""):
     p.add_argument("--prompts", default="simple_animals", metavar="NAME_OR_FILE", help=f"{', '.join(PROMPT_SETS)}, or a file with one prompt a line{what}")
 
@@ -153,6 +156,11 @@ def _check_model(model):
     if path.is_dir():
         if not (path/"model_index.json").is_file(): raise InputError("--model", f"the folder {model!r} holds no model_index.json", remedy)
     elif model.count("/") != 1 or model.startswith((".", "~", "/")) or model.endswith("/"): raise InputError("--model", f"there is no folder {model!r}", remedy)
+
+def _vlm(args):
+    "Rewards that ask a server find it in the environment."
+    for name in ("vlm_url", "vlm_model", "vlm_similarity"):
+        if getattr(args, name): os.environ[f"DDPO_{name.upper()}"] = getattr(args, name)
 
 def _settings(args): return {n: v for n, *_ in config_fields() if n not in _not_flags and (v := getattr(args, n, None)) is not None}
 

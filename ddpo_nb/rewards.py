@@ -60,6 +60,8 @@ REWARDS = {  # name -> reward, or where the function stands that makes it for a 
     "pickscore": "ddpo_nb.preference:pickscore",
     "hps_v2": "ddpo_nb.preference:hps_v2",
     "image_reward": "ddpo_nb.preference:image_reward",
+    "vlm_alignment": "ddpo_nb.vlm:vlm_alignment",
+    "vlm_questions": "ddpo_nb.vlm:vlm_questions",
 }
 
 def check_name(
