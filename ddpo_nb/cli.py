@@ -157,8 +157,9 @@ def _check_model(model):
         if not (path/"model_index.json").is_file(): raise InputError("--model", f"the folder {model!r} holds no model_index.json", remedy)
     elif model.count("/") != 1 or model.startswith((".", "~", "/")) or model.endswith("/"): raise InputError("--model", f"there is no folder {model!r}", remedy)
 
-def _vlm(args):
-    "Rewards that ask a server find it in the environment."
+def _vlm(args, output=None):
+    "Rewards that ask a server find it in the environment; a run's answers are kept in its folder."
+    if output is not None: os.environ["DDPO_VLM_ANSWERS"] = str(Path(output)/"vlm_answers.jsonl")
     for name in ("vlm_url", "vlm_model", "vlm_similarity"):
         if getattr(args, name): os.environ[f"DDPO_{name.upper()}"] = getattr(args, name)
 
@@ -216,6 +217,7 @@ def _race(args, names, seeds, queries, overrides=None):
     _check_model(args.model)
     prompt_source(args.prompts)
     output = _output(args)
+    _vlm(args, output)
     words = _words(args, output)
     from ddpo_nb.compare import compare
     again = shlex.join(["ddpo-nb", *words])
@@ -224,6 +226,10 @@ def _race(args, names, seeds, queries, overrides=None):
     except SystemExit as e:  # SIGTERM
         print(f"\nTerminated; what is finished is kept. To go on:\n  {_go_on(words)}", file=sys.stderr)
         return e.code, None
+    except Exception as e:
+        if type(e).__name__ == "ServerGone":
+            print(f"\nWhat is finished is kept, and no answer is asked for twice. With the server back, to go on:\n  {_go_on(words) if (Path(output)/'config.json').is_file() else again}", file=sys.stderr)
+        raise
     if os.environ.get("RANK", "0") != "0": return (130 if c.interrupted else 0), c
     for note in c.settings["notes"]: print(note)
     if c.evaluations: print(f"\n{c.table()}\n\n{c.headline()}\n\nreport: {Path(output)/'report.html'}")
@@ -321,6 +327,7 @@ def _sample(args):
 # %% ../nbs/11_cli.ipynb #695d75ee
 def _evaluate(args):
     _check_model(args.model)
+    _vlm(args)
     items = prompt_source(args.prompts).items
     from ddpo_nb.compare import exam_generators, load_reward, mean_interval, pm, spread
     from ddpo_nb.rewards import check_rewards
@@ -355,7 +362,7 @@ def main(argv: list|None = None) -> int:
         if type(e).__name__ != "ModelError": raise
         message = str(e)
     except Exception as e:
-        if type(e).__name__ in ("CheckpointError", "HubError"):
+        if type(e).__name__ in ("CheckpointError", "HubError", "ServerGone"):
             print(f"{_prog(args)}: {e}", file=sys.stderr)
             return 1
         if type(e).__name__ != "RewardError": raise

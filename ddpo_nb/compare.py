@@ -493,7 +493,7 @@ def check_output(folder: Path, ours: str = "config.json"):
     try:
         with tempfile.TemporaryDirectory(dir=home, prefix=".writing-"): pass
     except OSError as e: raise InputError("--output", f"cannot write to {str(home)!r} ({e.strerror})", "name a folder you may write to") from None
-    if folder.exists() and any(folder.iterdir()) and not (folder/ours).exists():
+    if folder.exists() and {o.name for o in folder.iterdir()} - {"vlm_answers.jsonl"} and not (folder/ours).exists():
         raise InputError("--output", f"{str(folder)!r} holds other files", "name a new or an empty folder")
 
 def _json(value): return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
@@ -573,7 +573,9 @@ class _Guarded:
     def __call__(self, images, prompts, metadata):
         try: result = self.function(images, prompts, metadata)
         except InputError: raise
-        except Exception as e: raise RewardError(f"reward {self.__name__} raised {type(e).__name__}") from e.with_traceback(e.__traceback__.tb_next)
+        except Exception as e:
+            if type(e).__name__ == "ServerGone": raise  # says all there is to say
+            raise RewardError(f"reward {self.__name__} raised {type(e).__name__}") from e.with_traceback(e.__traceback__.tb_next)
         if not isinstance(result, tuple) or len(result) != 2:
             raise InputError(f"reward {self.__name__}", f"returned {type(result).__name__}", "return a pair: rewards, one finite number an image, and a dictionary")
         return result

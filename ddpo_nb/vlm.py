@@ -470,7 +470,7 @@ def vlm_client(
     url, name = url or os.environ.get("DDPO_VLM_URL", ""), vlm_model or os.environ.get("DDPO_VLM_MODEL", "")
     if not url.strip(): raise InputError("--vlm-url", "there is no server to ask", "give an OpenAI-compatible address such as http://localhost:8000/v1, or set DDPO_VLM_URL")
     if not name.strip(): raise InputError("--vlm-model", "there is no model to ask for", "give its name as the server calls it, or set DDPO_VLM_MODEL")
-    return VLMClient(url, name, **settings)
+    return VLMClient(url, name, **(dict(answers=os.environ.get("DDPO_VLM_ANSWERS") or None) | settings))
 
 def make_similarity(
     name: str,  # "words", "emoji-clip", or a transformers text encoder's name, with "clip:" or "bertscore:" before it for other ways than mean pooling
