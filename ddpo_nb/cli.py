@@ -146,6 +146,19 @@ def make_parser(
     _add_model(c); _add_weights(c); _add_reward(c); _add_prompts(c); _add_sampling(c)
     c.add_argument("--seed", type=_seed, default=0, help="of the noise (0)")
     c.add_argument("--samples", type=_count, help="pictures to draw (one a prompt, at most 64)")
+
+    c = add("train-aesthetic", _train_aesthetic, "Train an aesthetic predictor on rated pictures.")
+    c.add_argument("--ratings", required=True, metavar="AVA.txt", help="a picture a line: index, image id, the counts of the votes 1 to 10, two tags, challenge")
+    c.add_argument("--images", required=True, metavar="DIR", help="folder with the pictures, ID.jpg, ID.jpeg or ID.png")
+    c.add_argument("--clip", default="emoji-clip", metavar="DIR_OR_ID", help="emoji-clip (bundled), a folder, or a hub id; for photographs openai/clip-vit-large-patch14")
+    c.add_argument("--loss", choices=["emd", "mse"], default="emd", help="learn the votes' distribution by the earth mover's distance (emd), or their mean (mse)")
+    c.add_argument("--epochs", type=_count, default=60, help="passes over the ratings (60)")
+    c.add_argument("--validation", type=_number(float, "a share between 0 and 1", lambda v: 0 < v < 1), default=.1, metavar="SHARE", help="of the pictures, kept for the examination (0.1)")
+    c.add_argument("--seed", type=_seed, default=0, help="of the head and the choice of those pictures (0)")
+    c.add_argument("--output", metavar="DIR", help="folder to write (runs/train-aesthetic-DATE)")
+    c.add_argument("--cache", metavar="DIR", help="folder of embeddings, to share between runs (in --output)")
+    c.add_argument("--resume", action="store_true", help="go on with an unfinished run: that in --output, or the latest in runs/")
+    c.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True, help="progress bars")
     return p
 
 # %% ../nbs/11_cli.ipynb #488e68c1
@@ -180,7 +193,7 @@ def _overrides(texts):
 
 def _output(args):
     "The folder to write; with --resume, one that holds a run."
-    name = f"{args.command}-{args.reward.rpartition(':')[2]}-"
+    name = "-".join([args.command, *([args.reward.rpartition(":")[2]] if hasattr(args, "reward") else []), ""])
     if not args.resume: return args.output or f"runs/{name}{datetime.datetime.now():%Y%m%d-%H%M%S}"
     found = args.output or max((str(o) for o in Path("runs").glob(name + "*") if (o/"config.json").is_file()), default=None)
     if found is None: raise InputError("--resume", f"there is no run named runs/{name}…", "name its folder with --output")
@@ -339,6 +352,24 @@ def _evaluate(args):
     values = check_rewards(reward(images, prompts, metadata)[0], len(items), name)
     print(f"{name}: {pm(*mean_interval(values))} (95 %, {len(values)} pictures, {args.prompts}, seed {args.seed})")
     return 0
+
+# %% ../nbs/11_cli.ipynb #a3e57e71
+def _train_aesthetic(args):
+    output = _output(args)
+    from accelerate import PartialState
+    from ddpo_nb.aesthetic import train_aesthetic
+    again = _go_on(_words(args, output))
+    try: _, report = train_aesthetic(args.ratings, args.images, args.clip, output, args.loss, args.epochs, args.seed, args.validation, args.cache, args.resume, args.progress, PartialState().device)
+    except (KeyboardInterrupt, SystemExit) as e:
+        print(f"\nInterrupted; what is finished is kept. To go on:\n  {again}", file=sys.stderr)
+        return getattr(e, "code", 130)
+    left_out = report["left_out"]
+    if left_out: print(f"{len(left_out):,} pictures left out, such as {next(iter(left_out))}: {next(iter(left_out.values()))} (all in {Path(output)/'left_out.json'})")
+    print(f"trained on {report['pictures']:,} pictures with {args.clip}, examined on {report['held_out']:,}:")
+    for name, value in report["metrics"].items(): print(f"  {name:9}{value:7.4f}")
+    print(f"head: {report['head']}")
+    return 0
+
 
 # %% ../nbs/11_cli.ipynb #db9c8ffa
 def main(argv: list|None = None) -> int:

@@ -604,11 +604,10 @@ def load_reward(reward, model: str = EMOJI_SD) -> tuple:
     path, _, function = str(reward).rpartition(":")
     if not path.endswith(".py"):
         if str(reward).endswith(".py"): raise InputError("--reward", f"{reward!r} names no function", f"write {reward}:function")
-        found = get_reward(reward, model)
-        if hasattr(found, "to"): found.to(processes().device)
-        return _Guarded(found, reward), reward, reward, None
-    found = _from_file(Path(path).expanduser(), function)
-    return _Guarded(found, function), function, str(reward), hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()[:16]
+        found, name, digest = get_reward(reward, model), reward, None
+    else: found, name, digest = _from_file(Path(path).expanduser(), function), function, hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()[:16]
+    if hasattr(found, "to"): found.to(processes().device)
+    return _Guarded(found, name), name, str(reward), digest
 
 # %% ../nbs/10_compare.ipynb #66acfb6f
 QUERIES = 1024  # the default budget

@@ -56,6 +56,7 @@ REWARDS = {  # name -> reward, or where the function stands that makes it for a 
     "jpeg_incompressibility": jpeg_incompressibility,
     "clip_alignment": "ddpo_nb.clip:clip_alignment",
     "clip_score": "ddpo_nb.clip:clip_score",
+    "aesthetic": "ddpo_nb.aesthetic:aesthetic",
     "prompt_alignment": "ddpo_nb.rewards:prompt_alignment",
     "pickscore": "ddpo_nb.preference:pickscore",
     "hps_v2": "ddpo_nb.preference:hps_v2",
