@@ -172,7 +172,8 @@ def _check_model(model):
 
 def _vlm(args, output=None):
     "Rewards that ask a server find it in the environment; a run's answers are kept in its folder."
-    if output is not None: os.environ["DDPO_VLM_ANSWERS"] = str(Path(output)/"vlm_answers.jsonl")
+    if output is None: os.environ.pop("DDPO_VLM_ANSWERS", None)
+    else: os.environ["DDPO_VLM_ANSWERS"] = str(Path(output)/"vlm_answers.jsonl")
     for name in ("vlm_url", "vlm_model", "vlm_similarity"):
         if getattr(args, name): os.environ[f"DDPO_{name.upper()}"] = getattr(args, name)
 

@@ -25,7 +25,7 @@ def server():
 
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch):
-    for k in ("OPENAI_API_KEY", "DDPO_VLM_URL", "DDPO_VLM_MODEL", "DDPO_VLM_SIMILARITY"): monkeypatch.delenv(k, raising=False)
+    for k in ("OPENAI_API_KEY", "DDPO_VLM_URL", "DDPO_VLM_MODEL", "DDPO_VLM_SIMILARITY", "DDPO_VLM_ANSWERS"): monkeypatch.delenv(k, raising=False)
 
 def pictures(n=8):
     "Each of one colour, and no two the same"
@@ -530,3 +530,32 @@ def test_going_on_in_the_same_process(tmp_path, pipe, unbroken):
         s.answers_left = None
         t.train(progress=False)
     assert metrics(tmp_path) == unbroken[0] and torch.equal(weights(t), unbroken[1])
+
+# From the command line
+
+TINY = "--sample-num-steps 2 --sample-batch-size 4 --train-batch-size 4 --queries 4 --evaluation-samples 2 --no-progress"
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    from ddpo_nb.cli import main
+    for k in ("DDPO_VLM_URL", "DDPO_VLM_MODEL", "DDPO_VLM_SIMILARITY", "DDPO_VLM_ANSWERS"): monkeypatch.setenv(k, "")  # put back afterwards
+    def go(line):
+        capsys.readouterr()
+        return main(line.split()), *capsys.readouterr()
+    return go
+
+def test_without_a_server_the_flag_is_named(command, tmp_path):
+    status, out, err = command(f"train --reward vlm_alignment --output {tmp_path/'run'} {TINY}")
+    assert status == 2 and err.startswith("ddpo-nb train: --vlm-url: there is no server to ask") and err.count("\n") == 1 and not (tmp_path/"run").exists()
+
+def test_a_run_with_a_server_keeps_its_answers_and_ends_in_a_line_when_it_is_gone(command, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(V, "pause", lambda *args, **kw: 0.001)
+    line = f"train --reward vlm_alignment --vlm-url {server.url} --vlm-model {MODEL} --vlm-similarity words --output {tmp_path/'run'} {TINY}"
+    server.gone = True
+    status, out, err = command(line)
+    assert status == 1 and "no answer is asked for twice" in err and "--vlm-url" in err and "Traceback" not in err
+    server.gone = False
+    assert command(line)[0] == 0
+    kept = (tmp_path/"run"/"vlm_answers.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(o) for o in (tmp_path/"run"/"metrics.jsonl").read_text().splitlines()]
+    assert len(kept) >= 4 and rows[-1]["reward"] == "vlm_alignment" and 0 <= rows[-1]["reward_mean"] <= 1
