@@ -84,7 +84,7 @@ def train_clip(folder: Path, steps: int, device: str = "cpu", font: str = FONT, 
     torch.manual_seed(0)
     tokenizer, processor = build_tokenizer(), build_image_processor()
     ids, model = tokenize_captions(tokenizer), build_clip(tokenizer)
-    model.text_model.load_state_dict(load().text_encoder.text_model.state_dict())
+    model.text_model.load_state_dict({k.removeprefix("text_model."): v for k, v in load().text_encoder.state_dict().items()})
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), 1.5e-3, (0.9, 0.98), weight_decay=0.05)
     schedule = get_cosine_schedule_with_warmup(optimizer, 100, steps)
