@@ -72,6 +72,9 @@ def _once(text, values):
 def _add_model(p): p.add_argument("--model", default="emoji-sd", metavar="DIR_OR_ID", help="emoji-sd (bundled), a folder in diffusers' format, or a hub id")
 def _add_reward(p):
     p.add_argument("--reward", default="jpeg_compressibility", metavar="NAME", help="a name (see 05_rewards), a weighted sum such as clip_alignment+0.5*jpeg_compressibility, or path/to/file.py:function")
+    p.add_argument("--vlm-url", metavar="URL", help="of an OpenAI-compatible server, for vlm_alignment and vlm_questions (DDPO_VLM_URL); its key is read from OPENAI_API_KEY")
+    p.add_argument("--vlm-model", metavar="NAME", help="as that server calls it (DDPO_VLM_MODEL)")
+    p.add_argument("--vlm-similarity", metavar="NAME", help="how an answer is compared with the prompt; see 05c_vlm (DDPO_VLM_SIMILARITY)")
 def _add_prompts(p, what=""):
     p.add_argument("--prompts", default="simple_animals", metavar="NAME_OR_FILE", help=f"{', '.join(PROMPT_SETS)}, or a file with one prompt a line{what}")
 
@@ -167,6 +170,13 @@ def _check_model(model):
         if not (path/"model_index.json").is_file(): raise InputError("--model", f"the folder {model!r} holds no model_index.json", remedy)
     elif model.count("/") != 1 or model.startswith((".", "~", "/")) or model.endswith("/"): raise InputError("--model", f"there is no folder {model!r}", remedy)
 
+def _vlm(args, output=None):
+    "Rewards that ask a server find it in the environment; a run's answers are kept in its folder."
+    if output is None: os.environ.pop("DDPO_VLM_ANSWERS", None)
+    else: os.environ["DDPO_VLM_ANSWERS"] = str(Path(output)/"vlm_answers.jsonl")
+    for name in ("vlm_url", "vlm_model", "vlm_similarity"):
+        if getattr(args, name): os.environ[f"DDPO_{name.upper()}"] = getattr(args, name)
+
 def _settings(args): return {n: v for n, *_ in config_fields() if n not in _not_flags and (v := getattr(args, n, None)) is not None}
 
 def _overrides(texts):
@@ -191,11 +201,26 @@ def _output(args):
     if not (Path(found)/"config.json").is_file(): raise InputError("--resume", f"there is no run in {found!r}", "name its folder with --output, or leave out --resume")
     return found
 
+def _open_json(flag, text):
+    "A flag and its JSON object, without what is secret in it."
+    from ddpo_nb.hub import without_secrets
+    value = json.loads(text)
+    shown = without_secrets(value)
+    return [flag, text if shown == value else json.dumps(shown)]
+
+def _open_words(words):
+    "The words of a command line, without a token, and without secrets in --tracker-kwargs and its like."
+    words, kept, objects = iter(words), [], ["--" + n.replace("_", "-") for n, kind, *_ in config_fields() if kind is dict]
+    for w in words:
+        flag, equals, value = w.partition("=")
+        if flag not in ("--hf-user-access-token", *objects): kept.append(w); continue
+        if not equals: value = next(words)
+        if flag in objects: kept += _open_json(flag, value)
+    return kept
+
 def _words(args, output):
-    "The command line that makes this run again, without a token."
-    words = iter(args.words)
-    kept = [w for w in words if not (w.startswith("--hf-user-access-token") and ("=" in w or next(words, None)))]
-    return kept + ([] if args.output else ["--output", str(output)])
+    "The command line that makes this run again, without what is secret."
+    return _open_words(args.words) + ([] if args.output else ["--output", str(output)])
 
 def _go_on(words):
     "The command that goes on with an interrupted run."
@@ -206,6 +231,7 @@ def _race(args, names, seeds, queries, overrides=None):
     _check_model(args.model)
     prompt_source(args.prompts)
     output = _output(args)
+    _vlm(args, output)
     words = _words(args, output)
     from ddpo_nb.compare import compare
     again = shlex.join(["ddpo-nb", *words])
@@ -214,6 +240,10 @@ def _race(args, names, seeds, queries, overrides=None):
     except SystemExit as e:  # SIGTERM
         print(f"\nTerminated; what is finished is kept. To go on:\n  {_go_on(words)}", file=sys.stderr)
         return e.code, None
+    except Exception as e:
+        if type(e).__name__ == "ServerGone":
+            print(f"\nWhat is finished is kept, and no answer is asked for twice. With the server back, to go on:\n  {_go_on(words) if (Path(output)/'config.json').is_file() else again}", file=sys.stderr)
+        raise
     if os.environ.get("RANK", "0") != "0": return (130 if c.interrupted else 0), c
     for note in c.settings["notes"]: print(note)
     if c.evaluations: print(f"\n{c.table()}\n\n{c.headline()}\n\nreport: {Path(output)/'report.html'}")
@@ -311,6 +341,7 @@ def _sample(args):
 # %% ../nbs/11_cli.ipynb #695d75ee
 def _evaluate(args):
     _check_model(args.model)
+    _vlm(args)
     items = prompt_source(args.prompts).items
     from ddpo_nb.compare import exam_generators, load_reward, mean_interval, pm, spread
     from ddpo_nb.rewards import check_rewards
@@ -352,6 +383,7 @@ def main(argv: list|None = None) -> int:
     except SystemExit as e: return e.code
     except InputError as e: print(f"ddpo-nb train: {e.argument}: {e.problem}; {e.remedy}", file=sys.stderr); return 2
     args.words = words
+    if argv is None: sys.argv[1:] = _open_words(words)  # trackers write the command down
     usual = signal.getsignal(signal.SIGTERM)
     try: signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends in good order
     except ValueError: usual = None  # not the main thread
@@ -362,7 +394,7 @@ def main(argv: list|None = None) -> int:
         if type(e).__name__ != "ModelError": raise
         message = str(e)
     except Exception as e:
-        if type(e).__name__ in ("CheckpointError", "HubError"):
+        if type(e).__name__ in ("CheckpointError", "HubError", "ServerGone"):
             print(f"{_prog(args)}: {e}", file=sys.stderr)
             return 1
         if type(e).__name__ != "RewardError": raise

@@ -493,7 +493,7 @@ def check_output(folder: Path, ours: str = "config.json"):
     try:
         with tempfile.TemporaryDirectory(dir=home, prefix=".writing-"): pass
     except OSError as e: raise InputError("--output", f"cannot write to {str(home)!r} ({e.strerror})", "name a folder you may write to") from None
-    if folder.exists() and any(folder.iterdir()) and not (folder/ours).exists():
+    if folder.exists() and {o.name for o in folder.iterdir()} - {"vlm_answers.jsonl"} and not (folder/ours).exists():
         raise InputError("--output", f"{str(folder)!r} holds other files", "name a new or an empty folder")
 
 def _json(value): return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
@@ -573,7 +573,9 @@ class _Guarded:
     def __call__(self, images, prompts, metadata):
         try: result = self.function(images, prompts, metadata)
         except InputError: raise
-        except Exception as e: raise RewardError(f"reward {self.__name__} raised {type(e).__name__}") from e.with_traceback(e.__traceback__.tb_next)
+        except Exception as e:
+            if type(e).__name__ == "ServerGone": raise  # says all there is to say
+            raise RewardError(f"reward {self.__name__} raised {type(e).__name__}") from e.with_traceback(e.__traceback__.tb_next)
         if not isinstance(result, tuple) or len(result) != 2:
             raise InputError(f"reward {self.__name__}", f"returned {type(result).__name__}", "return a pair: rewards, one finite number an image, and a dictionary")
         return result
@@ -675,7 +677,7 @@ def _trainer(self:Comparison, name, seed, make_prompts, reward):
         if checkpoints(home/"checkpoints") and found is None:
             warnings.warn(f"no checkpoint in {str(home)!r} is whole: {name}, seed {seed}, begins again")
             shutil.rmtree(home)
-        extra = extra | dict(logdir=str(home), resume_from=str(found or ""))
+        extra = extra | dict(logdir=str(home.parent), run_name=home.name, resume_from=str(found or ""))
     config = make_config(name, s["model"], **{"logdir": ""} | {k: v for k, v in s["configs"][name].items() if k != "algorithm"} | extra, seed=seed)
     set_seed(seed)  # of the adapters
     return make_trainer(config, reward, make_prompts(seed), StableDiffusionPolicy(load_pipeline(s["model"], s.get("init_lora")), use_lora=s["lora"], lora_rank=config.lora_rank))
@@ -699,7 +701,8 @@ def _run(self:Comparison, name, seed, make_prompts, reward, examiner, place, pro
             bar.update(trainer.queries - bar.n); bar.set_postfix(reward=f"{row['reward_mean']:.3f}")
         trainer.on_progress = advance
         trainer.train(on_row=on_row)
-    if trainer.queries != s["queries"]: raise RuntimeError(f"{name} used {trainer.queries} queries, not {s['queries']}")  # equal budgets are the point
+    for tracker in trainer.accelerator.trackers: tracker.finish()  # or the next run's numbers would go to this one
+    if trainer.queries != s["queries"] and not trainer._past_its_best(): raise RuntimeError(f"{name} used {trainer.queries} queries, not {s['queries']}")  # equal budgets are the point
     self._keep_weights(trainer.policy, f"{name}-seed{seed}")
     self._examine(examiner, trainer.policy, name, seed, progress)
     if self.folder is not None and not self.keep_checkpoints: shutil.rmtree(self.folder/"runs", ignore_errors=True)

@@ -8,9 +8,11 @@ __all__ = ['draw_curve', 'draw_pictures', 'Dashboard']
 # %% ../nbs/09a_dashboard.ipynb #660a99e5
 import io, threading, time, traceback
 from html import escape
+from textwrap import fill, shorten
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
+from .checkpoints import checkpoints
 from .rewards import to_uint8
 
 # %% ../nbs/09a_dashboard.ipynb #f4c8dc6e
@@ -38,12 +40,12 @@ def draw_pictures(
     "The first pictures of a batch in a row, with prompt and reward."
     images, prompts, _, rewards, _ = batch
     n = min(most, len(images))
-    fig = Figure(figsize=(1.1 * n, 1.5), layout="constrained")
+    fig = Figure(figsize=(1.1 * n, 1.6), layout="constrained")
     for ax, image, prompt, reward in zip(np.ravel(fig.subplots(1, n)), to_uint8(images[:n].float()), prompts, rewards):
         ax.imshow(image, interpolation="nearest")
         ax.set(xticks=[], yticks=[])
-        ax.set_title(prompt if len(prompt) < 16 else prompt[:14] + "…", fontsize=7, pad=2)
-        ax.set_xlabel(f"{float(reward):.2f}", fontsize=7, labelpad=1)
+        ax.set_title(fill(shorten(prompt, 30, placeholder=" …"), 16), fontsize=8, pad=2, parse_math=False)
+        ax.set_xlabel(f"{float(reward):.2f}", fontsize=8, labelpad=1)
         ax.spines[:].set_visible(False)
     return _png(fig)
 
@@ -70,15 +72,22 @@ class Dashboard:
 
     def _build(self):
         import ipywidgets as w
-        self.curve, self.pictures, self.text = w.Image(layout=w.Layout(max_width="32rem")), w.Image(layout=w.Layout(max_width="48rem")), w.HTML("not started")
-        self.pause = w.ToggleButton(description="Pause", icon="pause")
-        self.stop = w.Button(description="Stop and save", icon="stop")
+        drawn = lambda: w.Image(layout=w.Layout(align_self="flex-start", max_width="100%"))  # as large as it was drawn
+        self.curve, self.pictures, self.text = drawn(), drawn(), w.HTML("not started")
+        self.pause = w.ToggleButton(description="Pause", icon="pause", disabled=True)
+        self.stop = w.Button(description="Stop and save" if self.trainer.home else "Stop", icon="stop", disabled=True)
+        self.bar = w.IntProgress(layout=w.Layout(margin="0 0 0 1rem"))
+        self.trainer.on_progress = self._advance
         self.pause.observe(lambda change: self._pause(change["new"]), "value")
         self.stop.on_click(lambda _: self._stop())
-        self.view = w.VBox([self.text, w.HBox([self.pause, self.stop]), self.curve, self.pictures])
+        self.view = w.VBox([self.text, w.HBox([self.pause, self.stop, self.bar]), self.curve, self.pictures])
 
-    def _pause(self, on): self.trainer.paused = on; self.pause.description = "Go on" if on else "Pause"; self._say("paused" if on else "running")
-    def _stop(self): self._say("stopping: the checkpoint is being saved"); self.trainer.stop()
+    def _pause(self, on): self.trainer.paused = on; self.pause.description, self.pause.icon = ("Go on", "play") if on else ("Pause", "pause"); self._say("paused" if on else "running")
+    def _stop(self): self._say("stopping"); self._enable(False); self.trainer.stop()
+    def _enable(self, on): self.pause.disabled = self.stop.disabled = not on
+
+    def _advance(self, stage, done, total):
+        with self.bar.hold_sync(): self.bar.description, self.bar.max, self.bar.value = stage, total, done
 
     def _say(self, state):
         t, total = self.trainer, self.total
@@ -86,7 +95,8 @@ class Dashboard:
         left = (time.time() - self.began) / max(1, t.epochs_done - self.first) * (total - t.epochs_done) if t.epochs_done > self.first else None
         line = f"{state}: epoch {t.epochs_done} of {total}, {t.queries:,} queries" + (f", reward {t.rows[-1]['reward_mean']:.3f}" if t.rows else "")
         if left and state == "running": line += f", {left / 60:.0f} minutes left" if left > 90 else f", {left:.0f} seconds left"
-        if self.widgets: self.text.value = escape(line)
+        if state == "stopped" and t.home: line += f"; go on with resume_from={str(checkpoints(t.home/'checkpoints')[0])!r}"
+        if self.widgets: self.text.value = escape(line, quote=False)
         else: print(line, flush=True)
 
     def _row(self, row):
@@ -94,19 +104,21 @@ class Dashboard:
         self._say("running")
 
     def _train(self, epochs):
-        try:
-            self.trainer.train(epochs, on_row=self._row, progress=False)
-            self._say("finished" if self.trainer.epochs_done >= self.total else "stopped")
+        try: self.trainer.train(epochs, on_row=self._row, progress=False)
         except BaseException as e:
             self.error = e
             if not self.widgets: raise
-            self.text.value = f"<pre>{escape(traceback.format_exc(limit=-3))}</pre>"
+        if self.widgets: self._enable(False); self.pause.value = False
+        if self.error: self.text.value = f"<pre>{escape(''.join(traceback.format_exception(self.error, limit=-3)))}</pre>"
+        else: self._say("finished" if self.trainer.epochs_done >= self.total else "stopped")
 
     def start(self, epochs: int|None = None):
         "Train, `epochs` in all (the config's number by default): in the background in a notebook, which shows the view; else until it is done."
         self.total, self.first, self.began = epochs or self.trainer.config.num_epochs, self.trainer.epochs_done, time.time()
         if not self.widgets: return self._train(epochs)
         if self.thread and self.thread.is_alive(): raise RuntimeError("the run is under way already")
+        self.error = None
+        self._enable(True)
         self.thread = threading.Thread(target=self._train, args=(epochs,), daemon=True)
         self.thread.start()
         return self.view

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from fastcore.basics import patch
+from .likelihood import gaussian_kl
 from .mdp import Trajectories
 from .prompts import InputError
 
@@ -33,6 +34,7 @@ class DDPO:
     timestep_fraction: float = 1.0  # share of the steps that is trained on, drawn anew for each sample
     guidance: bool = True           # classifier-free guidance while training, as when sampling
     step_weighting: str = "equal"   # "equal", as published, or "variance": each step's log-probability times its σ²
+    kl_coef: float = 0.0            # β, weight of the divergence from the pretrained model
     on_policy = False               # may take several updates on one batch of samples
 
     def __post_init__(self):
@@ -40,6 +42,7 @@ class DDPO:
             raise InputError("step_weighting", f"there is no {self.step_weighting!r}", f"choose from {', '.join(STEP_WEIGHTINGS)}")
         for name in ("clip_range", "adv_clip_max"):
             if not getattr(self, name) > 0: raise InputError(name, f"{getattr(self, name)} is not positive", "give a number above 0")
+        if not self.kl_coef >= 0: raise InputError("kl_coef", f"{self.kl_coef} is negative", "give 0 or more")
         if not 0 < self.timestep_fraction <= 1:
             raise InputError("timestep_fraction", f"{self.timestep_fraction} is not in (0, 1]", "give the share of steps to train on")
 
@@ -72,14 +75,18 @@ def loss(
     policy,                      # has `step`
     trajectories: Trajectories,
     examples: dict,              # some of what `examples` returned
-) -> tuple:                      # loss (M,), and figures to log, (M,) each: ratio, approx_kl, clip_fraction
+) -> tuple:                      # loss (M,), and figures to log, (M,) each: ratio, approx_kl, clip_fraction, and kl_pretrained if it has a price
     "What each transition costs under today's weights; its mean over transitions is minus the policy-gradient surrogate over T."
     x, t, prev, old = trajectories.transitions(examples["sample"], examples["step"])
     step = policy.step(x, t, trajectories.conditioning[examples["sample"]], prev_sample=prev, guidance=self.guidance)
     weight, new = step.std**2 if self.step_weighting == "variance" else 1, step.log_prob
     ratio = torch.exp(weight * (new - old))
     figures = dict(ratio=ratio, approx_kl=0.5 * (new - old)**2, clip_fraction=((ratio - 1).abs() > self.clip_range).float())
-    return self.objective(examples["advantage"], ratio, weight * new), {k: v.detach() for k, v in figures.items()}
+    loss = self.objective(examples["advantage"], ratio, weight * new)
+    if self.kl_coef:
+        kl = self.divergence(policy, step, x, t, trajectories.conditioning[examples["sample"]])
+        loss, figures = loss + self.kl_coef * weight * kl, figures | dict(kl_pretrained=kl)
+    return loss, {k: v.detach() for k, v in figures.items()}
 
 # %% ../nbs/08_ddpo.ipynb #4cfd53c2
 @dataclass
@@ -90,3 +97,10 @@ class DDPOSF(DDPO):
     def objective(self, advantage: Tensor, ratio: Tensor, log_prob: Tensor) -> Tensor:
         "Minus advantage times log-probability, (M,)."
         return -advantage * log_prob
+
+# %% ../nbs/08_ddpo.ipynb #4fb6b1a9
+@patch
+def divergence(self: DDPO, policy, step, x: Tensor, t: Tensor, conditioning) -> Tensor:
+    "KL(policy ‖ pretrained model) of the steps at states (x_t, t, c), (M,), reduced as the policy's log-probabilities; differentiable by the policy."
+    with policy.reference(), torch.no_grad(): pretrained = policy.step(x, t, conditioning, prev_sample=step.prev_sample, guidance=self.guidance)
+    return gaussian_kl(step.mean, pretrained.mean, step.std, policy.reduction)

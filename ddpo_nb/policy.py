@@ -7,6 +7,7 @@ __all__ = ['EMOJI_SD', 'ModelError', 'load_pipeline', 'StableDiffusionPolicy', '
            'DefaultDDPOStableDiffusionPipeline']
 
 # %% ../nbs/02_policy.ipynb #1656e4a4
+import copy
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -265,6 +266,24 @@ def denoising_error(self: StableDiffusionPolicy,
     kind = self.scheduler.config.prediction_type
     target = noise if kind == "epsilon" else x0 if kind == "sample" else self.scheduler.get_velocity(x0, noise, t)
     return (prediction - target).square().flatten(1).mean(1)
+
+# %% ../nbs/02_policy.ipynb #95ef6196
+@patch
+def keep_reference(self: StableDiffusionPolicy):
+    "Make `reference` possible from now on: a UNet that is trained whole is copied, as it is now."
+    if not self.use_lora: self._pretrained = copy.deepcopy(self.pipeline.unet).requires_grad_(False)
+
+@patch
+@contextmanager
+def reference(self: StableDiffusionPolicy):
+    "Within this context the policy predicts as the model it was made from: without its LoRA, or by the copy that `keep_reference` made."
+    trained, unet = self.unet, self.pipeline.unet
+    self.unet = unet if self.use_lora else self._pretrained
+    if self.use_lora: unet.disable_adapters()
+    try: yield
+    finally:
+        if self.use_lora: unet.enable_adapters()
+        self.unet = trained
 
 # %% ../nbs/02_policy.ipynb #8f2742a0
 @patch

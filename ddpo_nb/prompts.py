@@ -39,10 +39,25 @@ def _activities(animals="simple_animals", activities="activities"):
     a = lambda noun: ("an " if noun[0] in "aeiou" else "a ") + noun
     return [f"{a(animal)} {activity}" for animal in _lines(animals) for activity in _lines(activities)]
 
-PROMPT_SETS = {  # name -> a function that returns the prompts
+_plurals = dict(monkey="monkeys", turkey="turkeys", sheep="sheep", deer="deer", fish="fish", mouse="mice", goose="geese", wolf="wolves", fox="foxes", ox="oxen")
+
+def _plural(noun):
+    if noun in _plurals: return _plurals[noun]
+    return noun[:-1] + "ies" if noun.endswith("y") else noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
+
+def _counting(animals="simple_animals", words=("two", "three", "four", "five", "six")):
+    "(prompt, metadata) pairs; the metadata asks what a picture of the prompt must answer."
+    ask = lambda animal, n: dict(questions=[f"How many {_plural(animal)} are there in this image?"], answers=[str(n)])
+    return [(f"{word} {_plural(animal)}", ask(animal, n)) for animal in _lines(animals) for n, word in enumerate(words, 2)]
+
+def _trl_animals(): return (animals := _lines("simple_animals"))[:13] + animals[-14:]
+
+PROMPT_SETS = {  # name -> a function that returns the prompts, or (prompt, metadata) pairs
     "simple_animals": partial(_lines, "simple_animals"),
     "imagenet_animals": partial(_first_names, "imagenet_animals"),
+    "trl_animals": _trl_animals,
     "animal_activities": _activities,
+    "counting": _counting,
     "unseen_animals": partial(_lines, "unseen_animals"),
     "everyday_objects": partial(_lines, "everyday_objects"),
 }
@@ -91,13 +106,27 @@ def _json_item(path, number, line):
         problem = 'is not an object with a text under "prompt"'
     raise InputError("--prompts", f"line {number} of {str(path)!r} {problem}", 'write one object a line, such as {"prompt": "a cat"}')
 
+# %% ../nbs/04_prompts.ipynb #1d8942c3
+def _from_dataset(text):
+    "Prompts from `dataset:NAME:COLUMN:SPLIT`; the last two may be left out (prompt, train)."
+    name, column, split, *more = text.removeprefix("dataset:").split(":") + ["prompt", "train"][max(0, text.count(":") - 1):]
+    if not name or not column or not split or more: raise InputError("--prompts", f"{text!r} names no column of a data set", "write dataset:NAME:COLUMN or dataset:NAME:COLUMN:SPLIT")
+    try: from datasets import Value, load_dataset
+    except ImportError: raise InputError("--prompts", "datasets is not installed", "pip install datasets") from None
+    try: rows = load_dataset(os.path.expanduser(name), split=split)
+    except Exception as e: raise InputError("--prompts", f"cannot load the data set {name!r}: {(str(e).splitlines() or [type(e).__name__])[0][:300]}", "give the id of one on the hub, or a folder of data files") from e
+    plain = [k for k, kind in rows.features.items() if isinstance(kind, Value) and kind.dtype != "binary"]
+    if column not in plain or rows.features[column].dtype not in ("string", "large_string"): raise InputError("--prompts", f"{name!r} has no column {column!r} of texts", f"choose from {', '.join(k for k in plain if 'string' in rows.features[k].dtype) or 'another data set'}")
+    return [(row.pop(column), row) for row in rows.select_columns(plain) if row[column]]
+
 # %% ../nbs/04_prompts.ipynb #b0e10126
 def prompt_source(
-    name_or_file: str|os.PathLike,  # a name from `PROMPT_SETS`, or a file: one prompt a line, or JSON lines (.jsonl)
+    name_or_file: str|os.PathLike,  # a name from `PROMPT_SETS`; a file: one prompt a line, or JSON lines (.jsonl); or dataset:NAME:COLUMN
     seed: int = 0,                  # of the sequence of draws
 ) -> PromptSource:
     "The prompts of a named set or of a file. InputError if there is no such thing, or if a file cannot be understood."
     if str(name_or_file) in PROMPT_SETS: return PromptSource(PROMPT_SETS[str(name_or_file)](), seed)
+    if str(name_or_file).startswith("dataset:"): return PromptSource(_from_dataset(str(name_or_file)), seed)
     path = Path(name_or_file)
     lines = [(i, line.strip()) for i, line in enumerate(_text(path).split("\n"), 1) if line.strip()]
     if not lines: raise InputError("--prompts", f"{str(path)!r} holds no prompt", "write one prompt a line")

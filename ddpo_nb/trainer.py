@@ -9,9 +9,9 @@ __all__ = ['ALGORITHMS', 'RESULT_FREE', 'EMOJI_SETTINGS', 'PAPER_SETTINGS', 'DDP
 
 # %% ../nbs/09_trainer.ipynb #8222ca9a
 import json, os, resource, shutil, sys, tempfile, time, warnings
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 import numpy as np, torch
 from accelerate import Accelerator, PartialState
@@ -28,7 +28,7 @@ from .ddpo import DDPO, DDPOSF, STEP_WEIGHTINGS
 from .mdp import Trajectories
 from .policy import EMOJI_SD, StableDiffusionPolicy, load_pipeline
 from .prompts import InputError
-from .rewards import check_rewards
+from .rewards import ParallelReward, _numbers, check_name, check_rewards, get_reward, to_uint8
 from .rollout import rollout, sample_generator
 from .rwr import RWR, RWRSparse
 
@@ -75,14 +75,17 @@ class DDPOConfig:
     per_prompt_stat_tracking: bool = False # normalise rewards by their own prompt's history
     per_prompt_stat_tracking_buffer_size: int = 16  # rewards remembered for each prompt
     per_prompt_stat_tracking_min_count: int = 16    # with fewer of them, a prompt takes the batch's statistics
-    async_reward_computation: bool = False # score a batch in a thread while the next is sampled
-    max_workers: int = 2                   # such threads
+    async_reward_computation: bool = False # score a batch in a thread, or process, while the next is sampled
+    max_workers: int = 2                   # such threads, or processes
     negative_prompts: str = ""             # what to steer away from
     push_to_hub: bool = False              # upload the weights to `hub_model_id` at the end
     algorithm: str = "ddpo-is"             # one of ALGORITHMS
     micro_batch_size: int = 32             # examples in one forward and backward pass: speed and memory, never the result
     log_prob_reduction: str = "mean"       # "mean" over the latent's dimensions, or the exact "sum"
     step_weighting: str = "equal"          # of DDPO's steps: "equal", as published, or by their "variance" (notebook 08)
+    kl_coef: float = 0.0                   # price on DDPO's divergence from the pretrained model (notebook 08)
+    watch_reward: str = ""                 # name of a reward that is logged beside the one that is optimised, and never optimised
+    stop_patience: int = 0                 # stop when the watched reward has had no new best for so many epochs, and take the best weights; 0: never
     rwr_beta: float = 0.2                  # RWR's temperature
     rwr_fraction: float = 0.1              # share of the samples that RWR-sparse keeps
     rwr_draws: int = 1                     # noise levels that RWR draws for a sample in one pass
@@ -93,6 +96,7 @@ class DDPOConfig:
     vae_slicing: bool = False              # decode images one at a time
     offload_trajectories: bool = False     # keep sampled latents in the CPU's memory
     compile: bool = False                  # torch.compile the UNet
+    reward_pool: str = "thread"            # what async_reward_computation takes: "thread", or "process" for rewards in pure Python
     hub_model_id: str = ""                 # USER/NAME on the hub
 
     def __post_init__(self): check_config(self)
@@ -117,8 +121,8 @@ _positive = ("sample_num_steps", "sample_batch_size", "sample_num_batches_per_ep
              "train_adam_epsilon", "sample_guidance_scale", "rwr_beta", "save_freq", "num_checkpoint_limit", "max_workers")
 _shares = ("sample_eta", "train_timestep_fraction", "rwr_fraction")
 _betas = ("train_adam_beta1", "train_adam_beta2")
-_not_negative = ("seed", "train_adam_weight_decay", "lr_warmup_updates")
-_choices = dict(algorithm=ALGORITHMS, mixed_precision=("no", "fp16", "bf16"), log_prob_reduction=("mean", "sum"), step_weighting=STEP_WEIGHTINGS,
+_not_negative = ("seed", "train_adam_weight_decay", "lr_warmup_updates", "kl_coef", "stop_patience")
+_choices = dict(algorithm=ALGORITHMS, mixed_precision=("no", "fp16", "bf16"), log_prob_reduction=("mean", "sum"), reward_pool=ParallelReward.kinds, step_weighting=STEP_WEIGHTINGS,
                 log_with=(None, *(str(o) for o in LoggerType)), lr_scheduler=tuple(o.value for o in SchedulerType if o.value != "piecewise_constant"))
 
 def _check_value(name, value, kind):
@@ -143,6 +147,9 @@ def check_config(c):
         raise InputError("algorithm", "ddpo-sf's gradient holds only for the policy that sampled",
                          f"take one update an epoch: train_batch_size {n}, train_num_inner_epochs 1; or choose ddpo-is")
     if c.log_with and c.log_with != "all" and c.log_with not in map(str, get_available_trackers()): raise InputError("log_with", f"{c.log_with!r} is not installed", f"pip install {c.log_with}")
+    if c.kl_coef and c.algorithm.startswith("rwr"): raise InputError("kl_coef", "RWR's loss has no steps to compare", "leave it at 0, or choose ddpo-is or ddpo-sf")
+    if c.watch_reward: check_name(c.watch_reward, "watch_reward")
+    elif c.stop_patience: raise InputError("stop_patience", "no reward is watched", "name one with watch_reward")
     if c.push_to_hub and not c.hub_model_id: raise InputError("push_to_hub", "there is no repository to push to", "set hub_model_id to USER/NAME")
 
 # %% ../nbs/09_trainer.ipynb #e26766ce
@@ -152,7 +159,7 @@ def make_objective(c: DDPOConfig):
     if c.algorithm == "rwr-sparse": return RWRSparse(fraction=c.rwr_fraction, draws=c.rwr_draws, guidance=c.train_cfg)
     kind = DDPOSF if c.algorithm == "ddpo-sf" else DDPO
     return kind(clip_range=c.train_clip_range, adv_clip_max=c.train_adv_clip_max, timestep_fraction=c.train_timestep_fraction, guidance=c.train_cfg,
-                step_weighting=c.step_weighting)
+                step_weighting=c.step_weighting, kl_coef=c.kl_coef)
 
 # %% ../nbs/09_trainer.ipynb #10969ddb
 def _home(c):
@@ -172,6 +179,18 @@ def usable_precision(wanted: str) -> str:
         return "no"
     return wanted
 
+def _tracker_kwargs(c):
+    "Those of the config, and the run's name for the trackers that have a place for it."
+    named = {"name": c.run_name} if c.run_name else {}
+    return c.tracker_kwargs | {t: named | c.tracker_kwargs.get(t, {}) for t in ("wandb", "trackio")}
+
+def _log_images(tracker, images, step):
+    "Name -> images (n, 3, H, W) in [0, 1], to a tracker; the others have no place for pictures."
+    if hasattr(tracker, "log_images"): tracker.log_images(images, step=step)
+    elif tracker.name == "trackio":  # accelerate logs only numbers there
+        from trackio import Image
+        tracker.log({k: Image(to_uint8(torch.as_tensor(v))[0]) for k, v in images.items()}, step=step)
+
 def _accelerator(c, home):
     "An `Accelerator` with the config's precision, trackers and folders; it can also log images."
     if c.allow_tf32 and torch.cuda.is_available(): torch.backends.cuda.matmul.allow_tf32 = True
@@ -182,10 +201,9 @@ def _accelerator(c, home):
     a = Accelerator(mixed_precision=precision, log_with=c.log_with, project_config=ProjectConfiguration(**project), **c.accelerator_kwargs)
     if c.log_with:
         plain = {k: v for k, v in c.to_dict().items() if isinstance(v, (int, float, str)) and not k.startswith(("tracker_kwargs", "accelerator_kwargs"))}
-        a.init_trackers(c.tracker_project_name, config=plain, init_kwargs=c.tracker_kwargs)
+        a.init_trackers(c.tracker_project_name, config=plain, init_kwargs=_tracker_kwargs(c))
     def log_images(images, step=None):
-        for t in a.trackers:
-            if hasattr(t, "log_images"): t.log_images(images, step=step)
+        for t in a.trackers: _log_images(t, images, step)
     a.log_images = log_images  # as TRL's hooks call it on their third argument
     return a
 
@@ -227,6 +245,9 @@ class DDPOTrainer:
         set_seed(config.seed)     # for prompt and reward functions that draw from the global generators
         self.policy.configure(config.sample_num_steps, config.sample_eta, config.sample_guidance_scale, config.negative_prompts, config.log_prob_reduction)
         _lighten(config, self.policy, self.accelerator)
+        if config.kl_coef: self.policy.keep_reference()
+        self.watched = get_reward(config.watch_reward, _base_name(self.policy.pipeline)) if config.watch_reward else None
+        if hasattr(self.watched, "to"): self.watched.to(self.accelerator.device)
         optimizer = _adamw(config, self.policy.trainable_parameters())
         self.policy.unet, self.optimizer = self.accelerator.prepare(self.policy.unet, optimizer)
         self.schedule = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_updates, num_training_steps=config.num_epochs * self.updates_per_epoch)
@@ -234,8 +255,10 @@ class DDPOTrainer:
         self.tracker = PerPromptStatTracker(config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count)
         self.epochs_done = self.queries = self.global_step = 0
         self.rows, self.work = [], None  # metrics of each epoch; the epoch under way
+        self.best = None          # the weights that the watched reward liked best
         self.on_progress = None   # (stage, done, total), for progress bars within an epoch
         self.paused, self.stopping, self.resumed = False, None, False
+        self.pool = None          # of async_reward_computation
         self.before = None        # while an epoch is being sampled: what it takes to begin it again
         if config.resume_from: self.load_checkpoint(config.resume_from)
 
@@ -277,11 +300,27 @@ def sample(self:DDPOTrainer, on_batch=None):
         return rollout(self.policy, prompts, generators, metadata, c.sample_batch_size, on_step, on_batch, "cpu" if c.offload_trajectories else None)
 
 # %% ../nbs/09_trainer.ipynb #04fad1a3
+class _Judges:
+    "The reward and the watched one, asked together: what a pool calls."
+    def __init__(self, reward, watched): self.reward, self.watched, self.__name__ = reward, watched, getattr(reward, "__name__", type(reward).__name__)
+    def __call__(self, images, prompts, metadata):
+        rewards, info = self.reward(images, prompts, metadata)
+        return rewards, info, self.watched(images, prompts, metadata)[0] if self.watched else None
+
 @patch
-def score(self:DDPOTrainer, images, prompts, metadata):
-    "Checked rewards (n,) of a batch, and the reward function's own metadata."
-    rewards, info = self.reward_function(images, prompts, metadata)
-    return check_rewards(rewards, len(prompts), getattr(self.reward_function, "__name__", type(self.reward_function).__name__)), info
+def ask(self:DDPOTrainer):
+    "What a batch's images, prompts and metadata are given to; it returns a function that waits for the judges' answer."
+    c, judges = self.config, _Judges(self.reward_function, self.watched)
+    if not c.async_reward_computation: return lambda *batch: partial(judges, *batch)
+    if self.pool and self.pool.reward.reward is not self.reward_function: self.pool = self.pool.close()
+    self.pool = self.pool or ParallelReward(judges, c.max_workers, c.reward_pool)
+    return self.pool.submit
+
+@patch
+def checked(self:DDPOTrainer, answer, n):
+    "Checked rewards (n,) of a batch, the reward function's own metadata, and the watched reward's values (n,), if one is watched."
+    rewards, info, watched = answer
+    return check_rewards(rewards, n, getattr(self.reward_function, "__name__", type(self.reward_function).__name__)), info, None if watched is None else check_rewards(watched, n, self.config.watch_reward)
 
 # %% ../nbs/09_trainer.ipynb #003e9012
 @patch
@@ -348,19 +387,20 @@ def update(self:DDPOTrainer, work: Work) -> dict:
 @patch
 def collect(self:DDPOTrainer) -> Work:
     "Sample an epoch's trajectories, ask for their rewards, and turn these into advantages."
-    t, batches, c = [time.perf_counter()], [], self.config
-    with ThreadPoolExecutor(c.max_workers) if c.async_reward_computation else nullcontext() as pool:
-        def on_batch(*batch): batches.append((batch, pool.submit(self.score, *batch) if pool else None))
-        trajectories = self.sample(on_batch); t.append(time.perf_counter())
-        scored = [asked.result() if asked else self.score(*batch) for batch, asked in batches]; t.append(time.perf_counter())
-    seen = [[*batch, torch.as_tensor(rewards, device=self.accelerator.device), info] for (batch, _), (rewards, info) in zip(batches, scored)]
+    t, batches, ask = [time.perf_counter()], [], self.ask()
+    def on_batch(*batch): batches.append((batch, ask(*batch)))
+    trajectories = self.sample(on_batch); t.append(time.perf_counter())
+    scored = [self.checked(wait(), len(batch[1])) for batch, wait in batches]; t.append(time.perf_counter())
+    seen = [[*batch, torch.as_tensor(rewards, device=self.accelerator.device), info] for (batch, _), (rewards, info, _) in zip(batches, scored)]
     (self.hook or self._log_some)(seen, self.global_step, self.accelerator)
-    rewards, prompts = np.array(gather_object([r for rewards, _ in scored for r in rewards.tolist()])), gather_object(trajectories.prompts)
+    rewards, prompts = np.array(gather_object([r for rewards, *_ in scored for r in rewards.tolist()])), gather_object(trajectories.prompts)
     self.queries += len(rewards)
     row = dict(reward_mean=rewards.mean(), reward_std=rewards.std()) | {f"reward_q{q:02}": v for q, v in zip((0, 10, 50, 90, 100), np.quantile(rewards, (0, .1, .5, .9, 1)))}
     by_prompt = {}
     for p, r in zip(prompts, rewards): by_prompt.setdefault(p, []).append(r)
     row["reward_by_prompt"] = {p: np.mean(r) for p, r in sorted(by_prompt.items())}
+    row |= dict(reward_info=_means(_per_image(scored)), diversity=_diversity(trajectories.latents[:, -1]))
+    if self.watched: row["watch_mean"] = np.mean(gather_object([v for *_, values in scored for v in values.tolist()]))
     return Work(trajectories, self.advantages(prompts, rewards), row | dict(seconds_sampling=t[1] - t[0], seconds_reward=t[2] - t[1], seconds_training=0.))
 
 @patch
@@ -368,11 +408,56 @@ def _log_some(self:DDPOTrainer, batches, step, accelerator, most=8):
     "The hook of those who give none: a few pictures for the trackers, with prompt and reward."
     if not accelerator.trackers: return
     images, prompts, _, rewards, _ = batches[0]
-    accelerator.log_images({f"{p:.40} | {float(r):.3f}": o[None].float().cpu().numpy() for o, p, r in zip(images[:most], prompts, rewards)}, step=step)
+    accelerator.log_images({f"{p:.40} | {float(r):.3f}": o[None].float().cpu() for o, p, r in zip(images[:most], prompts, rewards)}, step=step)
 
 def _memory():
     "Peak memory in GB: of the GPU if there is one, else of this process."
     return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
+
+# %% ../nbs/09_trainer.ipynb #6d4bc63e
+def _per_image(scored):
+    "name -> values, of all that the reward's metadata says of each image in numbers."
+    found = {}
+    for rewards, info, _ in scored:
+        for k, v in (info.items() if isinstance(info, dict) else ()):
+            try: values = _numbers(v)
+            except (TypeError, ValueError, RuntimeError): continue
+            if values.shape == rewards.shape: found.setdefault(k, []).extend(values.tolist())
+    return found
+
+def _means(found):
+    "Means over all processes."
+    parts = gather_object([found])
+    return {k: float(np.mean([v for p in parts for v in p.get(k, [])])) for k in sorted({k for p in parts for k in p})}
+
+def _diversity(latents):
+    "Root mean square distance of latents (n, ...) from their mean, over all processes and dimensions."
+    x = latents.double().flatten(1)
+    parts = gather_object([(len(x), x.sum(0).cpu(), x.square().sum(0).cpu())])
+    n, total, squares = (sum(p[i] for p in parts) for i in range(3))
+    return (squares / n - (total / n).square()).clamp(min=0).mean().sqrt().item()
+
+# %% ../nbs/09_trainer.ipynb #d89ecb1c
+_window = 3  # epochs that are averaged before they are compared
+
+def _smooth(values): return [np.mean(values[max(0, i + 1 - _window):i + 1]) for i in range(len(values))]
+
+@patch
+def _remember(self:DDPOTrainer, watched):
+    "Keep a copy of the weights if the watched reward, smoothed, has never been higher."
+    values = _smooth([r["watch_mean"] for r in self.rows] + [watched])
+    if len(values) < _window or values[-1] < max(values[_window - 1:]): return
+    self.best = dict(epoch=self.epochs_done, weights=[p.detach().to("cpu", copy=True) for p in self.policy.trainable_parameters()])
+
+@patch
+def _past_its_best(self:DDPOTrainer): return bool(self.config.stop_patience and self.best and self.epochs_done - self.best["epoch"] > self.config.stop_patience)
+
+@patch
+def _take_best(self:DDPOTrainer):
+    "Return to the remembered weights."
+    if self.best is None: return
+    with torch.no_grad():
+        for p, kept in zip(self.policy.trainable_parameters(), self.best["weights"]): p.copy_(kept)
 
 # %% ../nbs/09_trainer.ipynb #ed804adb
 @patch
@@ -383,6 +468,7 @@ def epoch(self:DDPOTrainer) -> dict:
         else: self._put_back(self.before)  # the sampling was broken off
         self.work = self.collect()
         self.before = None
+        if self.config.stop_patience: self._remember(self.work.row["watch_mean"])
     work, start = self.work, time.perf_counter()
     try: figures = self.update(work)
     finally: work.row["seconds_training"] += time.perf_counter() - start
@@ -415,45 +501,51 @@ def _write_state(self:DDPOTrainer, folder):
     if not a.is_main_process: return
     self.policy.save_pretrained(folder)
     save_state(folder/"trainer", dict(epochs_done=self.epochs_done, queries=self.queries, global_step=self.global_step, rows=_plain(self.rows), tracker=self.tracker.state_dict(),
-                                      optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(), scaler=a.scaler.state_dict() if a.scaler else None,
+                                      best=self.best, optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(), scaler=a.scaler.state_dict() if a.scaler else None,
                                       processes=a.num_processes, config=_plain(_identity(self.config))))
 
 def _plain(value): return json.loads(json.dumps(value, default=lambda o: o.item()))
 
 RESULT_FREE = ("exp_name", "run_name", "log_with", "tracker_kwargs", "accelerator_kwargs", "project_kwargs", "tracker_project_name", "logdir", "num_epochs", "save_freq",
-         "num_checkpoint_limit", "allow_tf32", "resume_from", "async_reward_computation", "max_workers", "push_to_hub", "hub_model_id", "micro_batch_size",
+         "num_checkpoint_limit", "allow_tf32", "resume_from", "async_reward_computation", "max_workers", "reward_pool", "push_to_hub", "hub_model_id", "micro_batch_size",
          "gradient_checkpointing", "vae_slicing", "offload_trajectories", "compile")
 
 def _identity(c):
-    "The settings that decide a run's result."
-    return {k: v for k, v in asdict(c).items() if k not in RESULT_FREE}
+    "The settings that decide a run's result: its length too, if the learning rate follows it."
+    steady = c.lr_scheduler.startswith("constant")
+    return {k: v for k, v in asdict(c).items() if k not in RESULT_FREE} | ({} if steady else dict(num_epochs=c.num_epochs))
+
+@patch
+def _together(self:DDPOTrainer, what, do, main_only=False) -> str|None:
+    "Do something with the disk on all processes, or on the main one; all get to know the first complaint."
+    problem = None
+    if self.accelerator.is_main_process or not main_only:
+        try:
+            with complaints(what): do()
+        except CheckpointError as e: problem = str(e)
+    return next((p for p in gather_object([problem]) if p), None)
+
+@patch
+def _write_checkpoint(self:DDPOTrainer, place):
+    "From all processes into a folder of another name, which gets its own when it is whole. CheckpointError on all of them if one cannot write."
+    what, tmp = str(place), [None]
+    def begin(): place.parent.mkdir(parents=True, exist_ok=True); tmp[0] = tempfile.mkdtemp(dir=place.parent, prefix=".writing-")
+    problem = self._together(what, begin, main_only=True)
+    broadcast_object_list(tmp)
+    problem = problem or self._together(what, lambda: self._write_state(Path(tmp[0])))
+    problem = problem or self._together(what, lambda: publish(Path(tmp[0]), place.parent, place.name, self.config.num_checkpoint_limit), main_only=True)
+    if problem is None: return
+    if tmp[0] and self.accelerator.is_main_process: shutil.rmtree(tmp[0], ignore_errors=True)
+    raise CheckpointError(problem)
 
 @patch
 def save_checkpoint(self:DDPOTrainer) -> Path|None:
     "Write a checkpoint from all processes; returns its folder, or None if the run keeps nothing. CheckpointError on all of them if one cannot write."
     if self.home is None: return None
-    a, home, name = self.accelerator, self.home/"checkpoints", f"checkpoint_{self.epochs_done}" + (f"-{self.work.done}" if self.work else "")
-    problem, tmp = None, [None]
-    try:
-        with complaints(str(home/name)):
-            if a.is_main_process: home.mkdir(parents=True, exist_ok=True); tmp = [tempfile.mkdtemp(dir=home, prefix=".writing-")]
-    except CheckpointError as e: problem = str(e)
-    broadcast_object_list(tmp)
-    try:
-        with complaints(str(home/name)):
-            if tmp[0]: self._write_state(Path(tmp[0]))
-    except CheckpointError as e: problem = str(e)
-    problems = [p for p in gather_object([problem]) if p]
-    if a.is_main_process and not problems:
-        try:
-            with complaints(str(home/name)): publish(Path(tmp[0]), home, name, self.config.num_checkpoint_limit)
-        except CheckpointError as e: problems = [str(e)]
-    problems = [p for p in gather_object(problems[:1] or [None]) if p]
-    if problems:
-        if a.is_main_process and tmp[0]: shutil.rmtree(tmp[0], ignore_errors=True)
-        raise CheckpointError(problems[0])
+    place = self.home/"checkpoints"/(f"checkpoint_{self.epochs_done}" + (f"-{self.work.done}" if self.work else ""))
+    self._write_checkpoint(place)
     self.resumed = True  # the folder is this run's own
-    return home/name
+    return place
 
 # %% ../nbs/09_trainer.ipynb #c2c34831
 def find_checkpoint(place: str|Path) -> Path:
@@ -481,6 +573,7 @@ def load_checkpoint(self:DDPOTrainer, place: str|Path):
     if a.scaler and state["scaler"]: a.scaler.load_state_dict(state["scaler"])
     self.tracker.load_state_dict(state["tracker"])
     self.epochs_done, self.queries, self.global_step, self.rows = (state[k] for k in ("epochs_done", "queries", "global_step", "rows"))
+    self.best = state["best"]
     own = load_state(folder/f"process-{a.process_index}")
     if own["work"]: self.work = self._work(**own["work"])
     self._put_back(own["outside"])
@@ -496,7 +589,8 @@ def _work(self:DDPOTrainer, latents, log_probs, prompts, advantages, **rest):
 @patch
 def _log(self:DDPOTrainer, row):
     "To the trackers, and to metrics.jsonl."
-    self.accelerator.log({k: v for k, v in row.items() if isinstance(v, (int, float))} | {f"reward/{p}": v for p, v in row["reward_by_prompt"].items()}, step=self.global_step)
+    self.accelerator.log({k: v for k, v in row.items() if isinstance(v, (int, float))} | {f"reward/{p}": v for p, v in row["reward_by_prompt"].items()}
+                         | {f"reward_info/{k}": v for k, v in row["reward_info"].items()}, step=self.global_step)
     if self.home is not None and self.accelerator.is_main_process:
         write_atomic(self.home/"metrics.jsonl", "".join(json.dumps(_plain(r), ensure_ascii=False) + "\n" for r in self.rows))
 
@@ -514,14 +608,17 @@ def train(self:DDPOTrainer,
     with tqdm(total=total * c.samples_per_epoch * self.accelerator.num_processes, initial=self.queries, unit="query", dynamic_ncols=True,
               disable=not progress or self.on_progress is not None or not self.accelerator.is_local_main_process) as bar, stop_signals(self.stop):
         try:
-            while self.epochs_done < total:
+            while self.epochs_done < total and not self._past_its_best():
                 row = self.epoch()
                 self._log(row)
                 bar.update(self.queries - bar.n); bar.set_postfix(reward=f"{row['reward_mean']:.3f}")
                 if on_row: on_row(row)
-                if self.epochs_done % c.save_freq == 0 or self.epochs_done == total: self.save_checkpoint()
+                if self.epochs_done % c.save_freq == 0 or self.epochs_done == total or self._past_its_best(): self.save_checkpoint()
+            self._take_best()
             if c.push_to_hub: self.push_to_hub(c.hub_model_id)
         except _Stopped: self._end()
+        finally:
+            if self.pool: self.pool.close()
     return self.rows
 
 @patch

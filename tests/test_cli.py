@@ -199,6 +199,21 @@ def test_the_newest_run_is_found_again(run, scratch):
     status, out, err = run(f"train {tiny} --resume")
     assert status == 0 and len(list((scratch/"runs").iterdir())) == 1, err
 
+KWARGS = shlex.quote('{"wandb": {"entity": "ada", "settings": {"api_key": "swordfish"}}}')
+
+@pytest.mark.parametrize("line,clean", [
+    (f"train --tracker-kwargs {KWARGS} --resume", """train --tracker-kwargs '{"wandb": {"entity": "ada", "settings": {}}}' --resume"""),
+    (f"train --accelerator-kwargs={KWARGS}", """train --accelerator-kwargs '{"wandb": {"entity": "ada", "settings": {}}}'"""),
+    ("train --hf-user-access-token swordfish --project-kwargs '{\"total_limit\":  3}'", "train --project-kwargs '{\"total_limit\":  3}'"),
+    ("train --hf-user-access-token=swordfish --seed=3", "train --seed=3")])
+def test_the_command_to_go_on_holds_no_secret(line, clean): assert shlex.join(cli._open_words(shlex.split(line))) == clean
+
+def test_secrets_for_trackers_are_not_written_down(run, scratch, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ddpo-nb", *shlex.split(f"train {tiny} --tracker-kwargs {KWARGS} --output out")])
+    assert main() == 0 and "swordfish" not in f"{sys.argv}{capsys.readouterr()}"
+    assert """--tracker-kwargs '{"wandb": {"entity": "ada", "settings": {}}}'""" in json.loads((scratch/"out/config.json").read_text())["command"]
+    assert not [o for o in scratch.rglob("*") if o.is_file() and b"swordfish" in o.read_bytes()]
+
 def test_push_to_hub(run, scratch, monkeypatch):
     import huggingface_hub
     from hub_server import TOKEN, Server

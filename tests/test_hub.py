@@ -19,7 +19,7 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load, load_file, save_file
 
 from ddpo_nb import hub
-from ddpo_nb.hub import HubError, check_access, check_repo_id, model_card, public, push
+from ddpo_nb.hub import HubError, check_access, check_repo_id, model_card, public, push, without_secrets
 from ddpo_nb.prompts import InputError
 
 root = Path(__file__).resolve().parents[1]
@@ -147,8 +147,16 @@ def test_secrets_in_a_config_stay_out(name):
         assert "swordfish" not in card(config=config) and "swordfish" not in json.dumps(public(config))
     assert public({"a": {name: 1, "b": 2}}) == {"a": {"b": 2}}
 
+@pytest.mark.parametrize("value", ["9f86d081884c7d659a2feaa0c55ad015a3bf4f1b", "wandb_v1_" + "a1B2" * 19, TOKEN, "https://ada:swordfish@example.org"])
+def test_settings_of_trackers_are_written_down_without_what_looks_like_a_secret(value):
+    given = dict(wandb=dict(entity="ada", anything=value, tags=["small", value], resume=True, name="emoji-compressibility-seed0"))
+    clean = dict(wandb=dict(entity="ada", tags=["small"], resume=True, name="emoji-compressibility-seed0"))
+    assert without_secrets(given) == clean and without_secrets(clean) == clean
+    assert public(dict(tracker_kwargs=given)) == dict(tracker_kwargs=clean) and value not in card(config=dict(tracker_kwargs=given))
+
 def test_secrets_within_texts_are_blacked_out():
-    for text in (f"ddpo-nb train --hf-user-access-token {TOKEN} --seed 1", "x --wandb-api-key=swordfish --seed 1", "x --hub-token swordfish --seed 1", f"see {TOKEN}", "http://ada:swordfish@example.org/x"):
+    for text in (f"ddpo-nb train --hf-user-access-token {TOKEN} --seed 1", "x --wandb-api-key=swordfish --seed 1", "x --hub-token swordfish --seed 1",
+                 """x --tracker-kwargs '{"wandb": {"api_key": "swordfish"}}' --seed 1""", f"see {TOKEN}", "http://ada:swordfish@example.org/x"):
         shown = public(dict(command=text, more=[text]))
         assert "swordfish" not in str(shown) and TOKEN not in str(shown) and ("--seed 1" in shown["command"]) == ("--seed" in text)
     assert TOKEN not in card(reward=f"r.py:{TOKEN}", config={TOKEN: 1})

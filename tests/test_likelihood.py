@@ -4,9 +4,9 @@ import math
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from torch.distributions import Independent, Normal
+from torch.distributions import Independent, Normal, kl_divergence
 
-from ddpo_nb.likelihood import gaussian_log_prob
+from ddpo_nb.likelihood import gaussian_kl, gaussian_log_prob
 
 quick = settings(max_examples=40, deadline=None)
 
@@ -121,3 +121,23 @@ x, mean, std = batch(0, (2, 2))
 ])
 def test_bad_input(args, message):
     with pytest.raises(ValueError, match=message): gaussian_log_prob(*args)
+
+@quick
+@given(seeds, shapes)
+def test_the_divergence_is_that_of_torch(seed, shape):
+    mean, other, std = batch(seed, shape)
+    scale = std.reshape(-1, *(1,) * len(shape)).expand_as(mean)
+    exact = kl_divergence(*(Independent(Normal(m, scale), len(shape)) for m in (mean, other)))
+    torch.testing.assert_close(gaussian_kl(mean, other, std, "sum"), exact)
+    torch.testing.assert_close(gaussian_kl(mean, other, std), exact / math.prod(shape))
+    assert (gaussian_kl(mean, mean, std) == 0).all()
+
+def test_a_small_divergence_is_not_lost_in_rounding():
+    "As a difference of two log-densities in fp32 it would be."
+    mean, other = torch.zeros(1, 512), torch.full((1, 512), 1e-4)
+    assert gaussian_kl(mean, other, 1.).item() == pytest.approx(0.5e-8, rel=1e-5)
+
+@pytest.mark.parametrize("args,says", [((torch.zeros(2, 3), torch.zeros(2, 4), 1.), "one shape"), ((torch.zeros(2, 3), torch.zeros(2, 3), 0.), "std must be positive"),
+                                       ((torch.zeros(2, 3), torch.zeros(2, 3), 1., "max"), "reduction")])
+def test_divergence_of_what_does_not_fit(args, says):
+    with pytest.raises(ValueError, match=says): gaussian_kl(*args)

@@ -8,10 +8,11 @@ from ddpo_nb.prompts import InputError, PROMPT_SETS, PromptSource, prompt_source
 
 @pytest.mark.parametrize("name,n,first,last", [
     ("simple_animals", 45, "cat", "kangaroo"), ("imagenet_animals", 398, "tench", "puffer"),
+    ("trl_animals", 27, "cat", "kangaroo"), ("counting", 225, "two cats", "six kangaroos"),
     ("animal_activities", 135, "a cat washing dishes", "a kangaroo playing chess"),
     ("unseen_animals", 26, "elephant", "beaver"), ("everyday_objects", 43, "apple", "key")])
 def test_sets(name, n, first, last):
-    prompts = PROMPT_SETS[name]()
+    prompts = prompt_source(name).prompts
     assert (len(prompts), prompts[0], prompts[-1]) == (n, first, last)
     assert len(set(prompts)) == n and all(p == p.strip() and "," not in p for p in prompts)
     assert prompt_source(name).prompts == prompts
@@ -19,6 +20,36 @@ def test_sets(name, n, first, last):
 def test_unseen_sets_are_unseen():
     seen = set(PROMPT_SETS["simple_animals"]())
     assert not seen & {*PROMPT_SETS["unseen_animals"](), *PROMPT_SETS["everyday_objects"]()}
+
+def test_counting_prompts_come_with_their_questions():
+    items = dict(prompt_source("counting").items)
+    assert items["three wolves"] == dict(questions=["How many wolves are there in this image?"], answers=["3"])
+    assert {"two mice", "six geese", "four butterflies", "five turkeys", "two foxes", "three sheep", "two fish"} <= items.keys()
+
+def test_trls_animals_are_in_its_order():
+    assert prompt_source("trl_animals").prompts[11:15] == ["goat", "lion", "frog", "chicken"]
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("drawings")
+    rows = [dict(text="a cat", count=1, tags=["x"]), dict(text="two dogs", count=2, tags=[]), dict(text="", count=0, tags=[])]
+    (folder/"train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    (folder/"test.jsonl").write_text(json.dumps(dict(text="a frog", count=1, tags=["y"])) + "\n", encoding="utf-8")
+    return folder
+
+def test_a_column_of_a_dataset(dataset):
+    assert prompt_source(f"dataset:{dataset}:text").items == [("a cat", dict(count=1)), ("two dogs", dict(count=2))]
+    assert prompt_source(f"dataset:{dataset}:text:test").prompts == ["a frog"]
+    assert [prompt_source(f"dataset:{dataset}:text", 3)() for _ in range(2)] == [prompt_source(f"dataset:{dataset}:text", 3)() for _ in range(2)]
+
+@pytest.mark.parametrize("rest,says", [("", "no column 'prompt' of texts; choose from text"), (":count", "no column 'count' of texts"), (":text:nowhere", "cannot load")])
+def test_bad_columns_are_named(dataset, rest, says):
+    with pytest.raises(InputError, match=says) as e: prompt_source(f"dataset:{dataset}{rest}")
+    assert e.value.argument == "--prompts" and "\n" not in str(e.value)
+
+@pytest.mark.parametrize("text", ["dataset:", "dataset::text", "dataset:a:b:c:d", "dataset:a:"])
+def test_half_a_dataset(text):
+    with pytest.raises(InputError, match="names no column"): prompt_source(text)
 
 def test_activities_article():
     prompts = PROMPT_SETS["animal_activities"]()

@@ -90,6 +90,31 @@ def test_settings_that_do_not_matter_may_change(tmp_path):
     t = trainer(tmp_path, num_epochs=2, micro_batch_size=3, save_freq=7, resume_from=str(tmp_path))
     assert len(t.train(progress=False)) == 2 and t.global_step == 8
 
+def test_8_bit_adam_is_resumed(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    kw = dict(lora=False, train_use_8bit_adam=True, train_learning_rate=1e-4, num_epochs=2)
+    whole = trainer(tmp_path/"whole", **kw)
+    whole.train(progress=False)
+    trainer(tmp_path/"cut", **kw).train(1, progress=False)
+    t = trainer(tmp_path/"cut", **kw, resume_from=str(tmp_path/"cut"))
+    assert any(v.dtype == torch.uint8 for s in t.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor))
+    t.train(progress=False)
+    assert torch.equal(weights(t), weights(whole)) and metrics(tmp_path/"cut") == metrics(tmp_path/"whole")
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_run_whose_learning_rate_follows_its_length_keeps_it(tmp_path, schedule):
+    trainer(tmp_path, num_epochs=2, lr_scheduler=schedule).train(1, progress=False)
+    with pytest.raises(InputError, match="resume_from: num_epochs was 2 when .* and is 3 now"): trainer(tmp_path, num_epochs=3, lr_scheduler=schedule, resume_from=str(tmp_path))
+    assert trainer(tmp_path, num_epochs=2, lr_scheduler=schedule, resume_from=str(tmp_path)).train(progress=False)[-1]["learning_rate"] < 1e-2
+    with pytest.raises(InputError, match="resume_from: lr_scheduler was"): trainer(tmp_path, lr_scheduler="constant", resume_from=str(tmp_path))
+
+def test_a_run_with_a_steady_learning_rate_may_become_longer(tmp_path):
+    steady = dict(lr_scheduler="constant_with_warmup", lr_warmup_updates=6)
+    trainer(tmp_path/"whole", **steady).train(progress=False)
+    trainer(tmp_path/"cut", num_epochs=1, **steady).train(progress=False)
+    trainer(tmp_path/"cut", num_epochs=3, resume_from=str(tmp_path/"cut"), **steady).train(progress=False)
+    assert metrics(tmp_path/"cut") == metrics(tmp_path/"whole")
+
 @pytest.mark.parametrize("place", ["nowhere", "."])
 def test_nothing_to_resume_from(tmp_path, place):
     with pytest.raises(InputError, match="resume_from: there is no whole checkpoint"): trainer(tmp_path, resume_from=str(tmp_path/place))

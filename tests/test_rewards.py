@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image, JpegImagePlugin
 from ddpo_nb.prompts import InputError
-from ddpo_nb.rewards import (REWARDS, PromptAlignment, _predicted_noise, check_rewards, get_reward, jpeg_compressibility,
-                             jpeg_incompressibility, jpeg_size, to_uint8)
+from ddpo_nb.rewards import (REWARDS, PromptAlignment, WeightedSum, _predicted_noise, check_rewards, get_reward, jpeg_compressibility,
+                             jpeg_incompressibility, jpeg_size, parse_sum, reward, to_uint8)
 
 def images(n=3, size=32, seed=0): return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
@@ -105,3 +105,47 @@ def test_alignment_refuses_the_policys_own_pipeline():
     from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
     policy = StableDiffusionPolicy(load_pipeline(), num_steps=2)
     with pytest.raises(ValueError, match="pipeline of its own"): PromptAlignment(policy.pipeline)(images(1, 64), ["cat"], [{}])
+
+def test_large_pictures_are_sized_as_small_ones_are():
+    x = images(3, 256)
+    assert (jpeg_size(x) == np.concatenate([jpeg_size(o[None]) for o in x])).all()
+
+names = st.sampled_from(["a", "b_2", "clip_alignment", "C"])
+weights = st.floats(0.001, 100).map(lambda w: float(f"{w:.4g}"))
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(names, weights, st.booleans()), min_size=2, max_size=4, unique_by=lambda o: o[0]), st.sampled_from(["", " "]))
+def test_a_written_sum_is_read_as_written(terms, space):
+    text = "".join(("-" if minus else "+") + f"{space}{w:g}{space}*{space}{name}{space}" for name, w, minus in terms)
+    assert parse_sum(text.removeprefix("+")) == {name: -w if minus else w for name, w, minus in terms}
+
+@pytest.mark.parametrize("text", ["a", "a b", "a++b", "a*2", "2a+b", "a+", "*a", "", "1+2", "a+b.c"])
+def test_what_is_no_sum(text): assert parse_sum(text) == {}
+
+def test_a_weighted_sum_keeps_its_parts():
+    x = images()
+    total, info = get_reward("2*jpeg_incompressibility - 0.5*jpeg_compressibility")(x, ["a"]*3, [{}]*3)
+    np.testing.assert_allclose(total, 2.5 * jpeg_size(x))
+    assert (info["reward/jpeg_compressibility"] == -jpeg_size(x)).all() and (info["reward/jpeg_incompressibility"] == jpeg_size(x)).all()
+
+def test_a_part_that_breaks_is_named():
+    broken = WeightedSum(dict(fine=(1., jpeg_compressibility), broken=(0., lambda *_: ([float("nan")]*3, {}))))
+    with pytest.raises(InputError, match="reward broken"): broken(images(), ["a"]*3, [{}]*3)
+
+def test_unknown_parts_of_a_sum_and_parts_given_twice():
+    with pytest.raises(InputError, match="no reward named 'beauty'"): get_reward("jpeg_compressibility+2*beauty")
+    with pytest.raises(InputError, match="stands twice"): get_reward("jpeg_compressibility+2*jpeg_compressibility")
+
+def test_a_reward_of_ones_own_by_name():
+    seen = []
+    try:
+        @reward("my_own")
+        def mine(images, prompts, metadata): seen.append((prompts, metadata)); return [float(m["count"]) for m in metadata], dict(note="x")
+        assert get_reward("my_own") is mine
+        assert get_reward("my_own")(images(2), ["a", "b"], [dict(count=1), dict(count=2)])[0] == [1, 2] and seen == [(["a", "b"], [dict(count=1), dict(count=2)])]
+        reward("my_own")(jpeg_compressibility)   # a cell that is run again
+        assert get_reward("my_own") is jpeg_compressibility
+    finally: REWARDS.pop("my_own", None)
+
+@pytest.mark.parametrize("name,says", [("clip_alignment", "package's own"), ("two words", "no name"), ("", "no name"), ("1st", "no name"), ("a+b", "no name")])
+def test_names_that_a_reward_cannot_have(name, says):
+    with pytest.raises(InputError, match=says): reward(name)
