@@ -31,7 +31,7 @@ class BradleyTerry:
     def __init__(self,
         centre,                       # (D,) embedding at which utility is 0, such as the pool's mean
         scale: float = 1.,            # embeddings are divided by this, such as the pool's root-mean-square distance from `centre`
-        prior_precision: float = 0.1, # λ: the prior is w ~ N(0, I/λ)
+        prior_precision: float = 0.2, # λ: the prior is w ~ N(0, I/λ)
     ):
         if not prior_precision > 0 or not scale > 0: raise InputError("prior_precision and scale", f"{prior_precision:g} and {scale:g} are not both positive", "give positive numbers")
         self.centre, self.scale, self.prior_precision, self.clicks = _float64(centre), float(scale), float(prior_precision), 0
@@ -279,7 +279,7 @@ class TasteSession:
         pool: Pool,
         embedder,                     # an `Embedder`, or the pool's embeddings (N, D)
         clicks_file = None,           # JSON lines, taken up if it exists; None: nothing is kept
-        prior_precision: float = 0.1, # see `BradleyTerry`
+        prior_precision: float = 0.2, # see `BradleyTerry`
         same_prompt: bool = False,    # compare only pictures of one prompt
         informative: bool = True,     # False: ask about random pairs
         seed: int = 0,                # of the choice of pairs
@@ -424,7 +424,7 @@ def agreement(
     order = lambda v: np.sign(_float64(v)[pairs[:, 0]] - _float64(v)[pairs[:, 1]])
     return float((1 + order(utility) * order(score)).mean() / 2)
 
-# %% ../nbs/09b_taste.ipynb #d4de26ce
+# %% ../nbs/09b_taste.ipynb #6b455917
 class TasteReward:
     "Reward: the learned utility of a picture, less `pessimism` standard deviations. Its metadata holds `taste_std`."
     def __init__(self,
@@ -442,7 +442,7 @@ class TasteReward:
         mean, std = self.head.utility(self.embedder.images(images))
         return mean - self.pessimism * std, dict(taste_std=std)
 
-# %% ../nbs/09b_taste.ipynb #a8e43ede
+# %% ../nbs/09b_taste.ipynb #861d2ab7
 @patch
 def save(self: BradleyTerry, file):
     "Write the head as safetensors."

@@ -346,7 +346,7 @@ def test_sixty_clicks_and_then_ddpo_raises_the_hidden_taste():
             s = click(TasteSession(pool, u, informative=informative, seed=seed), 60, rater)
             found.setdefault(informative, []).append(agreement(s.head.utility(v)[0], rater.score(unseen.images), pairs))
             sessions.append(s)
-    assert np.mean(found[True]) >= .85 and min(found[True]) >= .82 and np.mean(found[True]) > np.mean(found[False]) + .01, found
+    assert np.mean(found[True]) >= .85 and min(found[True]) >= .84 and np.mean(found[True]) > np.mean(found[False]) + .01, found
     config = make_config("ddpo-is", num_epochs=6, logdir="", seed=0)
     draw = lambda: rollout(p, ANIMALS*6, [sample_generator(0, 2**31, i) for i in range(48)], batch_size=48).images
     before = draw()
