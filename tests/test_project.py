@@ -85,7 +85,7 @@ def test_imports_are_declared(ini):
         for node in ast.walk(ast.parse(f.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import): names |= {o.name for o in node.names}
             if isinstance(node, ast.ImportFrom) and not node.level: names.add(node.module)
-    names = {o.split(".")[0] for o in names} - sys.stdlib_module_names - {"ddpo_nb", "bitsandbytes", "trackio"}  # asked for by train_use_8bit_adam and by log_with alone
+    names = {o.split(".")[0] for o in names} - sys.stdlib_module_names - {"ddpo_nb", "bitsandbytes", "trackio", "datasets"}  # asked for by train_use_8bit_adam, by log_with and by dataset: prompts alone
     declared = {canonicalize_name(Requirement(o).name) for o in ini["requirements"].split()}
     dists = packages_distributions()
     assert {o for o in names if not {*map(canonicalize_name, dists.get(o, [o]))} & declared} == set()
