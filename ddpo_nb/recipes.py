@@ -303,6 +303,7 @@ def _trajectory(c, numbers, width):
 # %% ../nbs/10a_recipes.ipynb #dc5f9ba9
 def _training_peak(c, numbers, policy, mode):
     objective, batch = make_objective(c), _micro_batch(c, numbers, policy.pipeline.text_encoder.dtype)
+    if c.kl_coef: policy.keep_reference()
     for p in policy.trainable_parameters(): p.grad = torch.zeros_like(p)
     def run():
         with mode:
@@ -338,7 +339,7 @@ def estimate_memory(
     one = _trajectory(c, numbers, parts.text_encoder.dtype.itemsize)
     whole, batch = one * c.samples_per_epoch, one * c.sample_batch_size
     return Memory(_bytes(frozen), _bytes(parts.text_encoder.parameters()), _bytes(trained), _adam_state(trained, eight_bit), batch if offload else whole,
-                  4 * (numbers.unet + numbers.vae + numbers.text_encoder) if base else 0, _bytes(trained) * (1 if processes == 1 else 2), activations,
+                  (4 * (numbers.unet + numbers.vae + numbers.text_encoder) if base else 0) + (4 * numbers.unet if c.kl_coef and not lora else 0), _bytes(trained) * (1 if processes == 1 else 2), activations,
                   0 if eight_bit else _bytes(trained), sampling, decoding, held + (0 if offload else whole), whole if offload else 0)
 
 # %% ../nbs/10a_recipes.ipynb #c4b6225a

@@ -287,3 +287,9 @@ def test_plan_s_text(emoji):
     assert "untouched model" not in str(plan(make_config("ddpo-is", **base), emoji))
 
 def test_sizes_in_words(): assert [R._size(n) for n in (0, 999, 1234, 56_789, 999_600, 7_000_000_000, 65e9)] == ["0 B", "999 B", "1.23 kB", "56.8 kB", "1.00 MB", "7.00 GB", "65.0 GB"]
+
+def test_a_price_on_leaving_keeps_a_second_unet_beside_one_that_is_trained_whole():
+    n = model_numbers("emoji-sd")
+    def memory(lora, kl): return estimate_memory(make_config("ddpo-is", lora=lora, kl_coef=kl, logdir=""), n, lora=lora)
+    assert (memory(False, 0.1).base, memory(False, 0.).base, memory(True, 0.1).base) == (4 * n.unet, 0, 0)
+    assert memory(False, 0.1).peak >= memory(False, 0.).peak + 4 * n.unet and memory(True, 0.1).peak >= memory(True, 0.).peak
