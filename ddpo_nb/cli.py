@@ -6,7 +6,7 @@
 __all__ = ['config_fields', 'algorithms', 'make_parser', 'main']
 
 # %% ../nbs/11_cli.ipynb #81bfc041
-import argparse, ast, datetime, io, json, os, shlex, signal, sys, traceback
+import argparse, ast, datetime, io, json, os, re, shlex, signal, sys, traceback
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -194,7 +194,7 @@ def _overrides(texts):
 
 def _output(args):
     "The folder to write; with --resume, one that holds a run."
-    name = "-".join([args.command, *([args.reward.rpartition(":")[2]] if hasattr(args, "reward") else []), ""])
+    name = "-".join([args.command, *([re.sub(r"[^\w.-]+", "_", args.reward.rpartition(":")[2])] if hasattr(args, "reward") else []), ""])  # a sum has signs that folders should not
     if not args.resume: return args.output or f"runs/{name}{datetime.datetime.now():%Y%m%d-%H%M%S}"
     found = args.output or max((str(o) for o in Path("runs").glob(name + "*") if (o/"config.json").is_file()), default=None)
     if found is None: raise InputError("--resume", f"there is no run named runs/{name}…", "name its folder with --output")

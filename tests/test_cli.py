@@ -230,3 +230,23 @@ def test_push_to_hub(run, scratch, monkeypatch):
         assert not any(TOKEN.encode() in o for o in everything)
         status, out, err = run(f"train {tiny} --push-to-hub ada/tidy --hf-user-access-token hf_wrong --output other")
         assert status == 1 and err.count("\n") == 1 and not (scratch/"other").exists(), err
+
+def test_a_sum_of_rewards_is_trained_on_watched_and_kept_in_a_folder_with_a_plain_name(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run("train --reward 'jpeg_compressibility - 2*clip_alignment' --watch-reward jpeg_incompressibility --stop-patience 3 --kl-coef 0.1 --sample-num-steps 2 "
+                           "--sample-batch-size 4 --train-batch-size 4 --queries 8 --evaluation-samples 2 --no-progress")
+    assert status == 0, err
+    (folder,) = (tmp_path/"runs").iterdir()
+    assert folder.name.startswith("train-jpeg_compressibility_-_2_clip_alignment-20")
+    rows = [json.loads(o) for o in (folder/"metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    for r in rows:
+        parts = r["reward_info"]
+        assert r["reward_mean"] == pytest.approx(parts["reward/jpeg_compressibility"] - 2 * parts["reward/clip_alignment"]) and r["watch_mean"] == pytest.approx(-parts["reward/jpeg_compressibility"])
+        assert r["kl_pretrained"] >= 0
+
+@pytest.mark.parametrize("flags,says", [("--watch-reward beauty", "--watch-reward: there is no reward named 'beauty'"), ("--stop-patience 2", "--stop-patience: no reward is watched"),
+                                        ("--algorithm rwr --kl-coef 0.1", "--kl-coef: RWR"), ("--reward jpeg_compressibility+beauty", "--reward: there is no reward named 'beauty'")])
+def test_what_cannot_be_watched_or_summed(run, tmp_path, flags, says):
+    status, out, err = run(f"train {flags} --output {tmp_path/'run'}")
+    assert status == 2 and says in err and err.count("\n") == 1 and not (tmp_path/"run").exists()
