@@ -8,7 +8,7 @@ __all__ = ['PICKSCORE', 'CLIP_H', 'HPS_V2', 'HPS_FILES', 'VIT_H', 'IMAGE_REWARD'
            'from_image_reward', 'image_reward']
 
 # %% ../nbs/05d_preference.ipynb #d5a00004
-import pickle, re
+import re
 from pathlib import Path
 import numpy as np
 import torch
@@ -57,7 +57,9 @@ def read_weights(
     elif not path.is_file() and (path.is_absolute() or str(place).startswith((".", "~")) or path.suffix in (".pt", ".safetensors")): raise OSError("there is no such file")
     elif not path.is_file(): path = Path(hf_hub_download(place, file))
     try: state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError: raise ValueError(f"{path.name} is no file of tensors, or holds more than tensors, which could run code as it is read") from None
+    except Exception as e:
+        if type(e).__name__ != "UnpicklingError": raise  # what torch raises at anything but tensors
+        raise ValueError(f"{path.name} is no file of tensors, or holds more than tensors, which could run code as it is read") from None
     state = state.get("state_dict", state)
     return {k.removeprefix("module."): v for k, v in state.items()}
 
