@@ -11,7 +11,6 @@ from html import escape
 from textwrap import fill, shorten
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
 from .checkpoints import checkpoints
 from .rewards import to_uint8
 

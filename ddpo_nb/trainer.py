@@ -573,7 +573,7 @@ def load_checkpoint(self:DDPOTrainer, place: str|Path):
     if a.scaler and state["scaler"]: a.scaler.load_state_dict(state["scaler"])
     self.tracker.load_state_dict(state["tracker"])
     self.epochs_done, self.queries, self.global_step, self.rows = (state[k] for k in ("epochs_done", "queries", "global_step", "rows"))
-    self.best = state["best"]
+    self.best = state.get("best")  # not in checkpoints of before there was early stopping
     own = load_state(folder/f"process-{a.process_index}")
     if own["work"]: self.work = self._work(**own["work"])
     self._put_back(own["outside"])
