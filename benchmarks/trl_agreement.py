@@ -15,25 +15,14 @@ from ddpo_nb.emoji_sd import WEIGHTS
 from ddpo_nb.mdp import Trajectories
 from ddpo_nb.policy import Conditioning, StableDiffusionPolicy, load_pipeline
 from ddpo_nb.rollout import rollout, sample_generator
+from trl_env import add_env_option, trl_python
 
-PACKAGES = ["trl==0.23.1", "transformers<4.57", "diffusers<0.36", "torch==2.13.0", "peft", "accelerate"]
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpo_nb/trl-0.23.1"
 BOUND, GUIDANCE, MICRO_BATCH = 1e-5, 5.0, 32
 PROMPTS = ["a cat", "a dog on a red background", "a lion", "a bear on a blue background", "a fox", "an ant", "a picture of a frog", "a pig on pink"]
 ADVANTAGES = [-7.0, 6.5, -1.3, 0.4, 1.1, -0.2, 2.0, -5.5]  # three lie beyond the cut at 5
 NUDGES = [5e-5, 2e-4, 5e-3, 4e-2]                          # of the old log-probabilities: some within, some beyond each clip range
 
-# ---- TRL's environment ----
-
-def trl_python(folder: Path) -> Path:
-    "The interpreter of TRL's environment, which is made if it is not there."
-    python, made = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"), folder / "packages.txt"
-    if python.exists() and made.exists() and made.read_text().split("\n") == PACKAGES: return python
-    print(f"Making an environment for TRL in {folder}", flush=True)
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    subprocess.run([python, "-m", "pip", "install", "-q", *PACKAGES], check=True)
-    made.write_text("\n".join(PACKAGES))
-    return python
+# ---- TRL's side ----
 
 def run_trl(python, folder):
     "Have TRL work on the cases in `folder`; its output matters only if it fails."
@@ -195,8 +184,8 @@ def show_versions(folder):
 
 def main():
     parser = argparse.ArgumentParser(description="Compare one epoch's loss and gradients with those of TRL 0.23.1.")
-    parser.add_argument("--env", type=Path, default=CACHE, help=f"folder of TRL's virtual environment, made if missing (default: {CACHE})")
-    python, cases = trl_python(parser.parse_args().env.expanduser()), make_cases()
+    add_env_option(parser)
+    python, cases = trl_python(parser.parse_args().env), make_cases()
     torch.set_num_threads(1)  # sums in one order, however many cores there are
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

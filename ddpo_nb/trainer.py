@@ -8,7 +8,7 @@ __all__ = ['ALGORITHMS', 'RESULT_FREE', 'EMOJI_SETTINGS', 'PAPER_SETTINGS', 'DDP
            'RWRTrainer', 'make_trainer', 'make_config']
 
 # %% ../nbs/09_trainer.ipynb #8222ca9a
-import json, os, resource, shutil, sys, tempfile, time, warnings
+import atexit, json, os, resource, shutil, sys, tempfile, time, warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -167,9 +167,14 @@ def _home(c):
     place = c.project_kwargs.get("project_dir") or c.logdir
     return Path(place).expanduser()/c.run_name if place else None
 
+def _part():
+    "Close the processes' connections: an interpreter that ends while gloo's threads still run is aborted."
+    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+
 def processes() -> PartialState:
     "accelerate's state of all processes: which there are, and on which devices. Without GPUs, those that torchrun starts talk by gloo."
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several and not PartialState._shared_state: atexit.register(_part)
     return PartialState(cpu=True) if several and not torch.cuda.is_available() else PartialState()
 
 def usable_precision(wanted: str) -> str:

@@ -1,4 +1,4 @@
-"Set before anything heavy is imported: tests draw to files and never ask the network for a model."
+"Set before anything heavy is imported: tests draw to files, never ask the network for a model, and side by side (pytest-xdist) take a core each."
 import os
 import shutil
 
@@ -6,6 +6,9 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 @pytest.fixture(scope="session")
 def browser():

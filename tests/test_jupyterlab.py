@@ -47,6 +47,7 @@ def test_watch_pause_go_on_and_stop(lab, browser, tmp_path):
     page = browser.new_page(viewport=dict(width=1200, height=900))
     page.set_default_timeout(120_000)  # a cold start: JupyterLab's pages, the kernel, PyTorch
     page.goto(f"{lab}lab/tree/board.ipynb?token={TOKEN}")
+    expect(page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")).to_be_visible()  # until then a key goes nowhere
     page.locator(".jp-Notebook .cm-content").first.click()
     page.keyboard.press("Control+Enter")
     text, (curve, pictures) = page.locator(".widget-html-content").first, (page.locator("img.widget-image").nth(i) for i in (0, 1))
