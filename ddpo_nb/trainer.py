@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['ALGORITHMS', 'RESULT_FREE', 'EMOJI_SETTINGS', 'PAPER_SETTINGS', 'DDPOConfig', 'RWRConfig', 'check_config',
-           'make_objective', 'processes', 'usable_precision', 'DDPOTrainer', 'split_updates', 'Work', 'find_checkpoint',
-           'RWRTrainer', 'make_trainer', 'make_config']
+           'check_repeats', 'make_objective', 'processes', 'usable_precision', 'DDPOTrainer', 'split_updates', 'Work',
+           'find_checkpoint', 'RWRTrainer', 'make_trainer', 'make_config']
 
 # %% ../nbs/09_trainer.ipynb #8222ca9a
 import atexit, json, os, resource, shutil, sys, tempfile, time, warnings
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_
 from diffusers.optimization import SchedulerType, get_scheduler
 from fastcore.basics import patch
 from tqdm.auto import tqdm
-from .advantages import PerPromptStatTracker, normalize
+from .advantages import BASELINES, PerPromptStatTracker
 from .checkpoints import (CheckpointError, check_whole, checkpoints, complaints, load_state, newest_whole, publish, rng_state, save_state, set_rng_state,
                                  stop_signals, write_atomic)
 from .ddpo import DDPO, DDPOSF, STEP_WEIGHTINGS
@@ -84,6 +85,9 @@ class DDPOConfig:
     log_prob_reduction: str = "mean"       # "mean" over the latent's dimensions, or the exact "sum"
     step_weighting: str = "equal"          # of DDPO's steps: "equal", as published, or by their "variance" (notebook 08)
     kl_coef: float = 0.0                   # price on DDPO's divergence from the pretrained model (notebook 08)
+    baseline: str = "normalize"            # of rewards: "normalize" as published, by the epoch or per_prompt_stat_tracking; "group" or "leave-one-out", by the epoch's samples of the same prompt (notebook 06)
+    samples_per_prompt: int = 1            # samples of each prompt that is drawn, one after the other; "group" and "leave-one-out" need 2 or more
+    advantage_min_std: float = 0.0         # floor under the spread that rewards are divided by, in the reward's units; 0: none (notebook 06)
     watch_reward: str = ""                 # name of a reward that is logged beside the one that is optimised, and never optimised
     stop_patience: int = 0                 # stop when the watched reward has had no new best for so many epochs, and take the best weights; 0: never
     rwr_beta: float = 0.2                  # RWR's temperature
@@ -118,11 +122,12 @@ class RWRConfig(DDPOConfig):
 _positive = ("sample_num_steps", "sample_batch_size", "sample_num_batches_per_epoch", "train_batch_size", "train_gradient_accumulation_steps",
              "train_num_inner_epochs", "micro_batch_size", "rwr_draws", "lora_rank", "num_epochs", "per_prompt_stat_tracking_buffer_size",
              "per_prompt_stat_tracking_min_count", "train_learning_rate", "train_max_grad_norm", "train_adv_clip_max", "train_clip_range",
-             "train_adam_epsilon", "sample_guidance_scale", "rwr_beta", "save_freq", "num_checkpoint_limit", "max_workers")
+             "train_adam_epsilon", "sample_guidance_scale", "rwr_beta", "save_freq", "num_checkpoint_limit", "max_workers", "samples_per_prompt")
 _shares = ("sample_eta", "train_timestep_fraction", "rwr_fraction")
 _betas = ("train_adam_beta1", "train_adam_beta2")
-_not_negative = ("seed", "train_adam_weight_decay", "lr_warmup_updates", "kl_coef", "stop_patience")
+_not_negative = ("seed", "train_adam_weight_decay", "lr_warmup_updates", "kl_coef", "stop_patience", "advantage_min_std")
 _choices = dict(algorithm=ALGORITHMS, mixed_precision=("no", "fp16", "bf16"), log_prob_reduction=("mean", "sum"), reward_pool=ParallelReward.kinds, step_weighting=STEP_WEIGHTINGS,
+                baseline=tuple(BASELINES),
                 log_with=(None, *(str(o) for o in LoggerType)), lr_scheduler=tuple(o.value for o in SchedulerType if o.value != "piecewise_constant"))
 
 def _check_value(name, value, kind):
@@ -148,9 +153,17 @@ def check_config(c):
                          f"take one update an epoch: train_batch_size {n}, train_num_inner_epochs 1; or choose ddpo-is")
     if c.log_with and c.log_with != "all" and c.log_with not in map(str, get_available_trackers()): raise InputError("log_with", f"{c.log_with!r} is not installed", f"pip install {c.log_with}")
     if c.kl_coef and c.algorithm.startswith("rwr"): raise InputError("kl_coef", "RWR's loss has no steps to compare", "leave it at 0, or choose ddpo-is or ddpo-sf")
+    if c.baseline != "normalize":
+        if c.samples_per_prompt == 1: raise InputError("baseline", f"{c.baseline!r} compares a prompt's samples, and there is only one of each", "set samples_per_prompt to 2 or more")
+        if c.per_prompt_stat_tracking: raise InputError("per_prompt_stat_tracking", f"it is a baseline of its own, and {c.baseline!r} is another", "switch one of them off")
     if c.watch_reward: check_name(c.watch_reward, "watch_reward")
     elif c.stop_patience: raise InputError("stop_patience", "no reward is watched", "name one with watch_reward")
     if c.push_to_hub and not c.hub_model_id: raise InputError("push_to_hub", "there is no repository to push to", "set hub_model_id to USER/NAME")
+
+def check_repeats(c, processes=1):
+    "InputError if an epoch's samples, over all processes, are not so many of each prompt."
+    n = c.samples_per_epoch * processes
+    if n % c.samples_per_prompt: raise InputError("samples_per_prompt", f"{c.samples_per_prompt} does not divide the {n} samples of an epoch", "let it divide sample_batch_size × sample_num_batches_per_epoch × processes")
 
 # %% ../nbs/09_trainer.ipynb #e26766ce
 def make_objective(c: DDPOConfig):
@@ -247,6 +260,7 @@ class DDPOTrainer:
             warnings.warn(f"train_learning_rate: {config.train_learning_rate:g} is a LoRA's; the whole UNet tends to collapse to black pictures at it; 1e-5 is usual", stacklevel=2)
         self.home = _home(config)
         self.accelerator = _accelerator(config, self.home)
+        check_repeats(config, self.accelerator.num_processes)
         set_seed(config.seed)     # for prompt and reward functions that draw from the global generators
         self.policy.configure(config.sample_num_steps, config.sample_eta, config.sample_guidance_scale, config.negative_prompts, config.log_prob_reduction)
         _lighten(config, self.policy, self.accelerator)
@@ -257,7 +271,7 @@ class DDPOTrainer:
         self.policy.unet, self.optimizer = self.accelerator.prepare(self.policy.unet, optimizer)
         self.schedule = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_updates, num_training_steps=config.num_epochs * self.updates_per_epoch)
         self.objective = make_objective(config)
-        self.tracker = PerPromptStatTracker(config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count)
+        self.tracker = PerPromptStatTracker(config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count, config.advantage_min_std)
         self.epochs_done = self.queries = self.global_step = 0
         self.rows, self.work = [], None  # metrics of each epoch; the epoch under way
         self.best = None          # the weights that the watched reward liked best
@@ -293,10 +307,17 @@ def _breathe(self:DDPOTrainer):
 
 # %% ../nbs/09_trainer.ipynb #b12923d0
 @patch
+def _draw(self:DDPOTrainer, n):
+    "n (prompt, metadata): each that is drawn stands there `samples_per_prompt` times, with a copy of the metadata each, since a reward may write to it."
+    k = self.config.samples_per_prompt
+    drawn = [self.prompt_function() for _ in range(n // k)]
+    return [(prompt, copy(metadata) if i else metadata) for prompt, metadata in drawn for i in range(k)]
+
+@patch
 def sample(self:DDPOTrainer, on_batch=None):
     "Draw prompts and roll out this process's share of the epoch's trajectories; `on_batch` sees images, prompts and metadata of each batch."
     c, n, rank = self.config, self.config.samples_per_epoch, self.accelerator.process_index
-    drawn = [self.prompt_function() for _ in range(n * self.accelerator.num_processes)][rank * n:(rank + 1) * n]
+    drawn = self._draw(n * self.accelerator.num_processes)[rank * n:(rank + 1) * n]
     prompts, metadata = [p for p, _ in drawn], [m for _, m in drawn]
     generators = [sample_generator(c.seed, self.epochs_done, rank * n + i) for i in range(n)]
     done, total = iter(range(1, 1 + c.sample_num_steps * c.sample_num_batches_per_epoch)), c.sample_num_steps * c.sample_num_batches_per_epoch
@@ -330,10 +351,10 @@ def checked(self:DDPOTrainer, answer, n):
 # %% ../nbs/09_trainer.ipynb #003e9012
 @patch
 def advantages(self:DDPOTrainer, prompts, rewards):
-    "Advantages (n,) of this process's samples, normalised with the rewards (N,) and prompts (N,) of all processes."
-    normal = self.tracker.update(prompts, rewards) if self.config.per_prompt_stat_tracking else normalize(rewards)
-    n, rank = self.config.samples_per_epoch, self.accelerator.process_index
-    return torch.as_tensor(normal[rank * n:(rank + 1) * n], dtype=torch.float32, device=self.accelerator.device)
+    "Advantages (n,) of this process's samples, from the rewards (N,) and prompts (N,) of all processes."
+    c, n, rank = self.config, self.config.samples_per_epoch, self.accelerator.process_index
+    of_all = self.tracker.update(prompts, rewards) if c.per_prompt_stat_tracking else BASELINES[c.baseline](prompts, rewards, min_std=c.advantage_min_std)
+    return torch.as_tensor(of_all[rank * n:(rank + 1) * n], dtype=torch.float32, device=self.accelerator.device)
 
 # %% ../nbs/09_trainer.ipynb #463170b9
 def split_updates(sample, n, updates, generator):
@@ -569,8 +590,9 @@ def load_checkpoint(self:DDPOTrainer, place: str|Path):
     "Take up the run that a checkpoint was made of. InputError if it is not one of this run's."
     folder, a = find_checkpoint(place), self.accelerator
     state = load_state(folder/"trainer")
-    mine = _plain(_identity(self.config)) | dict(processes=a.num_processes)
-    for k, v in (state["config"] | dict(processes=state["processes"])).items():
+    mine, usual = (_plain(_identity(c)) for c in (self.config, type(self.config)()))  # a setting that is younger than the checkpoint had its default
+    mine["processes"] = a.num_processes
+    for k, v in (usual | state["config"] | dict(processes=state["processes"])).items():
         if mine.get(k) != v: raise InputError("resume_from", f"{k} was {v!r} when {str(folder)!r} was made, and is {mine.get(k)!r} now", "resume with the settings of the run")
     self.policy.restore(folder)
     self.resumed = True
@@ -707,4 +729,5 @@ def make_config(
     if algorithm not in ALGORITHMS: raise InputError("algorithm", f"there is no {algorithm!r}", f"choose from {', '.join(ALGORITHMS)}")
     settings = (EMOJI_SETTINGS if model == EMOJI_SD else PAPER_SETTINGS)[algorithm]
     if not lora: settings = settings | dict(train_learning_rate=1e-4 if model == EMOJI_SD else 1e-5)
+    if overrides.get("baseline", "normalize") != "normalize": settings = settings | dict(per_prompt_stat_tracking=False)  # a baseline of its own
     return (RWRConfig if algorithm.startswith("rwr") else DDPOConfig)(**(dict(algorithm=algorithm) | settings | overrides))

@@ -48,6 +48,19 @@ def test_trap_7_stopped_anywhere_and_resumed_is_the_same_run(tmp_path, algorithm
     assert metrics(tmp_path/"cut") == metrics(tmp_path/"whole")
     assert torch.equal(weights(t), weights(whole))
 
+def test_stopped_and_resumed_with_several_samples_of_a_prompt(tmp_path):
+    kw = dict(baseline="leave-one-out", samples_per_prompt=4, per_prompt_stat_tracking=False, num_epochs=2)
+    whole = trainer(tmp_path/"whole", **kw)
+    places = stop_after(whole, -1)
+    whole.train(progress=False)
+    for i, n in enumerate((2, places[0] // 2)):  # while sampling, and later
+        t = trainer(tmp_path/"cut", **kw, resume_from=str(tmp_path/"cut") if i else "")
+        stop_after(t, n)
+        t.train(progress=False)
+    t = trainer(tmp_path/"cut", **kw, resume_from=str(tmp_path/"cut"))
+    t.train(progress=False)
+    assert metrics(tmp_path/"cut") == metrics(tmp_path/"whole") and torch.equal(weights(t), weights(whole))
+
 def test_stopped_while_sampling_and_gone_on_in_the_same_process(tmp_path):
     whole, t = trainer(tmp_path/"whole"), trainer(tmp_path/"cut")
     whole.train(progress=False)

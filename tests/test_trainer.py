@@ -1,10 +1,14 @@
 "The epoch loop: invariants that hold for every algorithm, and settings that cannot work."
+from contextlib import nullcontext
+from types import SimpleNamespace
 import numpy as np, pytest, torch
 from hypothesis import given, strategies as st
+from ddpo_nb import trainer as T
+from ddpo_nb.advantages import BASELINES
 from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
 from ddpo_nb.prompts import InputError, PromptSource
 from ddpo_nb.rewards import jpeg_compressibility
-from ddpo_nb.trainer import ALGORITHMS, DDPOConfig, DDPOTrainer, RWRConfig, RWRTrainer, make_config, make_trainer
+from ddpo_nb.trainer import ALGORITHMS, DDPOConfig, DDPOTrainer, RWRConfig, RWRTrainer, check_repeats, make_config, make_trainer
 
 SMALL = dict(sample_num_steps=3, sample_batch_size=4, sample_num_batches_per_epoch=2, train_batch_size=8, micro_batch_size=5, train_learning_rate=1e-2, rwr_fraction=0.5)
 
@@ -96,7 +100,8 @@ def test_per_prompt_statistics_are_used():
 
 BAD = dict(sample_num_steps=0, sample_eta=0.0, sample_batch_size=-1, train_learning_rate=float("nan"), train_clip_range=0.0, algorithm="ppo",
            mixed_precision="fp8", rwr_fraction=1.5, rwr_beta=0.0, train_adam_beta1=1.0, train_batch_size=True, seed=-1, negative_prompts=3,
-           log_prob_reduction="max", train_adam_weight_decay=-1.0, train_timestep_fraction=2, train_max_grad_norm=float("inf"))
+           log_prob_reduction="max", train_adam_weight_decay=-1.0, train_timestep_fraction=2, train_max_grad_norm=float("inf"),
+           baseline="mean", samples_per_prompt=0, advantage_min_std=-0.1)
 @pytest.mark.parametrize("name", BAD)
 def test_bad_settings_are_named(name):
     with pytest.raises(InputError, match=f"^{name}: "): DDPOConfig(**{name: BAD[name]})
@@ -114,3 +119,85 @@ def test_score_function_is_on_policy_only():
 def test_rwr_trainer_takes_rwr_only():
     assert RWRConfig().algorithm == "rwr"
     with pytest.raises(InputError, match="algorithm"): RWRTrainer(DDPOConfig(), None, None, None)
+
+# Several samples of one prompt, and what rewards are measured against
+
+def test_a_drawn_prompt_comes_several_times_in_a_row():
+    once, t = trainer().sample(), trainer(samples_per_prompt=4)
+    several = t.sample()
+    assert several.prompts == [p for p in once.prompts[:2] for _ in range(4)]  # the same draws, fewer of them
+    images = several.images.flatten(1)
+    assert torch.pdist(images).min() > 0  # each from a noise of its own
+    assert several.prompts[:1] == once.prompts[:1] and torch.equal(images[0], once.images[0].flatten())
+
+def test_repeated_prompts_share_what_their_metadata_says_and_nothing_that_is_written_to_it():
+    t = trainer(samples_per_prompt=2)
+    t.prompt_function = iter(("cat", dict(number=i)) for i in range(9)).__next__
+    drawn = t._draw(8)
+    assert [m for _, m in drawn] == [dict(number=i // 2) for i in range(8)] and len({id(m) for _, m in drawn}) == 8
+
+@pytest.mark.parametrize("k", [4, 12])
+def test_two_processes_draw_what_one_draws(k):
+    "Also where a prompt's samples lie on both sides of the border"
+    one = trainer(sample_batch_size=12, sample_num_batches_per_epoch=1, train_batch_size=12, samples_per_prompt=k).sample()
+    def share(rank):
+        t = trainer(sample_batch_size=6, sample_num_batches_per_epoch=1, train_batch_size=6, samples_per_prompt=1)
+        t.config.samples_per_prompt, t._breathe = k, lambda: None
+        t.accelerator = SimpleNamespace(process_index=rank, num_processes=2, autocast=nullcontext, device=torch.device("cpu"))
+        return t.sample()
+    two = [share(0), share(1)]
+    assert two[0].prompts + two[1].prompts == one.prompts
+    assert (torch.cat([o.images for o in two]) - one.images).abs().max() < 1e-4
+
+@pytest.mark.parametrize("baseline", ["group", "leave-one-out"])
+@pytest.mark.parametrize("algorithm", ["ddpo-is", "rwr"])
+def test_baselines_reach_the_update(baseline, algorithm):
+    kept, t = [], trainer(algorithm, baseline=baseline, samples_per_prompt=4, advantage_min_std=0.01)
+    t.hook = lambda batches, *_: kept.extend((p, float(r)) for _, prompts, _, rewards, _ in batches for p, r in zip(prompts, rewards))
+    work = t.collect()
+    prompts, rewards = zip(*kept)
+    np.testing.assert_allclose(work.advantages, BASELINES[baseline](prompts, rewards, min_std=0.01), rtol=1e-5, atol=1e-6)
+    for p in set(prompts): assert abs(work.advantages[[i for i, o in enumerate(prompts) if o == p]].sum()) < 1e-5
+    assert work.advantages.abs().max() > 0.1
+    before = weights(t).clone()
+    t.work = work
+    assert np.isfinite(t.epoch()["loss"]) and (weights(t) != before).any()
+
+@pytest.mark.parametrize("tracking", [False, True], ids=["batch", "history"])
+def test_a_floor_makes_advantages_small(tracking):
+    a, b = (trainer(advantage_min_std=m, per_prompt_stat_tracking=tracking, per_prompt_stat_tracking_min_count=2).collect().advantages for m in (0., 1000.))
+    assert a.abs().max() > 0.5 and b.abs().max() < 0.01 and (a.sign() * b.sign() >= 0).all()
+
+@pytest.mark.parametrize("bad,says", [(dict(baseline="group"), "^baseline: 'group' compares a prompt's samples, and there is only one of each"),
+                                      (dict(baseline="leave-one-out", samples_per_prompt=1), "^baseline: "),
+                                      (dict(baseline="group", samples_per_prompt=2, per_prompt_stat_tracking=True), "^per_prompt_stat_tracking: it is a baseline of its own")])
+def test_baselines_that_do_not_fit_the_rest(bad, says):
+    with pytest.raises(InputError, match=says) as e: make_config("ddpo-is", **bad)
+    assert "\n" not in str(e.value)
+
+def test_a_chosen_baseline_takes_the_place_of_the_bundled_models_history():
+    assert make_config("ddpo-is").per_prompt_stat_tracking and make_config("ddpo-is", samples_per_prompt=2).per_prompt_stat_tracking
+    assert not make_config("ddpo-is", baseline="leave-one-out", samples_per_prompt=2).per_prompt_stat_tracking
+
+@given(st.integers(1, 20), st.integers(1, 4), st.integers(1, 30))
+def test_repeats_that_do_not_divide_are_refused(size, processes, k):
+    c = DDPOConfig(sample_batch_size=size, samples_per_prompt=k)
+    if 2 * size * processes % k == 0: check_repeats(c, processes)
+    else:
+        with pytest.raises(InputError, match=f"^samples_per_prompt: {k} does not divide the {2 * size * processes} samples"): check_repeats(c, processes)
+
+def test_the_trainer_refuses_repeats_that_do_not_divide():
+    with pytest.raises(InputError, match="^samples_per_prompt: 3 does not divide the 8 samples"): trainer(samples_per_prompt=3)
+
+NEW = ("baseline", "samples_per_prompt", "advantage_min_std")
+@pytest.mark.parametrize("changed,named", [({}, None), (dict(samples_per_prompt=2), "samples_per_prompt was 1"), (dict(advantage_min_std=.1), "advantage_min_std was 0.0"),
+                                           (dict(baseline="group", samples_per_prompt=2, per_prompt_stat_tracking=False), "baseline was 'normalize'")])
+def test_a_checkpoint_of_before_there_were_baselines_is_taken_up_with_the_settings_it_had(tmp_path, monkeypatch, changed, named):
+    made = dict(logdir=str(tmp_path), per_prompt_stat_tracking=False)
+    trainer(**made).train(1, progress=False)
+    load = T.load_state
+    older = lambda state: state | dict(config={k: v for k, v in state["config"].items() if k not in NEW}) if "config" in state else state
+    monkeypatch.setattr(T, "load_state", lambda place: older(load(place)))
+    if named is None: assert trainer(**made, resume_from=str(tmp_path)).epochs_done == 1
+    else:
+        with pytest.raises(InputError, match=f"^resume_from: {named}"): trainer(**(made | changed), resume_from=str(tmp_path))
