@@ -26,7 +26,7 @@ from .policy import EMOJI_SD, ModelError, StableDiffusionPolicy, load_pipeline
 from .prompts import PROMPT_SETS, InputError, PromptSource, prompt_source
 from .rewards import PromptAlignment, check_rewards, get_reward, to_uint8
 from .rollout import rollout, sample_generator
-from .trainer import ALGORITHMS, RESULT_FREE, make_config, make_trainer, processes, usable_precision
+from .trainer import ALGORITHMS, RESULT_FREE, DDPOConfig, check_repeats, make_config, make_trainer, processes, usable_precision
 
 # %% ../nbs/10_compare.ipynb #3843789d
 def t_quantile(
@@ -59,12 +59,13 @@ def fit_budget(
     queries: int,         # the budget wished for
     processes: int = 1,   # each samples its own share
 ) -> tuple:               # configs with `num_epochs` set, budget, notes on what was changed
-    "Make whole epochs of every algorithm add up to the same number of reward queries, at most `queries`."
+    "Make whole epochs of every algorithm add up to the same number of reward queries, at most `queries`. InputError if there are too few, or if prompts would not come `samples_per_prompt` times."
     if queries < processes: raise InputError("queries", f"{queries} is too small", f"give at least {processes}")
     wished, configs, size = configs, dict(configs), lambda c: c.samples_per_epoch * processes
     while math.lcm(*map(size, configs.values())) > queries:
         name = max(configs, key=lambda a: size(configs[a]))
         configs[name] = _halve(configs[name])
+    for c in configs.values(): check_repeats(c, processes)
     budget = queries - queries % math.lcm(*map(size, configs.values()))
     notes = [f"An epoch of {a} was cut from {size(c)} to {size(configs[a])} pictures: the budget is small."
              for a, c in wished.items() if size(c) != size(configs[a])]
@@ -653,7 +654,7 @@ def _join(new: dict, old: dict) -> dict:
     "Settings to go on with in a folder that holds `old`; InputError names what differs."
     differs = [f"{k} is {old.get(k)!r} there and {new[k]!r} here" for k in _identity if old.get(k) != new[k]]
     for a in set(new["configs"]) & set(old["configs"]):
-        differs += [f"{a}'s {k} is {old['configs'][a].get(k)!r} there and {v!r} here" for k, v in new["configs"][a].items() if k not in RESULT_FREE and old["configs"][a].get(k) != v]
+        differs += [f"{a}'s {k} is {was!r} there and {v!r} here" for k, v in new["configs"][a].items() if k not in RESULT_FREE and (was := old["configs"][a].get(k, getattr(DDPOConfig, k, None))) != v]  # a setting younger than the folder had its default
     if differs: raise InputError("--output", f"another comparison is kept there: {differs[0]}" + (f" (and {len(differs) - 1} more)" if differs[1:] else ""),
                                  "name a new folder, or give the settings it was made with")
     both = lambda k: [*old[k], *(v for v in new[k] if v not in old[k])]

@@ -25,7 +25,7 @@ from .compare import Table
 from .mdp import Trajectories, step_std
 from .policy import EMOJI_SD, Conditioning, StableDiffusionPolicy
 from .prompts import InputError
-from .trainer import DDPOConfig, make_config, make_objective
+from .trainer import DDPOConfig, check_repeats, make_config, make_objective
 
 # %% ../nbs/10a_recipes.ipynb #76612bbc
 @dataclass(frozen=True)
@@ -372,6 +372,7 @@ def plan(
 ) -> Plan:
     "Count an epoch's samples, updates and network passes, and estimate the memory; nothing is trained. InputError if the settings do not suit the model."
     c, n, guided = config, config.samples_per_epoch, config.sample_guidance_scale > 1
+    check_repeats(c, processes)
     examples, updates = _examples(c, numbers), _updates(c, numbers) * c.train_num_inner_epochs
     sampling = n * c.sample_num_steps * (1 + guided) * processes
     training = examples * c.train_num_inner_epochs * (1 + (guided and c.train_cfg)) * processes

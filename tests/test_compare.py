@@ -159,6 +159,13 @@ def test_rerun_keeps_what_is_finished(run, monkeypatch):
 def test_a_different_comparison_is_refused(run, change, named):
     with pytest.raises(InputError, match=named): compare(output=run[1], seeds=(0, 1), **tiny | change)
 
+def test_a_folder_of_before_there_were_baselines_is_gone_on_with(run):
+    settings = run[0].settings
+    old = settings | dict(configs={a: {k: v for k, v in c.items() if k not in ("baseline", "samples_per_prompt")} for a, c in settings["configs"].items()})
+    assert C._join(settings, old)["configs"] == settings["configs"]
+    other = settings | dict(configs={a: c | dict(samples_per_prompt=2) for a, c in settings["configs"].items()})
+    with pytest.raises(InputError, match="samples_per_prompt is 1 there and 2 here"): C._join(other, old)
+
 def test_interrupt_keeps_finished_runs_and_goes_on(tmp_path):
     calls = [0]
     def reward(images, prompts, metadata):
@@ -202,7 +209,7 @@ def test_load_reward_from_file(tmp_path):
 @pytest.mark.parametrize("bad,named", [(dict(algorithms=("ppo",)), "algorithms"), (dict(algorithms=()), "algorithms"), (dict(algorithms=("rwr", "rwr")), "twice"),
     (dict(seeds=(-1,)), "seeds"), (dict(seeds=("a",)), "seeds"), (dict(queries=0), "queries"), (dict(nonsense=1), "nonsense"), (dict(evaluation_samples=1), "evaluation_samples"),
     (dict(overrides={"rwr": dict(sample_num_steps=9)}), "sample_num_steps"), (dict(overrides={"ddpo-sf": {}}), "overrides"), (dict(sample_num_steps=1001), "sample_num_steps"),
-    (dict(reward="beauty"), "--reward"), (dict(prompts="nowhere.txt"), "--prompts")])
+    (dict(reward="beauty"), "--reward"), (dict(prompts="nowhere.txt"), "--prompts"), (dict(samples_per_prompt=4), "samples_per_prompt: 4 does not divide the 2 samples")])
 def test_bad_input_is_named_and_nothing_is_written(bad, named, tmp_path):
     with pytest.raises(InputError, match=named): compare(output=tmp_path/"run", **tiny | bad)
     assert list(tmp_path.iterdir()) == []

@@ -159,6 +159,11 @@ def test_processes_share_the_work(emoji):
 def test_more_steps_than_the_model_has(emoji):
     with pytest.raises(InputError, match="sample_num_steps: 1001 is more"): plan(make_config("ddpo-is", sample_num_steps=1001), emoji)
 
+def test_more_samples_of_a_prompt_than_an_epoch_has_places_for(emoji):
+    c = make_config("ddpo-is", samples_per_prompt=24)  # 64 samples of one process, 192 of three
+    with pytest.raises(InputError, match="samples_per_prompt: 24 does not divide the 64 samples"): plan(c, emoji)
+    assert plan(c, emoji, processes=3).samples_per_epoch == 192
+
 # Memory
 
 def losses(config, numbers, lora):
