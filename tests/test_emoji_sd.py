@@ -7,6 +7,8 @@ from hypothesis import given, settings, strategies as st
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 from ddpo_nb import emoji_sd
+from ddpo_nb.clip import load_embedder
+from ddpo_nb.emoji_clip import retrieval
 from ddpo_nb.emoji_sd import ANIMALS, COLOUR_NAMES, COLOURS, FONT, NOUNS, OBJECTS, UNSEEN_ANIMALS, captions, scene
 from ddpo_nb.prompts import PROMPT_SETS, InputError
 from judge import accuracy, pictures, train_judge, unseen_renders
@@ -105,6 +107,13 @@ def test_a_stopped_unet_training_goes_on_as_if_never_stopped(monkeypatch, tmp_pa
     assert whole.vae.config.scaling_factor == pytest.approx(again.vae.config.scaling_factor)
 
 def test_pictures_show_what_was_asked_for(pipe):
+    "In the eyes of the bundled CLIP, which never saw one of this model's pictures: each finds its own caption among all"
+    pairs = [(n, n % len(COLOUR_NAMES)) for n in range(len(NOUNS))]
+    texts = [captions(NOUNS[n], COLOUR_NAMES[c])[2] for n, c in pairs]
+    assert min(retrieval(load_embedder(), pictures(pipe, pairs, 10) / 2 + 0.5, texts)) >= 0.9
+
+@pytest.mark.slow
+def test_pictures_show_what_was_asked_for_to_a_judge_of_their_own(pipe):
     "The full measurement, all nouns on all colours, is `python tests/judge.py`; here each noun stands on one colour."
     judge = train_judge(steps=600)
     assert min(unseen_renders(judge)) >= 0.97

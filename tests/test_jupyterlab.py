@@ -49,7 +49,7 @@ def test_watch_pause_go_on_and_stop(lab, browser, tmp_path):
     page.goto(f"{lab}lab/tree/board.ipynb?token={TOKEN}")
     expect(page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")).to_be_visible()  # until then a key goes nowhere
     page.locator(".jp-Notebook .cm-content").first.click()
-    page.keyboard.press("Control+Enter")
+    page.get_by_role("button", name=re.compile("^Run this cell")).click()
     text, (curve, pictures) = page.locator(".widget-html-content").first, (page.locator("img.widget-image").nth(i) for i in (0, 1))
     button = lambda name: page.get_by_role("button", name=name)
     says = lambda pattern: expect(text).to_have_text(re.compile(pattern), timeout=120_000)

@@ -14,7 +14,7 @@ def afterwards():
     AcceleratorState._reset_state()
 
 def trainer(precision, lora=True, **kw):
-    c = make_config("ddpo-is", **(dict(mixed_precision=precision, logdir="", sample_num_steps=10, sample_batch_size=8, sample_num_batches_per_epoch=2, train_batch_size=8,
+    c = make_config("ddpo-is", **(dict(mixed_precision=precision, logdir="", sample_num_steps=10, sample_batch_size=4, sample_num_batches_per_epoch=2, train_batch_size=8,
                                        train_timestep_fraction=1.0, train_clip_range=1e-4, step_weighting="equal", micro_batch_size=7, train_learning_rate=1e-3 if lora else 1e-5) | kw))
     torch.manual_seed(0)
     return make_trainer(c, jpeg_compressibility, PromptSource(["cat", "dog"]), StableDiffusionPolicy(load_pipeline(), use_lora=lora))
@@ -46,7 +46,7 @@ def test_trap_6_trained_weights_are_fp32_and_frozen_ones_half(precision, lora):
 @pytest.mark.parametrize("precision", HALF)
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_trap_6_an_epoch_trains(precision, lora):
-    t = trainer(precision, lora)
+    t = trainer(precision, lora, sample_num_steps=3)
     before = [p.detach().clone() for p in t.policy.trainable_parameters()]
     row = t.epoch()
     assert any((a != b).any() for a, b in zip(before, t.policy.trainable_parameters())) and 0 < row["grad_norm"] < float("inf")

@@ -166,7 +166,7 @@ def test_trl_style_prompt_functions_are_resumed(tmp_path):
 
 # From outside: another process, real signals
 
-LINE = "train --reward jpeg_compressibility --prompts simple_animals --queries 96 --evaluation-samples 2 --sample-num-steps 3 --sample-batch-size 8 --train-batch-size 4 --save-freq 1 --no-progress"
+LINE = "train --reward jpeg_compressibility --prompts simple_animals --queries 32 --evaluation-samples 2 --sample-num-steps 3 --sample-batch-size 4 --train-batch-size 2 --save-freq 1 --no-progress"
 
 def start(output, more=""):
     return subprocess.Popen([sys.executable, "-m", "ddpo_nb", *shlex.split(f"{LINE} --output {output} {more}")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
