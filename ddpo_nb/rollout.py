@@ -6,6 +6,7 @@
 __all__ = ['sample_generator', 'rollout']
 
 # %% ../nbs/03_rollout.ipynb #7ecb6361
+from contextlib import nullcontext
 import numpy as np
 import torch
 from .mdp import Trajectories
@@ -21,39 +22,53 @@ def sample_generator(
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 # %% ../nbs/03_rollout.ipynb #5536477f
-def _batch(policy, generators, cond, on_step):
-    "States (n, T+1, C, H, W) and log-probabilities (n, T) of one batch."
-    states, scores = [policy.initial_latents(generators)], []
-    for t in policy.timesteps:
-        step = policy.step(states[-1], t.expand(len(generators)), cond, generator=generators)
-        states.append(step.prev_sample)
-        scores.append(step.log_prob)
-        if on_step: on_step()
-    return torch.stack(states, 1), torch.stack(scores, 1)
+def _denoise(policy, x, generators, cond, states, on_step):
+    "Fill `states` (n, T+1, C, H, W), from x_T on; returns the log-probabilities (n, T)."
+    states[:, 0], scores = x, []
+    with getattr(policy, "steady", nullcontext)():
+        for i, t in enumerate(policy.timesteps, 1):
+            step = policy.step(x, t.expand(len(x)), cond, generator=generators)
+            x = states[:, i] = step.prev_sample
+            scores.append(step.log_prob)
+            if on_step: on_step()
+    return torch.stack(scores, 1)
 
 # %% ../nbs/03_rollout.ipynb #2cfb6c35
+def _check_lists(prompts, generators, metadata, **sizes):
+    "ValueError unless there is one generator and one metadata a prompt, and every size is a number of samples."
+    n = len(prompts)
+    if not n: raise ValueError("rollout needs at least one prompt")
+    if len(generators) != n or len(metadata) != n:
+        raise ValueError(f"{n} prompts need one generator and one metadata each, not {len(generators)} and {len(metadata)}")
+    for name, v in sizes.items():
+        if v is not None and v < 1: raise ValueError(f"{name} must be at least 1, not {v}")
+
 @torch.no_grad()
 def rollout(
     policy,                     # a policy: encode, initial_latents, step, decode
     prompts: list,              # N prompts
     generators: list,           # N generators, one a sample, see `sample_generator`
     metadata: list|None = None, # N prompt metadata
-    batch_size: int|None = None,# samples denoised together, None: all; speed and memory, never the result
+    batch_size: int|None = None,# samples decoded together and shown to `on_batch`, None: all; speed and memory, never the result
     on_step = None,             # called without arguments after each batched step, for a progress bar
     on_batch = None,            # called with images, prompts and metadata of each batch as soon as it is decoded
     keep_on = None,             # device to keep latents and images on; None: where they were made
+    together: int|None = None,  # samples denoised together, in whole batches; None: one batch
 ) -> Trajectories:
-    "Sample N trajectories with their log-probabilities, then decode the images. ValueError if the lists do not have one length."
+    "Sample N trajectories with their log-probabilities, and decode the images. ValueError if the lists do not have one length."
     prompts, metadata, n = list(prompts), [{} for _ in prompts] if metadata is None else list(metadata), len(prompts)
-    if not n: raise ValueError("rollout needs at least one prompt")
-    if len(generators) != n or len(metadata) != n:
-        raise ValueError(f"{n} prompts need one generator and one metadata each, not {len(generators)} and {len(metadata)}")
-    if batch_size is not None and batch_size < 1: raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    cond, size, latents, log_probs, images = policy.encode(prompts), batch_size or n, [], [], []
-    for i in range(0, n, size):
-        states, scores = _batch(policy, generators[i:i+size], cond[i:i+size], on_step)
-        pictures = policy.decode(states[:, -1])
-        if on_batch: on_batch(pictures, prompts[i:i+size], metadata[i:i+size])
-        if keep_on: states, pictures = states.to(keep_on), pictures.to(keep_on)
-        latents.append(states); log_probs.append(scores); images.append(pictures)
-    return Trajectories(torch.cat(latents), policy.timesteps, torch.cat(log_probs), policy.stochastic, cond, prompts, metadata, torch.cat(images))
+    _check_lists(prompts, generators, metadata, batch_size=batch_size, together=together)
+    T, size = len(policy.timesteps), batch_size or n
+    latents, log_probs, images, block = None, [], [], size * max(1, (together or size) // size)
+    for i in range(0, n, block):
+        own, x = slice(i, i + block), policy.initial_latents(generators[i:i+block])
+        room = lambda m, device: torch.empty(m, T + 1, *x.shape[1:], dtype=x.dtype, device=device)
+        if latents is None: latents = room(n, keep_on or x.device)  # once for all: pieces to be joined later would take the memory twice
+        states = room(len(x), x.device) if keep_on else latents[own]
+        log_probs.append(_denoise(policy, x, generators[own], policy.encode(prompts[own]), states, on_step))
+        if keep_on: latents[own] = states
+        for j in range(i, min(i + block, n), size):
+            pictures = policy.decode(states[j-i:j-i+size, -1])
+            if on_batch: on_batch(pictures, prompts[j:j+size], metadata[j:j+size])
+            images.append(pictures.to(keep_on or pictures.device))
+    return Trajectories(latents, policy.timesteps, torch.cat(log_probs), policy.stochastic, policy.encode(prompts), prompts, metadata, torch.cat(images))

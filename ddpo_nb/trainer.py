@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALGORITHMS', 'RESULT_FREE', 'EMOJI_SETTINGS', 'PAPER_SETTINGS', 'DDPOConfig', 'RWRConfig', 'check_config',
-           'check_repeats', 'make_objective', 'processes', 'usable_precision', 'DDPOTrainer', 'split_updates', 'Work',
-           'find_checkpoint', 'RWRTrainer', 'make_trainer', 'make_config']
+           'check_repeats', 'make_objective', 'processes', 'usable_precision', 'DDPOTrainer', 'denoised_together',
+           'split_updates', 'Work', 'find_checkpoint', 'RWRTrainer', 'make_trainer', 'make_config']
 
 # %% ../nbs/09_trainer.ipynb #8222ca9a
 import atexit, json, os, resource, shutil, sys, tempfile, time, warnings
@@ -23,6 +23,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .advantages import BASELINES, PerPromptStatTracker
+from .batches import device_memory, example_cost, micro_batch
 from .checkpoints import (CheckpointError, check_whole, checkpoints, complaints, load_state, newest_whole, publish, rng_state, save_state, set_rng_state,
                                  stop_signals, write_atomic)
 from .ddpo import DDPO, DDPOSF, STEP_WEIGHTINGS
@@ -81,7 +82,7 @@ class DDPOConfig:
     negative_prompts: str = ""             # what to steer away from
     push_to_hub: bool = False              # upload the weights to `hub_model_id` at the end
     algorithm: str = "ddpo-is"             # one of ALGORITHMS
-    micro_batch_size: int = 32             # examples in one forward and backward pass: speed and memory, never the result
+    micro_batch_size: int = 0              # examples in one forward and backward pass: speed and memory, never the result; 0: as many as fill the hardware and fit (notebook 03a)
     log_prob_reduction: str = "mean"       # "mean" over the latent's dimensions, or the exact "sum"
     step_weighting: str = "equal"          # of DDPO's steps: "equal", as published, or by their "variance" (notebook 08)
     kl_coef: float = 0.0                   # price on DDPO's divergence from the pretrained model (notebook 08)
@@ -120,12 +121,12 @@ class RWRConfig(DDPOConfig):
 
 # %% ../nbs/09_trainer.ipynb #daedb006
 _positive = ("sample_num_steps", "sample_batch_size", "sample_num_batches_per_epoch", "train_batch_size", "train_gradient_accumulation_steps",
-             "train_num_inner_epochs", "micro_batch_size", "rwr_draws", "lora_rank", "num_epochs", "per_prompt_stat_tracking_buffer_size",
+             "train_num_inner_epochs", "rwr_draws", "lora_rank", "num_epochs", "per_prompt_stat_tracking_buffer_size",
              "per_prompt_stat_tracking_min_count", "train_learning_rate", "train_max_grad_norm", "train_adv_clip_max", "train_clip_range",
              "train_adam_epsilon", "sample_guidance_scale", "rwr_beta", "save_freq", "num_checkpoint_limit", "max_workers", "samples_per_prompt")
 _shares = ("sample_eta", "train_timestep_fraction", "rwr_fraction")
 _betas = ("train_adam_beta1", "train_adam_beta2")
-_not_negative = ("seed", "train_adam_weight_decay", "lr_warmup_updates", "kl_coef", "stop_patience", "advantage_min_std")
+_not_negative = ("seed", "micro_batch_size", "train_adam_weight_decay", "lr_warmup_updates", "kl_coef", "stop_patience", "advantage_min_std")
 _choices = dict(algorithm=ALGORITHMS, mixed_precision=("no", "fp16", "bf16"), log_prob_reduction=("mean", "sum"), reward_pool=ParallelReward.kinds, step_weighting=STEP_WEIGHTINGS,
                 baseline=tuple(BASELINES),
                 log_with=(None, *(str(o) for o in LoggerType)), lr_scheduler=tuple(o.value for o in SchedulerType if o.value != "piecewise_constant"))
@@ -234,15 +235,15 @@ def _lighten(c, policy, accelerator):
             if half and not p.requires_grad: p.data = p.data.to(half)
     if c.gradient_checkpointing: pipe.unet.enable_gradient_checkpointing()
     if c.vae_slicing: pipe.vae.enable_slicing()
-    if c.compile: policy.unet = torch.compile(policy.unet)
 
 def _adamw(c, parameters):
     "AdamW, or its 8-bit form; InputError if that is not installed."
-    kind = torch.optim.AdamW
+    kind, fused = torch.optim.AdamW, dict(fused=True)  # one kernel for all weights
     if c.train_use_8bit_adam:
+        fused = {}
         try: from bitsandbytes.optim import AdamW8bit as kind
         except ImportError: raise InputError("train_use_8bit_adam", "bitsandbytes is not installed", "pip install bitsandbytes") from None
-    return kind(parameters, lr=c.train_learning_rate, betas=(c.train_adam_beta1, c.train_adam_beta2), eps=c.train_adam_epsilon, weight_decay=c.train_adam_weight_decay)
+    return kind(parameters, **fused, lr=c.train_learning_rate, betas=(c.train_adam_beta1, c.train_adam_beta2), eps=c.train_adam_epsilon, weight_decay=c.train_adam_weight_decay)
 
 # %% ../nbs/09_trainer.ipynb #20426af9
 class DDPOTrainer:
@@ -264,6 +265,8 @@ class DDPOTrainer:
         set_seed(config.seed)     # for prompt and reward functions that draw from the global generators
         self.policy.configure(config.sample_num_steps, config.sample_eta, config.sample_guidance_scale, config.negative_prompts, config.log_prob_reduction)
         _lighten(config, self.policy, self.accelerator)
+        self.micro_batch_size = config.micro_batch_size or self._fitting_micro_batch()
+        if config.compile: self.policy.unet = torch.compile(self.policy.unet)
         if config.kl_coef: self.policy.keep_reference()
         self.watched = get_reward(config.watch_reward, _base_name(self.policy.pipeline)) if config.watch_reward else None
         if hasattr(self.watched, "to"): self.watched.to(self.accelerator.device)
@@ -283,6 +286,14 @@ class DDPOTrainer:
 
     @property
     def updates_per_epoch(self): return self.config.train_num_inner_epochs * (self.config.samples_per_epoch // self.config.samples_per_update)
+
+    def _fitting_micro_batch(self):
+        "Counted in the run's own precision. The weights and three copies of those that are trained (a gradient, and AdamW's two means) are there anyway."
+        with self.accelerator.autocast(): cost = example_cost(self.policy, self.config.train_cfg)
+        size = lambda parameters: sum(p.numel() * p.element_size() for p in parameters)
+        pipe, device = self.policy.pipeline, self.accelerator.device
+        taken = sum(size(o.parameters()) for o in (pipe.unet, pipe.vae, pipe.text_encoder)) + 3 * size(self.policy.trainable_parameters())
+        return micro_batch(cost, device.type, device_memory(device), taken)
 
     def _progress(self, stage, done, total):
         if self.on_progress: self.on_progress(stage, done, total)
@@ -306,6 +317,11 @@ def _breathe(self:DDPOTrainer):
         raise _Stopped
 
 # %% ../nbs/09_trainer.ipynb #b12923d0
+def denoised_together(c, micro_batch_size):
+    "Samples denoised together: whole batches, as many as fill the hardware; one at a time if their rewards are to be found meanwhile."
+    batches = 1 if c.async_reward_computation else max(1, min(micro_batch_size // c.sample_batch_size, c.sample_num_batches_per_epoch))
+    return c.sample_batch_size * batches
+
 @patch
 def _draw(self:DDPOTrainer, n):
     "n (prompt, metadata): each that is drawn stands there `samples_per_prompt` times, with a copy of the metadata each, since a reward may write to it."
@@ -320,10 +336,17 @@ def sample(self:DDPOTrainer, on_batch=None):
     drawn = self._draw(n * self.accelerator.num_processes)[rank * n:(rank + 1) * n]
     prompts, metadata = [p for p, _ in drawn], [m for _, m in drawn]
     generators = [sample_generator(c.seed, self.epochs_done, rank * n + i) for i in range(n)]
-    done, total = iter(range(1, 1 + c.sample_num_steps * c.sample_num_batches_per_epoch)), c.sample_num_steps * c.sample_num_batches_per_epoch
-    def on_step(): self._breathe(); self._progress("sampling", next(done), total)
+    together = denoised_together(c, self.micro_batch_size)
+    total = c.sample_num_steps * -(-c.sample_num_batches_per_epoch // (together // c.sample_batch_size))
+    done = iter(range(1, 1 + total))
+    def on_step():
+        if self.accelerator.num_processes == 1: self._breathe()
+        self._progress("sampling", next(done), total)
+    def on_decoded(*batch):
+        if on_batch: on_batch(*batch)
+        if self.accelerator.num_processes > 1: self._breathe()  # an agreement makes everybody wait: not at every step
     with self.accelerator.autocast():
-        return rollout(self.policy, prompts, generators, metadata, c.sample_batch_size, on_step, on_batch, "cpu" if c.offload_trajectories else None)
+        return rollout(self.policy, prompts, generators, metadata, c.sample_batch_size, on_step, on_decoded, "cpu" if c.offload_trajectories else None, together)
 
 # %% ../nbs/09_trainer.ipynb #04fad1a3
 class _Judges:
@@ -365,12 +388,12 @@ def split_updates(sample, n, updates, generator):
 @patch
 def gradient(self:DDPOTrainer, trajectories, examples):
     "Accumulate the gradient of the mean loss over `examples`; returns the sums of the figures to log, and the largest ratio."
-    m, size, sums = len(examples["sample"]), self.config.micro_batch_size, {}
-    for i in range(0, m, size):
-        last = i + size >= m
-        with nullcontext() if last else self.accelerator.no_sync(self.policy.unet):  # processes exchange gradients once an update
+    m, sums = len(examples["sample"]), {}
+    cuts = np.linspace(0, m, -(-m // self.micro_batch_size) + 1).astype(int).tolist()  # equal parts: a small rest would take nearly as long as a whole one
+    for i, j in zip(cuts, cuts[1:]):
+        with nullcontext() if j == m else self.accelerator.no_sync(self.policy.unet):  # processes exchange gradients once an update
             with self.accelerator.autocast():
-                loss, figures = self.objective.loss(self.policy, trajectories, {k: v[i:i+size] for k, v in examples.items()})
+                loss, figures = self.objective.loss(self.policy, trajectories, {k: v[i:j] for k, v in examples.items()})
             self.accelerator.backward(loss.sum() / m)
         for k, v in dict(loss=loss.detach(), **figures).items(): sums[k] = sums.get(k, 0) + v.double().sum()
         if "ratio" in figures: sums["ratio_max"] = torch.maximum(figures["ratio"].max().double(), sums.get("ratio_max", torch.zeros((), device=loss.device, dtype=torch.double)))
@@ -386,8 +409,13 @@ class Work:
     row: dict                 # figures known so far
     done: int = 0             # updates taken
     count: int = 0            # examples they saw
-    totals: dict = field(default_factory=dict)  # sums of the figures to log
+    totals: dict = field(default_factory=dict)  # sums of the figures to log, on the device: reading one makes the CPU wait
     norms: list = field(default_factory=list)   # the gradient's, before each update
+
+    def numbers(self):
+        "`totals` and `norms`, read from the device in one go."
+        values = torch.stack([o.double() for o in (*self.totals.values(), *self.norms)]).tolist() if self.norms else []
+        return dict(zip(self.totals, values)), values[len(self.totals):]
 
 @patch
 def update(self:DDPOTrainer, work: Work) -> dict:
@@ -400,14 +428,16 @@ def update(self:DDPOTrainer, work: Work) -> dict:
             taken += 1
             if taken <= work.done: continue  # before the run was taken up again
             for k, v in self.gradient(trajectories, {k: v[i] for k, v in examples.items()}).items():
-                work.totals[k] = max(float(v), work.totals.get(k, 0.)) if k == "ratio_max" else work.totals.get(k, 0.) + float(v)
-            work.norms.append(float(self.accelerator.clip_grad_norm_(self.policy.trainable_parameters(), c.train_max_grad_norm)))
+                seen = work.totals.get(k, torch.zeros_like(v))
+                work.totals[k] = torch.maximum(v, seen) if k == "ratio_max" else v + seen
+            work.norms.append(self.accelerator.clip_grad_norm_(self.policy.trainable_parameters(), c.train_max_grad_norm))
             self.optimizer.step(); self.optimizer.zero_grad()
             if not self.optimizer.step_was_skipped: self.schedule.step()  # fp16 skips a step whose gradient overflowed
             work.done, work.count, self.global_step = taken, work.count + len(i), self.global_step + 1
             self._progress("training", work.done, self.updates_per_epoch)
             self._breathe()
-    return {k: v if k == "ratio_max" else v / work.count for k, v in work.totals.items()} | dict(grad_norm=float(np.mean(work.norms)), updates=work.done)
+    totals, norms = work.numbers()
+    return {k: v if k == "ratio_max" else v / work.count for k, v in totals.items()} | dict(grad_norm=float(np.mean(norms)), updates=work.done)
 
 # %% ../nbs/09_trainer.ipynb #591ac0ee
 @patch
@@ -522,7 +552,7 @@ def _write_state(self:DDPOTrainer, folder):
     rank, work, a = self.accelerator.process_index, self.work, self.accelerator
     own = dict(outside=self.before or self._outside(), work=None)
     if work: own["work"] = dict(latents=work.trajectories.latents, log_probs=work.trajectories.log_probs, prompts=work.trajectories.prompts, advantages=work.advantages,
-                                row=_plain(work.row), done=work.done, count=work.count, totals=work.totals, norms=work.norms)
+                                row=_plain(work.row), done=work.done, count=work.count, **dict(zip(("totals", "norms"), work.numbers())))
     save_state(folder/f"process-{rank}", own)
     if not a.is_main_process: return
     self.policy.save_pretrained(folder)
@@ -585,6 +615,12 @@ def find_checkpoint(place: str|Path) -> Path:
     if found is None: raise InputError("resume_from", f"there is no whole checkpoint in {str(place)!r}", "name a checkpoint, or the folder of a run that has some")
     return found
 
+def _lay_out(optimizer):
+    "Give the optimizer's tensors their weights' order in memory, which a file does not keep and fused kernels rely on."
+    for p, state in optimizer.state.items():
+        for k, v in state.items():
+            if isinstance(v, torch.Tensor) and v.shape == p.shape: state[k] = torch.empty_like(p, dtype=v.dtype).copy_(v)
+
 @patch
 def load_checkpoint(self:DDPOTrainer, place: str|Path):
     "Take up the run that a checkpoint was made of. InputError if it is not one of this run's."
@@ -596,7 +632,7 @@ def load_checkpoint(self:DDPOTrainer, place: str|Path):
         if mine.get(k) != v: raise InputError("resume_from", f"{k} was {v!r} when {str(folder)!r} was made, and is {mine.get(k)!r} now", "resume with the settings of the run")
     self.policy.restore(folder)
     self.resumed = True
-    self.optimizer.load_state_dict(state["optimizer"]); self.schedule.load_state_dict(state["schedule"])
+    self.optimizer.load_state_dict(state["optimizer"]); _lay_out(self.optimizer); self.schedule.load_state_dict(state["schedule"])
     if a.scaler and state["scaler"]: a.scaler.load_state_dict(state["scaler"])
     self.tracker.load_state_dict(state["tracker"])
     self.epochs_done, self.queries, self.global_step, self.rows = (state[k] for k in ("epochs_done", "queries", "global_step", "rows"))
@@ -606,11 +642,12 @@ def load_checkpoint(self:DDPOTrainer, place: str|Path):
     self._put_back(own["outside"])
 
 @patch
-def _work(self:DDPOTrainer, latents, log_probs, prompts, advantages, **rest):
+def _work(self:DDPOTrainer, latents, log_probs, prompts, advantages, totals, norms, **rest):
     "An epoch that a checkpoint was made in the middle of. Its images have been scored and shown, and are not needed any more."
     p, keep = self.policy, "cpu" if self.config.offload_trajectories else self.accelerator.device
     t = Trajectories(latents.to(keep), p.timesteps, log_probs.to(p.device), p.stochastic, p.encode(prompts), prompts, [{} for _ in prompts])
-    return Work(t, advantages.to(p.device), **rest)
+    number = partial(torch.tensor, dtype=torch.double, device=p.device)
+    return Work(t, advantages.to(p.device), totals={k: number(v) for k, v in totals.items()}, norms=[number(v) for v in norms], **rest)
 
 # %% ../nbs/09_trainer.ipynb #6c7cb748
 @patch
@@ -702,7 +739,7 @@ def make_trainer(config: DDPOConfig, reward_function, prompt_function, policy, *
     return (RWRTrainer if config.algorithm.startswith("rwr") else DDPOTrainer)(config, reward_function, prompt_function, policy, **kwargs)
 
 # %% ../nbs/09_trainer.ipynb #23292218
-_emoji = dict(mixed_precision="no", sample_num_steps=10, sample_guidance_scale=3.0, sample_batch_size=64, sample_num_batches_per_epoch=1, micro_batch_size=64, lora_rank=16,
+_emoji = dict(mixed_precision="no", sample_num_steps=10, sample_guidance_scale=3.0, sample_batch_size=64, sample_num_batches_per_epoch=1, lora_rank=16,
               per_prompt_stat_tracking=True, per_prompt_stat_tracking_buffer_size=32, per_prompt_stat_tracking_min_count=3)
 _ddpo = dict(train_batch_size=16, train_timestep_fraction=0.5, step_weighting="variance")
 _rwr = dict(sample_num_batches_per_epoch=2, train_batch_size=64, train_num_inner_epochs=2, train_learning_rate=3e-3, train_cfg=False, lora_rank=4)

@@ -127,7 +127,7 @@ def test_flags_are_the_fields_of_the_config():
 
 NUMBERS = [(n, k) for n, k, *_ in config_fields() if k in (int, float) and n not in cli._not_flags]
 CHOICES = ["mixed_precision", "log_prob_reduction", "step_weighting", "log_with", "lr_scheduler", "baseline"]
-free = {"lr_warmup_updates", "train_adam_weight_decay", "train_adam_beta1", "train_adam_beta2", "kl_coef", "stop_patience", "advantage_min_std"}  # may be 0
+free = {"lr_warmup_updates", "train_adam_weight_decay", "train_adam_beta1", "train_adam_beta2", "kl_coef", "stop_patience", "advantage_min_std", "micro_batch_size"}  # may be 0
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())

@@ -90,6 +90,7 @@ def test_another_family_is_refused(folder, tmp_path):
 
 def test_lora_starts_as_the_pretrained_model():
     pipe = load_pipeline()
+    pipe.unet.to(memory_format=torch.channels_last)  # as a policy has it: other kernels, and rounding of their own
     x, t = torch.randn(16, 8, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(16)*60   # 16 rows: none are filled up
     text = pipe.encode_prompt(["cat", "frog"]*8, "cpu", 1, False)[0]
     with torch.no_grad():
@@ -186,9 +187,9 @@ def test_field_trap_8_lora_roundtrip_in_plain_diffusers(tmp_path, folder):
     plain.set_progress_bar_config(disable=True)
     before = draw(plain)
     plain.load_lora_weights(tmp_path)
-    torch.testing.assert_close(draw(plain), draw(policy.pipeline), atol=1e-5, rtol=0)
+    torch.testing.assert_close(draw(plain), draw(policy.pipeline), atol=1e-4, rtol=0)
     assert (draw(plain) - before).abs().mean() > 1e-3
-    torch.testing.assert_close(draw(load_pipeline(lora=str(tmp_path))), draw(policy.pipeline), atol=1e-5, rtol=0)
+    torch.testing.assert_close(draw(load_pipeline(lora=str(tmp_path))), draw(policy.pipeline), atol=1e-4, rtol=0)
 
 @pytest.mark.parametrize("with_lora", [False, True])
 def test_field_trap_8_whole_unet_roundtrip_in_plain_diffusers(tmp_path, with_lora):
@@ -199,9 +200,9 @@ def test_field_trap_8_whole_unet_roundtrip_in_plain_diffusers(tmp_path, with_lor
     torch.testing.assert_close(draw(policy.pipeline), before, atol=1e-4, rtol=0)   # a LoRA is fused, not lost
     shake(policy, .01).save_pretrained(tmp_path)
     plain = load_pipeline()
-    plain.unet = UNet2DConditionModel.from_pretrained(tmp_path/"unet")
-    torch.testing.assert_close(draw(plain), draw(policy.pipeline), atol=1e-5, rtol=0)
-    for o in (tmp_path, tmp_path/"unet"): torch.testing.assert_close(draw(load_pipeline(unet=str(o))), draw(plain), atol=1e-5, rtol=0)
+    plain.unet = UNet2DConditionModel.from_pretrained(tmp_path/"unet").to(memory_format=torch.channels_last)  # as the policy's: the same kernels
+    torch.testing.assert_close(draw(plain), draw(policy.pipeline), atol=1e-4, rtol=0)
+    for o in (tmp_path, tmp_path/"unet"): torch.testing.assert_close(draw(load_pipeline(unet=str(o))), draw(plain), atol=1e-4, rtol=0)
 
 def test_a_loaded_lora_goes_on_training_and_keeps_its_strength(tmp_path):
     from peft import LoraConfig
@@ -215,7 +216,7 @@ def test_a_loaded_lora_goes_on_training_and_keeps_its_strength(tmp_path):
     assert all(2 in p.shape for p in second.trainable_parameters())
     shake(second).save_pretrained(tmp_path/"2")
     third = load_pipeline(lora=str(tmp_path/"2"))
-    torch.testing.assert_close(draw(third), draw(second.pipeline), atol=1e-5, rtol=0)
+    torch.testing.assert_close(draw(third), draw(second.pipeline), atol=1e-4, rtol=0)  # a policy's layers round otherwise than peft's
     assert (draw(third) - draw(first.pipeline)).abs().mean() > 1e-4
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
@@ -250,3 +251,44 @@ def test_restore_is_exact_and_refuses_other_shapes(tmp_path):
     a.save_pretrained(tmp_path); b.restore(tmp_path)
     assert all(torch.equal(p, q) for p, q in zip(a.trainable_parameters(), b.trainable_parameters()))
     with pytest.raises(ModelError, match="not of this policy's shape"): StableDiffusionPolicy(load_pipeline(), lora_rank=8).restore(tmp_path)
+
+# as fast as the network allows, and still the same
+
+def test_a_small_lora_says_and_learns_what_pefts_does():
+    from ddpo_nb.policy import SmallLora
+    from peft.tuners import lora
+    policy = shake(StableDiffusionPolicy(load_pipeline(), num_steps=4))
+    layers = [m for m in policy.pipeline.unet.modules() if isinstance(m, SmallLora)]
+    x, t = torch.randn(16, 8, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(16) * 60
+    def said_and_learned():
+        policy.pipeline.unet.zero_grad()
+        out = policy.predict(x, t, policy.encode(["cat", "frog"] * 8))
+        out.square().mean().backward()
+        return out.detach(), torch.cat([p.grad.flatten() for p in policy.trainable_parameters()])
+    ours = said_and_learned()
+    for m in layers: m.__class__ = lora.Linear
+    theirs = said_and_learned()
+    assert len(layers) == 56
+    for a, b in zip(ours, theirs): assert (a - b).norm() < 1e-5 * b.norm()
+
+@pytest.mark.parametrize("guidance", [True, False])
+def test_what_attention_keeps_is_what_it_would_find(guidance):
+    "Once per text in a steady context, anew outside of it, never for other texts, another guidance, other weights, or where gradients are wanted"
+    policy, calls = shake(StableDiffusionPolicy(load_pipeline(), num_steps=4)), []
+    hooks = [m.register_forward_hook(lambda *o: calls.append(1)) for n, m in policy.pipeline.unet.named_modules() if n.endswith("attn2.to_k")]
+    x, t = torch.randn(16, 8, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(16) * 60
+    cats, dogs = policy.encode(["cat"] * 16), policy.encode(["dog"] * 16)
+    def predict(cond):
+        calls.clear()
+        return policy.predict(x, t, cond, guidance), len(calls) // len(hooks)
+    with torch.no_grad():
+        plain = {k: predict(v)[0] for k, v in dict(cats=cats, dogs=dogs).items()}
+        with policy.reference(): untouched, _ = predict(cats)
+        with policy.steady():
+            for cond, name, found in ((cats, "cats", 1), (cats, "cats", 0), (dogs, "dogs", 1), (cats, "cats", 1)):
+                out, n = predict(cond)
+                assert n == found and torch.equal(out, plain[name])
+            with policy.reference(): out, n = predict(cats)
+            assert n == 1 and torch.equal(out, untouched)
+            with torch.enable_grad(): assert predict(cats)[1] == 1
+        assert predict(cats)[1] == 1

@@ -14,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 
 from ddpo_nb import recipes as R
 from ddpo_nb.mdp import Trajectories
-from ddpo_nb.policy import EMOJI_SD, StableDiffusionPolicy, load_pipeline
+from ddpo_nb.policy import EMOJI_SD, SmallLora, StableDiffusionPolicy, load_pipeline
 from ddpo_nb.prompts import PROMPT_SETS, InputError
 from ddpo_nb.recipes import RECIPES, estimate_memory, get_recipe, list_recipes, model_numbers, peak_bytes, plan, saved_bytes
 from ddpo_nb.trainer import ALGORITHMS, DDPOConfig, RWRConfig, make_config, make_objective, make_trainer
@@ -123,7 +123,7 @@ def counted():
     "A policy whose network counts its rows and costs nothing"
     policy, w = StableDiffusionPolicy(load_pipeline()), torch.nn.Parameter(torch.ones(()))
     policy.rows = {True: 0, False: 0}
-    def network(latents, t, text):
+    def network(latents, t, text, kept=None):
         policy.rows[torch.is_grad_enabled()] += len(latents)
         return latents * w
     policy.network, policy.decode, policy.trainable_parameters = network, lambda x: torch.zeros(len(x), 3, 8, 8), lambda: [w]
@@ -166,6 +166,9 @@ def test_more_samples_of_a_prompt_than_an_epoch_has_places_for(emoji):
 
 # Memory
 
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch): monkeypatch.setattr(SmallLora, "most", 0)  # an estimate is about peft's own layers
+
 def losses(config, numbers, lora):
     "The loss of one micro-batch, on `meta` and on this CPU, with the UNets' parameters"
     mode, half = R._LikeCuda(), torch.float32
@@ -173,7 +176,7 @@ def losses(config, numbers, lora):
     batch = R._micro_batch(config, numbers, half)
     def imagined():
         with mode: return objective.loss(ghost, *batch)[0].sum()
-    real, m, T = StableDiffusionPolicy(load_pipeline(), lora, config.lora_rank, config.sample_num_steps), config.micro_batch_size, config.sample_num_steps
+    real, m, T = StableDiffusionPolicy(load_pipeline(), lora, config.lora_rank, config.sample_num_steps), R._micro(config, numbers), config.sample_num_steps
     if config.gradient_checkpointing: real.unet.enable_gradient_checkpointing()
     x, draw = torch.randn(2, T + 1, *numbers.latent), torch.arange(m)
     t = Trajectories(x, real.timesteps, torch.zeros(2, T), real.stochastic, real.encode(["a cat", "an owl"]), ["a cat", "an owl"], [{}] * 2)
@@ -209,7 +212,7 @@ def test_training_peak_is_the_allocator_s(lora, checkpointing, emoji):
 
 @pytest.mark.parametrize("slicing", [True, False])
 def test_sampling_peaks_are_the_allocator_s(slicing, emoji):
-    config = with_(make_config("ddpo-is", mixed_precision="no", sample_batch_size=16, sample_num_batches_per_epoch=4, train_batch_size=64), vae_slicing=slicing)
+    config = with_(make_config("ddpo-is", mixed_precision="no", sample_batch_size=16, sample_num_batches_per_epoch=4, train_batch_size=64, micro_batch_size=16), vae_slicing=slicing)
     m, policy = estimate_memory(config, emoji), StableDiffusionPolicy(load_pipeline(), num_steps=10)
     if slicing: policy.pipeline.vae.enable_slicing()
     x, cond = torch.randn(16, *emoji.latent), policy.encode(["a cat"] * 16)
@@ -246,14 +249,14 @@ def test_goals(sd):
     m = estimate_memory(c, sd, lora=False)
     assert m.peak < 16e9 and 2 * sd.unet < m.optimizer < 2.1 * sd.unet
 
-base = dict(mixed_precision="no", sample_batch_size=4, sample_num_batches_per_epoch=4, train_batch_size=8)
+base = dict(mixed_precision="no", sample_batch_size=4, sample_num_batches_per_epoch=4, train_batch_size=8, micro_batch_size=4)
 
 @settings(max_examples=4, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 16), st.integers(1, 16))
 def test_more_examples_and_higher_rank_need_more(emoji, micro, more, rank, higher):
     get = lambda **o: estimate_memory(make_config("ddpo-is", **(base | dict(micro_batch_size=micro, lora_rank=rank) | o)), emoji)
     m, wide, high = get(), get(micro_batch_size=micro + more), get(lora_rank=rank + higher)
-    assert wide.activations > m.activations and wide.peak >= m.peak and wide.resident == m.resident
+    assert wide.activations >= m.activations and wide.peak >= m.peak and wide.resident == m.resident
     assert high.trainable * rank == m.trainable * (rank + higher) and high.optimizer > m.optimizer and high.activations > m.activations and high.peak > m.peak
 
 @pytest.mark.parametrize("lora", [True, False])
