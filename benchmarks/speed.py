@@ -54,8 +54,8 @@ def model_folder(name):
 class Side:
     "A process that waits to be told what to do, so that its start and its imports are paid once and its rival never runs beside it."
     def __init__(self, command):
-        quiet = dict(HF_HUB_OFFLINE="1", OMP_WAIT_POLICY="PASSIVE")  # one side's idle threads must not spin while the other works
-        self.process = subprocess.Popen([str(o) for o in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | quiet)
+        offline = dict(HF_HUB_OFFLINE="1")
+        self.process = subprocess.Popen([str(o) for o in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | offline)
         self.idle_memory = self.answer()["idle_memory"]
 
     def answer(self):
@@ -76,15 +76,15 @@ def measure(plan, python, rounds, log):
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "plan.json"
         file.write_text(json.dumps(plan | dict(folder=folder)))
-        trl, ours = Side([python, "-I", HERE / "speed_trl.py", file]), Side([sys.executable, HERE / "speed_ours.py", file])
-        turns, found = (("TRL", trl, "epoch"), ("ours", ours, "epoch"), ("floor", ours, "floor")), []
+        trl, ours, floor = Side([python, "-I", HERE / "speed_trl.py", file]), *(Side([sys.executable, HERE / "speed_ours.py", file]) for _ in range(2))
+        turns, found = (("TRL", trl, "epoch"), ("ours", ours, "epoch"), ("floor", floor, "floor")), []
         for i in range(rounds + 1):
             row = {}
             for name, side, command in turns[::1 if i % 2 else -1]:
                 row[name] = side.do(command) | dict(idle_memory=side.idle_memory)
                 log(f"{'warming up' if not i else f'round {i}'}: {name} {row[name]['seconds']:.2f} s")
             if i: found.append(row)
-        for side in (trl, ours): side.end()
+        for side in (trl, ours, floor): side.end()
     return found
 
 # ---- the table ----

@@ -32,8 +32,8 @@ class Floor:
         return seconds
 
     def a_row(self, kind, n):
-        "Seconds a row, the best of three tries after one to warm up; none if the memory does not hold that many."
-        try: return min([self.passes(kind, n, n) for _ in range(4)][1:]) / n
+        "Seconds a row, the best of five tries after one to warm up; none if the memory does not hold that many."
+        try: return min([self.passes(kind, n, n) for _ in range(6)][1:]) / n
         except torch.OutOfMemoryError: return float("inf")
 
     def __call__(self):

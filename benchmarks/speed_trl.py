@@ -15,6 +15,7 @@ def main(plan):
     pipeline = DefaultDDPOStableDiffusionPipeline(plan["model"], use_lora=True)
     config = DDPOConfig(**SETTINGS | plan["settings"], save_freq=10**9, num_epochs=1, project_kwargs=dict(project_dir=plan["folder"]))
     trainer = DDPOTrainer(config, reward, prompt_function(), pipeline)
+    trainer.sd_pipeline.set_progress_bar_config(disable=True)
     watch, times, steps = Watch(torch.cuda.is_available()), {}, [0, 0]
     sample = trainer._generate_samples
     def timed_sample(*args, **kwargs):

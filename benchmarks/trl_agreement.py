@@ -33,7 +33,7 @@ def run_trl(python, folder):
 
 class DoublePolicy(StableDiffusionPolicy):
     "The policy in double precision: its own `network` would round the UNet's output to single."
-    def network(self, latents, t, text): return self.unet(latents.double(), t, text.double(), return_dict=False)[0]
+    def network(self, latents, t, text, kept=None): return self.unet(latents.double(), t, text.double(), return_dict=False)[0]
 
 def make_policy(folder, dtype, steps):
     pipeline = load_pipeline(lora=folder)
