@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from ddpo_nb.ddpo import DDPO
 from ddpo_nb.emoji_sd import WEIGHTS
 from ddpo_nb.mdp import Trajectories
-from ddpo_nb.policy import Conditioning, StableDiffusionPolicy, load_pipeline
+from ddpo_nb.policy import Conditioning, SmallLora, StableDiffusionPolicy, load_pipeline
 from ddpo_nb.rollout import rollout, sample_generator
 from trl_env import add_env_option, trl_python
 
@@ -36,9 +36,10 @@ class DoublePolicy(StableDiffusionPolicy):
     def network(self, latents, t, text, kept=None): return self.unet(latents.double(), t, text.double(), return_dict=False)[0]
 
 def make_policy(folder, dtype, steps):
-    pipeline = load_pipeline(lora=folder)
+    "Ours, with peft's layers and TRL's order in memory: single precision can then be compared to the last digits, since both round alike."
+    SmallLora.most, pipeline = 0, load_pipeline(lora=folder)
     policy = (DoublePolicy if dtype == torch.float64 else StableDiffusionPolicy)(pipeline, num_steps=steps, guidance_scale=GUIDANCE)
-    torch.nn.Module.to(pipeline.unet, dtype)  # diffusers' own `to` warns
+    torch.nn.Module.to(pipeline.unet, dtype, memory_format=torch.contiguous_format)  # diffusers' own `to` warns
     policy.scheduler.alphas_cumprod = policy.scheduler.alphas_cumprod.to(dtype)
     policy.scheduler.final_alpha_cumprod = policy.scheduler.final_alpha_cumprod.to(dtype)
     return policy
