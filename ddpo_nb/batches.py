@@ -8,7 +8,6 @@ __all__ = ['ENOUGH', 'SHARE', 'ROOM', 'saved_bytes', 'Cost', 'example_cost', 'de
 # %% ../nbs/03a_batches.ipynb #af88c622
 from dataclasses import dataclass
 import psutil, torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../nbs/03a_batches.ipynb #0078b936

@@ -285,7 +285,7 @@ def steady(self: StableDiffusionPolicy):
 @patch
 def _keep(self: StableDiffusionPolicy, cond, guidance):
     "Where attention keeps what it finds for `cond`, or None; a compiled network has no place for it."
-    if self._kept is None or not self._keeps or torch.is_grad_enabled() or hasattr(self.unet, "_orig_mod"): return None
+    if self._kept is None or not self._keeps or torch.is_grad_enabled() or hasattr(self._bare(), "_orig_mod"): return None
     if self._kept[0] is not cond or self._kept[1] != guidance: self._kept = cond, guidance, {}
     return self._kept[2]
 

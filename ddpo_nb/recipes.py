@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextConfig, CLIPTextModel
-from .batches import Cost, device_memory, example_cost, micro_batch, saved_bytes
+from .batches import Cost, device_memory, example_cost, micro_batch
 from .compare import Table
 from .mdp import Trajectories, step_std
 from .policy import EMOJI_SD, Conditioning, StableDiffusionPolicy

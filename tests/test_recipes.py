@@ -13,10 +13,11 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from ddpo_nb import recipes as R
+from ddpo_nb.batches import saved_bytes
 from ddpo_nb.mdp import Trajectories
 from ddpo_nb.policy import EMOJI_SD, SmallLora, StableDiffusionPolicy, load_pipeline
 from ddpo_nb.prompts import PROMPT_SETS, InputError
-from ddpo_nb.recipes import RECIPES, estimate_memory, get_recipe, list_recipes, model_numbers, peak_bytes, plan, saved_bytes
+from ddpo_nb.recipes import RECIPES, estimate_memory, get_recipe, list_recipes, model_numbers, peak_bytes, plan
 from ddpo_nb.trainer import ALGORITHMS, DDPOConfig, RWRConfig, make_config, make_objective, make_trainer
 
 SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"

@@ -8,7 +8,7 @@ from ddpo_nb.advantages import BASELINES
 from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
 from ddpo_nb.prompts import InputError, PromptSource
 from ddpo_nb.rewards import jpeg_compressibility
-from ddpo_nb.trainer import ALGORITHMS, DDPOConfig, DDPOTrainer, RWRConfig, RWRTrainer, check_repeats, make_config, make_trainer
+from ddpo_nb.trainer import ALGORITHMS, DDPOConfig, RWRConfig, RWRTrainer, check_repeats, make_config, make_trainer
 
 SMALL = dict(sample_num_steps=3, sample_batch_size=4, sample_num_batches_per_epoch=2, train_batch_size=8, micro_batch_size=5, train_learning_rate=1e-2, rwr_fraction=0.5)
 
