@@ -28,6 +28,9 @@ def ratios(t):
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_trap_3_ratio_in_fp32(lora): assert (ratios(trainer("no", lora)) - 1).abs().max() < 1e-6
 
+@pytest.mark.slow
+def test_trap_3_ratio_of_a_compiled_network(): assert (ratios(trainer("no", compile=True, sample_num_steps=4, micro_batch_size=8)) - 1).abs().max() < 1e-6
+
 @pytest.mark.parametrize("precision", HALF)
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_trap_3_nothing_is_clipped_before_the_first_update(precision, lora):
