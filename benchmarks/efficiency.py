@@ -1,12 +1,16 @@
 """Reward per query and per second: how soon each way of training reaches what TRL's defaults reach after their 4,800 queries.
 
     python benchmarks/efficiency.py run SETTING SEED [--output DIR]     train, with an examination now and then; goes on where it was stopped
-    python benchmarks/efficiency.py table [--output DIR]                queries and seconds to the common reward, from all runs in DIR
+    python benchmarks/efficiency.py time [--rounds N] [--output DIR]    what an epoch of each costs, TRL's own loop among them, in turn and alone on the machine
+    python benchmarks/efficiency.py table [--output DIR] [--json FILE]  queries and seconds to the common reward, from all that is in DIR
 
 Everybody is examined in the same way, whatever they trained with: 50 steps, guidance 5, the same 90 pictures of two for each of 45 animals.
-Examinations are not counted, neither as queries nor as seconds. README.md beside this file has the numbers.
+Examinations are not counted, neither as queries nor as seconds. So several runs may share a machine: their own clocks are not used. README.md
+beside this file has the numbers.
 """
 import argparse, json, statistics
+from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 import torch
 from ddpo_nb.checkpoints import checkpoints, write_atomic
@@ -15,12 +19,14 @@ from ddpo_nb.prompts import PROMPT_SETS, PromptSource
 from ddpo_nb.rewards import get_reward
 from ddpo_nb.rollout import rollout, sample_generator
 from ddpo_nb.trainer import DDPOConfig, make_config, make_trainer
+from speed import emoji_sd, hardware, log, measure
+from trl_env import add_env_option, trl_python
 
 REWARD, QUERIES = "jpeg_compressibility", 4800
 EXAM = dict(num_steps=50, guidance_scale=5.0)
 _blog = dict(mixed_precision="no", sample_batch_size=6, sample_num_batches_per_epoch=4, train_batch_size=3, per_prompt_stat_tracking=True, per_prompt_stat_tracking_buffer_size=32)
 EVERY = dict(trl=480, recommended=128)  # queries between examinations
-SETTINGS = {  # TRL's: the gradient is TRL's own to 1e-5 (trl_agreement.py), the seconds of TRL's loop are in speed.py
+SETTINGS = {  # "trl": our loop; its gradient is TRL's own to 1e-5 (trl_agreement.py)
     "trl": lambda **kw: DDPOConfig(**_blog, **kw),
     "recommended": lambda **kw: make_config("ddpo-is", **kw),
 }
@@ -44,43 +50,69 @@ def run(setting, seed, folder):
     while True:
         if t.queries // EVERY[setting] >= len(lines):
             rewards = examine(t.policy, t.reward_function, animals)
-            lines.append(dict(queries=t.queries, seconds=sum(r["seconds"] for r in t.rows), reward=statistics.mean(rewards), rewards=rewards))
+            lines.append(dict(queries=t.queries, reward=statistics.mean(rewards), rewards=rewards))
             place.mkdir(parents=True, exist_ok=True)
             write_atomic(place / "exams.jsonl", "".join(json.dumps(o) + "\n" for o in lines))
-            print(f"{setting}, seed {seed}: {t.queries:,} queries, {lines[-1]['seconds']:.0f} s, {lines[-1]['reward']:.4f} kB", flush=True)
+            print(f"{setting}, seed {seed}: {t.queries:,} queries, {lines[-1]['reward']:.4f} kB", flush=True)
         if t.queries >= QUERIES: break
         t.train(t.epochs_done + 1, progress=False)
 
-def first_at(lines, goal):
-    "Queries and seconds at which the reward, between examinations taken to be a straight line, first reaches the goal; None if never."
-    for a, b in zip(lines, lines[1:]):
-        if b["reward"] >= goal:
-            share = (goal - a["reward"]) / (b["reward"] - a["reward"]) if a["reward"] < goal else 0
-            return {k: a[k] + share * (b[k] - a[k]) for k in ("queries", "seconds")}
+def time(folder, python, rounds):
+    "`seconds.json`: a query's seconds in TRL's loop and in ours, every round's."
+    trl = dict(model=str(emoji_sd()), settings=_blog, ours={}, threads=0)
+    configs = {name: make() for name, make in SETTINGS.items()}
+    found = measure(dict(TRL=trl) | {name: trl | dict(ours=asdict(c)) for name, c in configs.items()}, python, rounds, log)
+    samples = {name: c.samples_per_epoch for name, c in configs.items()}
+    samples["TRL"] = samples["trl"]
+    about = dict(date=str(date.today()), hardware=hardware(), torch=torch.__version__, rounds=rounds)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "seconds.json", json.dumps(about | dict(query={name: [row[name]["seconds"] / n for row in found] for name, n in samples.items()})))
 
-def table(folder):
-    found = {}
+def first_at(lines, goal):
+    "Queries at which the reward, between examinations taken to be a straight line, first reaches the goal; None if never."
+    for a, b in zip(lines, lines[1:]):
+        if a["reward"] >= goal: return a["queries"]
+        if b["reward"] >= goal: return a["queries"] + (goal - a["reward"]) / (b["reward"] - a["reward"]) * (b["queries"] - a["queries"])
+
+def collect(folder):
+    "All that is in the folder: curves by setting and seed, the goal, the seconds of a query. SystemExit says what is missing."
+    curves = {}
     for o in sorted(folder.glob("*-*/exams.jsonl")):
         setting, _, seed = o.parent.name.rpartition("-")
-        found.setdefault(setting, {})[int(seed)] = [json.loads(line) for line in o.read_text().splitlines()]
-    whole = {seed: lines for seed, lines in found.get("trl", {}).items() if lines[-1]["queries"] >= QUERIES}
+        curves.setdefault(setting, {})[seed] = [{k: line[k] for k in ("queries", "reward")} for line in map(json.loads, o.read_text().splitlines())]
+    whole = [lines for lines in curves.get("trl", {}).values() if lines[-1]["queries"] >= QUERIES]
     if not whole: raise SystemExit(f"no run of TRL's settings in {folder} has come to {QUERIES:,} queries yet")
-    goal = statistics.mean(lines[-1]["reward"] for lines in whole.values())
-    print(f"Goal: {goal:.4f} kB, TRL's settings after {QUERIES:,} queries (mean of seeds {sorted(whole)})\n\n| setting | seed | start | reward after {QUERIES:,} queries | queries to the goal | seconds to the goal |\n|---|---|---|---|---|---|")
-    for setting, seeds in found.items():
-        for seed, lines in sorted(seeds.items()):
-            hit, last = first_at(lines, goal), lines[-1]
-            print(f"| {setting} | {seed} | {lines[0]['reward']:.4f} | " + (f"{last['reward']:.4f}" if last["queries"] >= QUERIES else f"{last['reward']:.4f} so far ({last['queries']:,})") +
-                  " | " + (f"{hit['queries']:,.0f} | {hit['seconds']:.0f} |" if hit else "not reached | |"))
+    if not (folder / "seconds.json").exists(): raise SystemExit(f"{folder} has no seconds yet: efficiency.py time")
+    return dict(goal=statistics.mean(lines[-1]["reward"] for lines in whole), curves=curves) | json.loads((folder / "seconds.json").read_text())
+
+def table(folder, file):
+    o = collect(folder)
+    second = {name: statistics.median(v) for name, v in o["query"].items()}
+    print(f"{o['date']}, {o['hardware']}, PyTorch {o['torch']}; seconds a query, median of {o['rounds']} rounds: " + ", ".join(f"{k} {v:.3f}" for k, v in second.items()))
+    print(f"Goal: {o['goal']:.4f} kB, TRL's settings after {QUERIES:,} queries; TRL's own loop takes {QUERIES * second['TRL']:,.0f} s to it\n")
+    print("| setting | seed | start | end | queries to the goal | share of TRL's | seconds to the goal | share of TRL's |\n|---|---|---|---|---|---|---|---|")
+    for setting, seeds in o["curves"].items():
+        for seed, lines in seeds.items():
+            hit, last = first_at(lines, o["goal"]), lines[-1]
+            cells = [setting, seed, f"{lines[0]['reward']:.4f}", f"{last['reward']:.4f} ({last['queries']:,})"]
+            if hit is None: cells += ["not reached", "", "", ""]
+            else: cells += [f"{hit:,.0f}", f"{hit / QUERIES:.2f}", f"{hit * second[setting]:,.0f}", f"{hit * second[setting] / QUERIES / second['TRL']:.3f}"]
+            print("| " + " | ".join(cells) + " |")
+    if file: write_atomic(file, json.dumps(o, indent=1))
 
 def main():
     parser = argparse.ArgumentParser(description="Queries and seconds to the reward that TRL's defaults reach.")
     commands = parser.add_subparsers(dest="command", required=True)
-    runs, tables = commands.add_parser("run", help="train one setting with one seed"), commands.add_parser("table", help="what all runs say")
+    runs, times, tables = (commands.add_parser(name, help=text) for name, text in (("run", "train one setting with one seed"), ("time", "what an epoch costs"), ("table", "what all runs say")))
     runs.add_argument("setting", choices=SETTINGS)
     runs.add_argument("seed", type=int)
-    for o in (runs, tables): o.add_argument("--output", type=Path, default=Path("runs/efficiency"), help="folder of the runs (default: runs/efficiency)")
+    times.add_argument("--rounds", type=int, default=3, help="rounds after the first, which warms up (default: 3)")
+    add_env_option(times)
+    tables.add_argument("--json", type=Path, help="file for all of it")
+    for o in (runs, times, tables): o.add_argument("--output", type=Path, default=Path("runs/efficiency"), help="folder of the runs (default: runs/efficiency)")
     args = parser.parse_args()
-    run(args.setting, args.seed, args.output) if args.command == "run" else table(args.output)
+    if args.command == "run": run(args.setting, args.seed, args.output)
+    elif args.command == "time": time(args.output, trl_python(args.env), args.rounds)
+    else: table(args.output, args.json)
 
 if __name__ == "__main__": main()

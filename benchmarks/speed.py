@@ -71,20 +71,22 @@ class Side:
         self.process.stdin.close()
         self.process.wait()
 
-def measure(plan, python, rounds, log):
-    "Figures of each round, TRL's, ours and the floor's, after one round to warm up."
+def measure(plans, python, rounds, log):
+    "Figures of each round, after one to warm up. plans: a name, and what it is to do: TRL's is for TRL, the floor's for the bare passes, others for us."
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "plan.json"
-        file.write_text(json.dumps(plan | dict(folder=folder)))
-        trl, ours, floor = Side([python, "-I", HERE / "speed_trl.py", file]), *(Side([sys.executable, HERE / "speed_ours.py", file]) for _ in range(2))
-        turns, found = (("TRL", trl, "epoch"), ("ours", ours, "epoch"), ("floor", floor, "floor")), []
+        turns, found = [], []
+        for name, plan in plans.items():
+            file = Path(folder) / f"{name}.json"
+            file.write_text(json.dumps(plan | dict(folder=folder)))
+            command = [python, "-I", HERE / "speed_trl.py", file] if name == "TRL" else [sys.executable, HERE / "speed_ours.py", file]
+            turns.append((name, Side(command), "floor" if name == "floor" else "epoch"))
         for i in range(rounds + 1):
             row = {}
             for name, side, command in turns[::1 if i % 2 else -1]:
                 row[name] = side.do(command) | dict(idle_memory=side.idle_memory)
                 log(f"{'warming up' if not i else f'round {i}'}: {name} {row[name]['seconds']:.2f} s")
             if i: found.append(row)
-        for side in (trl, ours, floor): side.end()
+        for _, side, _ in turns: side.end()
     return found
 
 # ---- the table ----
@@ -110,6 +112,8 @@ def hardware():
     name = next((o.split(":")[1].strip() for o in Path("/proc/cpuinfo").read_text().splitlines() if o.startswith("model name")), platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
     return f"{os.cpu_count()} CPU cores ({name}, {torch.backends.cpu.get_cpu_capability()})"
 
+def log(text): print(text, file=sys.stderr, flush=True)
+
 def pairs(text):
     key, _, value = text.partition("=")
     try: return key, json.loads(value)
@@ -130,7 +134,7 @@ def main():
     if chosen["cuda"] and not torch.cuda.is_available(): return print(f"{args.setting} wants a CUDA GPU, and there is none: nothing measured")
     plan = dict(model=str(model_folder(chosen["model"])), settings=chosen["settings"] | dict(args.set), ours=dict(args.ours), threads=args.threads, floor_sizes=chosen["floor_sizes"])
     about = dict(date=str(date.today()), hardware=hardware(), torch=version("torch"), diffusers=version("diffusers"), setting=args.setting, **plan, rounds=args.rounds)
-    found = measure(plan, trl_python(args.env), args.rounds, lambda text: print(text, file=sys.stderr, flush=True))
+    found = measure(dict.fromkeys(("TRL", "ours", "floor"), plan), trl_python(args.env), args.rounds, log)
     print(f"{about['date']}, {about['hardware']}, PyTorch {about['torch']}; {args.setting}, {plan['settings']}" + (f"; ours: {plan['ours']}" if args.ours else "") +
           f"; medians of {args.rounds} rounds; the floor's rows at a time: {found[-1]['floor']['sizes']}")
     show(found, plan["settings"]["sample_batch_size"] * plan["settings"]["sample_num_batches_per_epoch"])

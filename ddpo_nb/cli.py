@@ -255,11 +255,11 @@ def _compare(args):
     if args.queries is None: args.queries = 1024  # `compare`'s own default
     return _race(args, args.algorithms, args.seeds, args.queries, _overrides(args.set))[0]
 
-def _recipe(name):
-    "What a recipe says, as the command line's defaults."
+def _recipe(args):
+    "What the recipe says, as the command line's defaults."
     from ddpo_nb.recipes import get_recipe
-    r = get_recipe(name)
-    return dict(model=r.model, algorithm=r.algorithm, reward=r.reward, prompts=r.prompts, lora=r.lora, recipe_epochs=r.epochs) | r.settings
+    r = get_recipe(args.recipe)
+    return dict(model=r.model, algorithm=r.algorithm, reward=r.reward, prompts=r.prompts, lora=r.lora, recipe_epochs=r.epochs) | r.beside(vars(args))
 
 def _dry_run(args, config, epochs, processes):
     from ddpo_nb.recipes import model_numbers, plan
@@ -379,7 +379,7 @@ def main(argv: list|None = None) -> int:
     for o in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"): os.environ.setdefault(o, "error")  # their advice is for programmers
     try:
         args = make_parser().parse_args(words)
-        if getattr(args, "recipe", None): args = make_parser(_recipe(args.recipe)).parse_args(words)
+        if getattr(args, "recipe", None): args = make_parser(_recipe(args)).parse_args(words)
     except SystemExit as e: return e.code
     except InputError as e: print(f"ddpo-nb train: {e.argument}: {e.problem}; {e.remedy}", file=sys.stderr); return 2
     args.words = words

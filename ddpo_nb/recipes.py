@@ -44,7 +44,12 @@ class Recipe:
 
     def config(self, **overrides) -> DDPOConfig:
         "The recipe's config, with any field overridden; InputError for values that cannot work."
-        return make_config(self.algorithm, self.model, self.lora, **(dict(num_epochs=self.epochs) | self.settings | overrides))
+        return make_config(self.algorithm, self.model, self.lora, **(dict(num_epochs=self.epochs) | self.beside(overrides) | overrides))
+
+    def beside(self, overrides: dict) -> dict:
+        "The recipe's settings, less what these overrides make void: a baseline of one's own needs no statistics per prompt."
+        void = {"per_prompt_stat_tracking"} if overrides.get("baseline") not in (None, "normalize") else set()
+        return {k: v for k, v in self.settings.items() if k not in void}
 
 # %% ../nbs/10a_recipes.ipynb #05b8cef6
 _blog = dict(sample_num_steps=50, sample_batch_size=6, sample_num_batches_per_epoch=4, train_batch_size=3, train_gradient_accumulation_steps=1,

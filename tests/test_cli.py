@@ -170,6 +170,7 @@ def test_a_recipe_is_listed_planned_and_overridden(run, scratch):
     for part in ("samples per epoch 24", "updates per epoch 8", "updates in all 1,600", "reward queries in all 4,800", "LoRA of rank 4", "peak"): assert part in words, out
     out = run("train --recipe a100-aesthetic-lora --dry-run --epochs 10 --train-batch-size 6")[1]
     assert "updates in all 40" in " ".join(out.split())
+    assert run("train --recipe a100-aesthetic-lora --dry-run --baseline leave-one-out --samples-per-prompt 2")[0] == 0
     status, out, err = run("train --recipe emoji-compresibility --dry-run")
     assert status == 2 and "did you mean 'emoji-compressibility'" in err and err.count("\n") == 1
 

@@ -77,6 +77,13 @@ def test_override():
     with pytest.raises(InputError): get_recipe("emoji-rwr").config(train_batch_size=7)
     assert RECIPES["emoji-rwr"].config().num_epochs == 8  # nothing was changed in place
 
+@pytest.mark.parametrize("baseline,tracked", [("group", False), ("leave-one-out", False), ("normalize", True)])
+def test_a_baseline_of_one_s_own_needs_no_statistics_per_prompt(baseline, tracked):
+    many = 1 if tracked else 4
+    c = get_recipe("compressibility").config(baseline=baseline, samples_per_prompt=many)
+    assert (c.baseline, c.per_prompt_stat_tracking) == (baseline, tracked)
+    with pytest.raises(InputError): get_recipe("compressibility").config(baseline="group", samples_per_prompt=4, per_prompt_stat_tracking=True)  # asked for by name
+
 @pytest.mark.parametrize("wrong,right", [("emoji-compresibility", "emoji-compressibility"), ("a100-aesthetic", "a100-aesthetic-lora"), ("Alignment", "alignment"), ("zzz", None)])
 def test_unknown_recipe(wrong, right):
     with pytest.raises(InputError) as e: get_recipe(wrong)
