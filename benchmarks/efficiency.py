@@ -12,36 +12,39 @@ import argparse, json, statistics
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
+import numpy as np
 import torch
+from PIL import Image
 from ddpo_nb.checkpoints import checkpoints, write_atomic
 from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
 from ddpo_nb.prompts import PROMPT_SETS, PromptSource
-from ddpo_nb.rewards import get_reward
+from ddpo_nb.recipes import get_recipe
+from ddpo_nb.rewards import get_reward, to_uint8
 from ddpo_nb.rollout import rollout, sample_generator
-from ddpo_nb.trainer import DDPOConfig, make_config, make_trainer
+from ddpo_nb.trainer import DDPOConfig, make_trainer
 from speed import emoji_sd, hardware, log, measure
 from trl_env import add_env_option, trl_python
 
 REWARD, QUERIES = "jpeg_compressibility", 4800
 EXAM = dict(num_steps=50, guidance_scale=5.0)
 _blog = dict(mixed_precision="no", sample_batch_size=6, sample_num_batches_per_epoch=4, train_batch_size=3, per_prompt_stat_tracking=True, per_prompt_stat_tracking_buffer_size=32)
-EVERY = dict(trl=480, recommended=128)  # queries between examinations
+EVERY, UNTIL = dict(trl=480, recommended=256), dict(trl=QUERIES, recommended=QUERIES // 2)  # queries between examinations, and in all
 SETTINGS = {  # "trl": our loop; its gradient is TRL's own to 1e-5 (trl_agreement.py)
     "trl": lambda **kw: DDPOConfig(**_blog, **kw),
-    "recommended": lambda **kw: make_config("ddpo-is", **kw),
+    "recommended": get_recipe("emoji-compressibility").config,
 }
 
 def examine(policy, reward, animals):
-    "Reward of every picture of the examination (90,)."
+    "Every picture's reward (90,), and every fifth of the first 45 pictures side by side."
     before = dict(num_steps=len(policy.timesteps), eta=policy.eta, guidance_scale=policy.guidance_scale, negative_prompt=policy.negative_prompt, reduction=policy.reduction)
     policy.configure(**before | EXAM)
     prompts = animals * 2
     t = rollout(policy, prompts, [sample_generator(2**20, 0, i) for i in range(len(prompts))], batch_size=45)
     policy.configure(**before)
-    return reward(t.images, t.prompts, t.metadata)[0].tolist()
+    return reward(t.images, t.prompts, t.metadata)[0].tolist(), Image.fromarray(np.concatenate(to_uint8(t.images[:45:5]), 1))
 
 def run(setting, seed, folder):
-    "Train up to 4,800 queries; `exams.jsonl` gets a line an examination."
+    "Train up to 4,800 queries, or half of them for our preset; `exams.jsonl` gets a line an examination, and `pictures` a few of its pictures."
     place, animals = folder / f"{setting}-{seed}", PROMPT_SETS["simple_animals"]()
     c = SETTINGS[setting](seed=seed, logdir=str(place), save_freq=2, num_checkpoint_limit=2, resume_from=str(place) if checkpoints(place / "checkpoints") else "")
     torch.manual_seed(seed)
@@ -49,12 +52,13 @@ def run(setting, seed, folder):
     lines = [json.loads(o) for o in (place / "exams.jsonl").read_text().splitlines()] if (place / "exams.jsonl").exists() else []
     while True:
         if t.queries // EVERY[setting] >= len(lines):
-            rewards = examine(t.policy, t.reward_function, animals)
+            rewards, pictures = examine(t.policy, t.reward_function, animals)
             lines.append(dict(queries=t.queries, reward=statistics.mean(rewards), rewards=rewards))
-            place.mkdir(parents=True, exist_ok=True)
+            (place / "pictures").mkdir(parents=True, exist_ok=True)
+            pictures.save(place / f"pictures/{t.queries:05}.png")
             write_atomic(place / "exams.jsonl", "".join(json.dumps(o) + "\n" for o in lines))
             print(f"{setting}, seed {seed}: {t.queries:,} queries, {lines[-1]['reward']:.4f} kB", flush=True)
-        if t.queries >= QUERIES: break
+        if t.queries >= UNTIL[setting]: break
         t.train(t.epochs_done + 1, progress=False)
 
 def time(folder, python, rounds):

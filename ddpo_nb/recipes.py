@@ -57,6 +57,7 @@ _blog = dict(sample_num_steps=50, sample_batch_size=6, sample_num_batches_per_ep
 _tracked = dict(mixed_precision="fp16", micro_batch_size=4, per_prompt_stat_tracking=True)  # 256 samples, 4 updates: the defaults for any big model
 _harder = _tracked | dict(train_batch_size=128, per_prompt_stat_tracking_buffer_size=32)
 _emoji = dict(model=EMOJI_SD, needs="a CPU, minutes", settings=dict(mixed_precision="no"))
+_quick = _emoji | dict(settings=dict(mixed_precision="no", baseline="leave-one-out", samples_per_prompt=4, train_clip_range=1e-2))
 
 RECIPES = {
     "a100-aesthetic-lora": Recipe("prettier animals, by LoRA, on one A100", "aesthetic", "one A100, 40 GB", 200,
@@ -69,7 +70,7 @@ RECIPES = {
     "alignment": Recipe("animals that do what the prompt says, in the eyes of a vision-language model", "vlm_alignment",
                         "one GPU, 24 GB, and one for the vision-language model", 200, "animal_activities",
                         settings=_harder | dict(sample_num_batches_per_epoch=36, train_batch_size=144)),
-    "emoji-compressibility": Recipe("emoji that make small JPEG files", "jpeg_compressibility", epochs=16, **_emoji),
+    "emoji-compressibility": Recipe("emoji that make small JPEG files", "jpeg_compressibility", epochs=16, **_quick),
     "emoji-incompressibility": Recipe("emoji that make large JPEG files", "jpeg_incompressibility", epochs=16, **_emoji),
     "emoji-sf": Recipe("emoji that make large JPEG files, by the score-function gradient", "jpeg_incompressibility", epochs=64, algorithm="ddpo-sf", **_emoji),
     "emoji-rwr": Recipe("emoji that make large JPEG files, by reward-weighted regression", "jpeg_incompressibility", epochs=8, algorithm="rwr", **_emoji),
