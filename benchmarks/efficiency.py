@@ -1,6 +1,7 @@
 """Reward per query and per second: how soon each way of training reaches what TRL's defaults reach after their 4,800 queries.
 
-    python benchmarks/efficiency.py run SETTING SEED [--output DIR]     train, with an examination now and then; goes on where it was stopped
+    python benchmarks/efficiency.py run SETTING SEED [--set FIELD=VALUE] [--output DIR]
+                                                                        train, with an examination now and then; goes on where it was stopped
     python benchmarks/efficiency.py time [--rounds N] [--output DIR]    what an epoch of each costs, TRL's own loop among them, in turn and alone on the machine
     python benchmarks/efficiency.py table [--output DIR] [--json FILE]  queries and seconds to the common reward, from all that is in DIR
 
@@ -22,13 +23,13 @@ from ddpo_nb.recipes import get_recipe
 from ddpo_nb.rewards import get_reward, to_uint8
 from ddpo_nb.rollout import rollout, sample_generator
 from ddpo_nb.trainer import DDPOConfig, make_trainer
-from speed import emoji_sd, hardware, log, measure
+from speed import emoji_sd, hardware, log, measure, pairs
 from trl_env import add_env_option, trl_python
 
 REWARD, QUERIES = "jpeg_compressibility", 4800
 EXAM = dict(num_steps=50, guidance_scale=5.0)
 _blog = dict(mixed_precision="no", sample_batch_size=6, sample_num_batches_per_epoch=4, train_batch_size=3, per_prompt_stat_tracking=True, per_prompt_stat_tracking_buffer_size=32)
-EVERY, UNTIL = dict(trl=480, recommended=256), dict(trl=QUERIES, recommended=QUERIES // 2)  # queries between examinations, and in all
+EVERY, UNTIL = dict(trl=480, recommended=128), dict(trl=QUERIES, recommended=QUERIES // 4)  # queries between examinations, and in all
 SETTINGS = {  # "trl": our loop; its gradient is TRL's own to 1e-5 (trl_agreement.py)
     "trl": lambda **kw: DDPOConfig(**_blog, **kw),
     "recommended": get_recipe("emoji-compressibility").config,
@@ -43,10 +44,11 @@ def examine(policy, reward, animals):
     policy.configure(**before)
     return reward(t.images, t.prompts, t.metadata)[0].tolist(), Image.fromarray(np.concatenate(to_uint8(t.images[:45:5]), 1))
 
-def run(setting, seed, folder):
-    "Train up to 4,800 queries, or half of them for our preset; `exams.jsonl` gets a line an examination, and `pictures` a few of its pictures."
-    place, animals = folder / f"{setting}-{seed}", PROMPT_SETS["simple_animals"]()
-    c = SETTINGS[setting](seed=seed, logdir=str(place), save_freq=2, num_checkpoint_limit=2, resume_from=str(place) if checkpoints(place / "checkpoints") else "")
+def run(setting, seed, folder, changes, until):
+    "Train; `exams.jsonl` gets a line an examination, and `pictures` a few of its pictures."
+    name = ",".join([setting] + [f"{k}={v}" for k, v in changes.items()])
+    place, animals = folder / f"{name}-{seed}", PROMPT_SETS["simple_animals"]()
+    c = SETTINGS[setting](**changes, seed=seed, logdir=str(place), save_freq=2, num_checkpoint_limit=2, resume_from=str(place) if checkpoints(place / "checkpoints") else "")
     torch.manual_seed(seed)
     t = make_trainer(c, get_reward(REWARD), PromptSource(animals, seed), StableDiffusionPolicy(load_pipeline(), lora_rank=c.lora_rank))
     lines = [json.loads(o) for o in (place / "exams.jsonl").read_text().splitlines()] if (place / "exams.jsonl").exists() else []
@@ -57,8 +59,8 @@ def run(setting, seed, folder):
             (place / "pictures").mkdir(parents=True, exist_ok=True)
             pictures.save(place / f"pictures/{t.queries:05}.png")
             write_atomic(place / "exams.jsonl", "".join(json.dumps(o) + "\n" for o in lines))
-            print(f"{setting}, seed {seed}: {t.queries:,} queries, {lines[-1]['reward']:.4f} kB", flush=True)
-        if t.queries >= UNTIL[setting]: break
+            print(f"{name}, seed {seed}: {t.queries:,} queries, {lines[-1]['reward']:.4f} kB", flush=True)
+        if t.queries >= until: break
         t.train(t.epochs_done + 1, progress=False)
 
 def time(folder, python, rounds):
@@ -89,6 +91,16 @@ def collect(folder):
     if not (folder / "seconds.json").exists(): raise SystemExit(f"{folder} has no seconds yet: efficiency.py time")
     return dict(goal=statistics.mean(lines[-1]["reward"] for lines in whole), curves=curves) | json.loads((folder / "seconds.json").read_text())
 
+def strips(folder, goal):
+    "The same pictures at the start, by TRL's settings at the end, and by ours when they have come to the goal: one under the other. Of the first seed that has them."
+    def strip(setting, good):
+        for o in sorted(folder.glob(f"{setting}-*/exams.jsonl")):
+            at = next((line["queries"] for line in map(json.loads, o.read_text().splitlines()) if good(line)), None)
+            file = o.parent / f"pictures/{at or 0:05}.png"
+            if at is not None and file.exists(): return Image.open(file)
+    rows = [strip("recommended", lambda line: True), strip("trl", lambda line: line["queries"] >= QUERIES), strip("recommended", lambda line: line["reward"] >= goal)]
+    if None not in rows: return Image.fromarray(np.concatenate([np.asarray(o) for o in rows]))
+
 def table(folder, file):
     o = collect(folder)
     second = {name: statistics.median(v) for name, v in o["query"].items()}
@@ -100,9 +112,11 @@ def table(folder, file):
             hit, last = first_at(lines, o["goal"]), lines[-1]
             cells = [setting, seed, f"{lines[0]['reward']:.4f}", f"{last['reward']:.4f} ({last['queries']:,})"]
             if hit is None: cells += ["not reached", "", "", ""]
-            else: cells += [f"{hit:,.0f}", f"{hit / QUERIES:.2f}", f"{hit * second[setting]:,.0f}", f"{hit * second[setting] / QUERIES / second['TRL']:.3f}"]
+            else: cells += [f"{hit:,.0f}", f"{hit / QUERIES:.2f}", *([f"{hit * second[setting]:,.0f}", f"{hit * second[setting] / QUERIES / second['TRL']:.3f}"] if setting in second else ["", ""])]
             print("| " + " | ".join(cells) + " |")
-    if file: write_atomic(file, json.dumps(o, indent=1))
+    if file:
+        write_atomic(file, json.dumps(o, indent=1))
+        if pictures := strips(folder, o["goal"]): pictures.save(file.with_suffix(".png"))
 
 def main():
     parser = argparse.ArgumentParser(description="Queries and seconds to the reward that TRL's defaults reach.")
@@ -110,12 +124,14 @@ def main():
     runs, times, tables = (commands.add_parser(name, help=text) for name, text in (("run", "train one setting with one seed"), ("time", "what an epoch costs"), ("table", "what all runs say")))
     runs.add_argument("setting", choices=SETTINGS)
     runs.add_argument("seed", type=int)
+    runs.add_argument("--set", type=pairs, action="append", default=[], metavar="FIELD=VALUE", help="a setting that is changed, such as train_clip_range=0.001")
+    runs.add_argument("--until", type=int, help=f"queries in all (default: {', '.join(f'{v:,} for {k}' for k, v in UNTIL.items())})")
     times.add_argument("--rounds", type=int, default=3, help="rounds after the first, which warms up (default: 3)")
     add_env_option(times)
-    tables.add_argument("--json", type=Path, help="file for all of it")
+    tables.add_argument("--json", type=Path, help="file for all of it; pictures go beside it, as PNG")
     for o in (runs, times, tables): o.add_argument("--output", type=Path, default=Path("runs/efficiency"), help="folder of the runs (default: runs/efficiency)")
     args = parser.parse_args()
-    if args.command == "run": run(args.setting, args.seed, args.output)
+    if args.command == "run": run(args.setting, args.seed, args.output, dict(args.set), args.until or UNTIL[args.setting])
     elif args.command == "time": time(args.output, trl_python(args.env), args.rounds)
     else: table(args.output, args.json)
 
