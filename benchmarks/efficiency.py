@@ -116,7 +116,7 @@ def table(folder, file):
             print("| " + " | ".join(cells) + " |")
     if file:
         write_atomic(file, json.dumps(o, indent=1))
-        if pictures := strips(folder, o["goal"]): pictures.save(file.with_suffix(".png"))
+        if pictures := strips(folder, o["goal"]): pictures.quantize(128).save(file.with_suffix(".png"), optimize=True)
 
 def main():
     parser = argparse.ArgumentParser(description="Queries and seconds to the reward that TRL's defaults reach.")

@@ -43,7 +43,7 @@ class Floor:
 def main(plan):
     warnings.filterwarnings("ignore")
     if plan["threads"]: torch.set_num_threads(plan["threads"])
-    config = DDPOConfig(**SETTINGS | plan["settings"] | plan["ours"], logdir="")
+    config = DDPOConfig(**SETTINGS | plan["settings"] | plan["ours"] | dict(logdir=""))
     trainer, floor = make_trainer(config, reward, prompt_function(), StableDiffusionPolicy(load_pipeline(plan["model"]), lora_rank=config.lora_rank)), []
 
     def epoch():
