@@ -81,7 +81,7 @@ def first_at(lines, goal):
         if b["reward"] >= goal: return a["queries"] + (goal - a["reward"]) / (b["reward"] - a["reward"]) * (b["queries"] - a["queries"])
 
 def collect(folder):
-    "All that is in the folder: curves by setting and seed, the goal, the seconds of a query. SystemExit says what is missing."
+    "All that is in the folder: curves by setting and seed, the goal and the queries to it, the seconds of a query. SystemExit says what is missing."
     curves = {}
     for o in sorted(folder.glob("*-*/exams.jsonl")):
         setting, _, seed = o.parent.name.rpartition("-")
@@ -89,7 +89,9 @@ def collect(folder):
     whole = [lines for lines in curves.get("trl", {}).values() if lines[-1]["queries"] >= QUERIES]
     if not whole: raise SystemExit(f"no run of TRL's settings in {folder} has come to {QUERIES:,} queries yet")
     if not (folder / "seconds.json").exists(): raise SystemExit(f"{folder} has no seconds yet: efficiency.py time")
-    return dict(goal=statistics.mean(lines[-1]["reward"] for lines in whole), curves=curves) | json.loads((folder / "seconds.json").read_text())
+    goal = statistics.mean(lines[-1]["reward"] for lines in whole)
+    reached = {setting: {seed: first_at(lines, goal) for seed, lines in seeds.items()} for setting, seeds in curves.items()}
+    return dict(goal=goal, reached=reached, curves=curves) | json.loads((folder / "seconds.json").read_text())
 
 def strips(folder, goal):
     "The same pictures at the start, by TRL's settings at the end, and by ours when they have come to the goal: one under the other. Of the first seed that has them."
@@ -109,7 +111,7 @@ def table(folder, file):
     print("| setting | seed | start | end | queries to the goal | share of TRL's | seconds to the goal | share of TRL's |\n|---|---|---|---|---|---|---|---|")
     for setting, seeds in o["curves"].items():
         for seed, lines in seeds.items():
-            hit, last = first_at(lines, o["goal"]), lines[-1]
+            hit, last = o["reached"][setting][seed], lines[-1]
             cells = [setting, seed, f"{lines[0]['reward']:.4f}", f"{last['reward']:.4f} ({last['queries']:,})"]
             if hit is None: cells += ["not reached", "", "", ""]
             else: cells += [f"{hit:,.0f}", f"{hit / QUERIES:.2f}", *([f"{hit * second[setting]:,.0f}", f"{hit * second[setting] / QUERIES / second['TRL']:.3f}"] if setting in second else ["", ""])]

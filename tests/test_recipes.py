@@ -82,7 +82,9 @@ def test_a_baseline_of_one_s_own_needs_no_statistics_per_prompt(baseline, tracke
     many = 1 if tracked else 4
     c = get_recipe("compressibility").config(baseline=baseline, samples_per_prompt=many)
     assert (c.baseline, c.per_prompt_stat_tracking) == (baseline, tracked)
-    with pytest.raises(InputError): get_recipe("compressibility").config(baseline="group", samples_per_prompt=4, per_prompt_stat_tracking=True)  # asked for by name
+
+def test_two_baselines_asked_for_by_name_are_refused():
+    with pytest.raises(InputError): get_recipe("compressibility").config(baseline="group", samples_per_prompt=4, per_prompt_stat_tracking=True)
 
 @pytest.mark.parametrize("wrong,right", [("emoji-compresibility", "emoji-compressibility"), ("a100-aesthetic", "a100-aesthetic-lora"), ("Alignment", "alignment"), ("zzz", None)])
 def test_unknown_recipe(wrong, right):
