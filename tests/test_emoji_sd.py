@@ -98,7 +98,7 @@ def test_a_stopped_unet_training_goes_on_as_if_never_stopped(monkeypatch, tmp_pa
     monkeypatch.setattr(emoji_sd, "NOUNS", NOUNS[:4])
     tokenizer = emoji_sd.build_tokenizer()
     monkeypatch.setattr(emoji_sd, "build_tokenizer", lambda: tokenizer)  # ties among its merges fall differently each time it is built
-    train = lambda f: emoji_sd.train_unet(tmp_path / f, emoji_sd.load().vae, 4, batch=4, save_every=2)
+    train = lambda f: emoji_sd.train_unet(tmp_path / f, emoji_sd.load().vae, 4, batch=4, save_every=2, repeats=2)
     whole = train("a")
     interrupted(monkeypatch, "unet_loss", lambda: train("b"), 3)
     monkeypatch.setattr(emoji_sd, "build_tokenizer", None)  # going on, the tokenizer is that of the first part

@@ -2,6 +2,8 @@
 import filecmp
 import importlib.util
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -87,5 +89,28 @@ def workshop(tmp_path_factory):
     "A copy of the notebooks to run them in; what they import is the installed package"
     return copy(tmp_path_factory.mktemp("workshop"), "nbs")
 
+# What nearly every notebook imports, and takes longer to import than most of them to run
+HEAVY = ["diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "transformers.models.clip.modeling_clip", "peft", "nbdev.test", "matplotlib.pyplot"]
+
+@pytest.fixture(scope="module")
+def processes():
+    "Starts processes as fresh as can be, but for `HEAVY`: forks of one that has only imported it"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(HEAVY)
+    return context
+
+def run_notebook(path, cwd, log):
+    "`nbdev-test` on one notebook, in a process of its own: what it writes goes to the file `log`"
+    with open(log, "wb") as f:
+        for stream in (1, 2): os.dup2(f.fileno(), stream)
+    os.chdir(cwd)
+    from nbdev.test import nbdev_test
+    nbdev_test(path)
+
 @pytest.mark.parametrize("name", names)
-def test_notebook_runs(name, workshop): assert "Success." in tool("nbdev-test", f"nbs/{name}.ipynb", cwd=workshop)
+def test_notebook_runs(name, workshop, processes, tmp_path):
+    p = processes.Process(target=run_notebook, args=(f"nbs/{name}.ipynb", workshop, tmp_path/"log"))
+    p.start()
+    p.join()
+    said = (tmp_path/"log").read_text(encoding="utf-8")
+    assert p.exitcode == 0 and "Success." in said, said[-8000:]
