@@ -570,7 +570,9 @@ class RewardError(Exception):
 
 class _Guarded:
     "A reward function whose failures are told from ours."
-    def __init__(self, function, name): self.function, self.__name__ = function, name
+    def __init__(self, function, name, file=None): self.function, self.__name__, self.file = function, name, file
+    def __reduce__(self):  # to another process, which would not know the module that a file was imported as
+        return (_guarded_file, (self.file.absolute(), self.__name__)) if self.file else (_Guarded, (self.function, self.__name__))
     def __call__(self, images, prompts, metadata):
         try: result = self.function(images, prompts, metadata)
         except InputError: raise
@@ -597,6 +599,8 @@ def _from_file(path, function):
     if not callable(found): raise InputError("--reward", f"{str(path)!r} has no function {function!r}", "name one that it defines, as path/to/file.py:function")
     return found
 
+def _guarded_file(path, name): return _Guarded(_from_file(path, name), name, path)
+
 def load_reward(reward, model: str = EMOJI_SD) -> tuple:
     "(function, name, what to call it in config.json, digest of its file) from a name, `file.py:function`, or a callable; InputError if there is none."
     if callable(reward):
@@ -605,10 +609,12 @@ def load_reward(reward, model: str = EMOJI_SD) -> tuple:
     path, _, function = str(reward).rpartition(":")
     if not path.endswith(".py"):
         if str(reward).endswith(".py"): raise InputError("--reward", f"{reward!r} names no function", f"write {reward}:function")
-        found, name, digest = get_reward(reward, model), reward, None
-    else: found, name, digest = _from_file(Path(path).expanduser(), function), function, hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()[:16]
-    if hasattr(found, "to"): found.to(processes().device)
-    return _Guarded(found, name), name, str(reward), digest
+        guarded, digest = _Guarded(get_reward(reward, model), reward), None
+    else:
+        path = Path(path).expanduser()
+        guarded, digest = _guarded_file(path, function), hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    if hasattr(guarded.function, "to"): guarded.function.to(processes().device)
+    return guarded, guarded.__name__, str(reward), digest
 
 # %% ../nbs/10_compare.ipynb #66acfb6f
 QUERIES = 1024  # the default budget

@@ -1,7 +1,9 @@
 "The comparison: statistics, budgets, the examination, and a run directory that survives interruption."
 import json
 import math
+import pickle
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -203,6 +205,16 @@ def test_load_reward_from_file(tmp_path):
     with pytest.raises(InputError, match="there is no file"): load_reward(f"{tmp_path/'none.py'}:f")
     with pytest.raises(InputError, match="names no function"): load_reward(str(tmp_path/"r.py"))
     with pytest.raises(InputError, match="no reward named"): load_reward("beauty")
+
+def test_a_files_reward_travels_to_another_process(tmp_path, monkeypatch):
+    "Its module is nowhere to be imported from: what is sent is where the file is"
+    monkeypatch.chdir(tmp_path)
+    Path("r.py").write_text("def twice(i, p, m): return [2.0] * len(p), {}")
+    sent = pickle.dumps(load_reward("r.py:twice")[0])
+    monkeypatch.chdir("/")
+    again = pickle.loads(sent)
+    assert again.__name__ == "twice" and again(None, ["a"], [{}]) == ([2.0], {}) and pickle.loads(pickle.dumps(again))(None, [], []) == ([], {})
+    assert pickle.loads(pickle.dumps(load_reward("jpeg_compressibility")[0])).function is jpeg_compressibility
 
 # Bad input
 
