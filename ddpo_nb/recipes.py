@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextConfig, CLIPTextModel
-from .batches import Cost, device_memory, example_cost, micro_batch
+from .batches import Cost, device_memory, example_cost, micro_batch, resident
 from .compare import Table
 from .mdp import Trajectories, step_std
 from .policy import EMOJI_SD, Conditioning, StableDiffusionPolicy
@@ -238,15 +238,20 @@ def run_cost(
     lora: bool = True,
 ) -> Cost:
     "What one training example of a run costs, counted on `meta`; see notebook 03a."
-    mode = _LikeCuda(_dtypes[config.mixed_precision])
-    with mode: return example_cost(_skeleton(config, numbers, lora, mode), config.train_cfg)
+    return _costs(config, numbers, lora)[0]
+
+def _costs(c, numbers, lora):
+    "Of an example, and what the networks take anyway."
+    mode = _LikeCuda(_dtypes[c.mixed_precision])
+    policy = _skeleton(c, numbers, lora, mode)
+    with mode: return example_cost(policy, c.train_cfg), resident(policy)
 
 def _sized(c, numbers, lora):
     "The config with the micro-batch that the trainer would take on this machine, if it is left to choose."
     if c.micro_batch_size: return c
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    weights = (2 if c.mixed_precision != "no" else 4) * (numbers.unet + numbers.vae + numbers.text_encoder)
-    return replace(c, micro_batch_size=micro_batch(run_cost(c, numbers, lora), device.type, device_memory(device), weights))
+    cost, taken = _costs(c, numbers, lora)
+    return replace(c, micro_batch_size=micro_batch(cost, device.type, device_memory(device), taken))
 
 # %% ../nbs/10a_recipes.ipynb #0a6bc0a3
 class _Ledger(TorchDispatchMode):

@@ -23,7 +23,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .advantages import BASELINES, PerPromptStatTracker
-from .batches import device_memory, example_cost, micro_batch
+from .batches import device_memory, example_cost, micro_batch, resident
 from .checkpoints import (CheckpointError, check_whole, checkpoints, complaints, load_state, newest_whole, publish, rng_state, save_state, set_rng_state,
                                  stop_signals, write_atomic)
 from .ddpo import DDPO, DDPOSF, STEP_WEIGHTINGS
@@ -288,12 +288,10 @@ class DDPOTrainer:
     def updates_per_epoch(self): return self.config.train_num_inner_epochs * (self.config.samples_per_epoch // self.config.samples_per_update)
 
     def _fitting_micro_batch(self):
-        "Counted in the run's own precision. The weights and three copies of those that are trained (a gradient, and AdamW's two means) are there anyway."
+        "Counted in the run's own precision."
         with self.accelerator.autocast(): cost = example_cost(self.policy, self.config.train_cfg)
-        size = lambda parameters: sum(p.numel() * p.element_size() for p in parameters)
-        pipe, device = self.policy.pipeline, self.accelerator.device
-        taken = sum(size(o.parameters()) for o in (pipe.unet, pipe.vae, pipe.text_encoder)) + 3 * size(self.policy.trainable_parameters())
-        return micro_batch(cost, device.type, device_memory(device), taken)
+        device = self.accelerator.device
+        return micro_batch(cost, device.type, device_memory(device), resident(self.policy))
 
     def _progress(self, stage, done, total):
         if self.on_progress: self.on_progress(stage, done, total)

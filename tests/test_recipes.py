@@ -12,11 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from ddpo_nb import recipes as R
+from ddpo_nb import recipes as R, trainer as T
 from ddpo_nb.batches import saved_bytes
 from ddpo_nb.mdp import Trajectories
 from ddpo_nb.policy import EMOJI_SD, SmallLora, StableDiffusionPolicy, load_pipeline
-from ddpo_nb.prompts import PROMPT_SETS, InputError
+from ddpo_nb.prompts import PROMPT_SETS, InputError, PromptSource
 from ddpo_nb.recipes import RECIPES, estimate_memory, get_recipe, list_recipes, model_numbers, peak_bytes, plan
 from ddpo_nb.trainer import ALGORITHMS, DDPOConfig, RWRConfig, make_config, make_objective, make_trainer
 
@@ -46,6 +46,14 @@ def test_recipe_builds_and_plans(name, sd, emoji):
     assert p.queries == c.samples_per_epoch * r.epochs and p.updates == p.updates_per_epoch * r.epochs
     limit = dict(a100=40e9, emoji=1e9).get(name.partition("-")[0], 24e9)
     assert 1e8 < p.memory.peak < limit - (0 if "emoji" in name else 1e9)  # with a gigabyte for CUDA itself
+
+@pytest.mark.parametrize("memory", [3 * 10**8, 10**9])
+def test_a_plan_has_the_micro_batch_that_the_trainer_takes(memory, monkeypatch, emoji):
+    "On a device whose memory is the limit, what stays there counts: gradients and AdamW's means of a whole UNet too"
+    for module in (R, T): monkeypatch.setattr(module, "device_memory", lambda device: memory)
+    c = make_config("ddpo-is", lora=False, logdir="", mixed_precision="no", micro_batch_size=0)
+    t = make_trainer(c, lambda *a: 0, PromptSource(["cat"]), StableDiffusionPolicy(load_pipeline(), use_lora=False))
+    assert 1 < t.micro_batch_size == R._sized(c, emoji, False).micro_batch_size < 90
 
 def test_the_walk_on_one_a100_is_as_published():
     r, c = RECIPES["a100-aesthetic-lora"], RECIPES["a100-aesthetic-lora"].config()
