@@ -8,7 +8,7 @@ __all__ = ['ALGORITHMS', 'RESULT_FREE', 'EMOJI_SETTINGS', 'PAPER_SETTINGS', 'DDP
            'split_updates', 'Work', 'find_checkpoint', 'RWRTrainer', 'make_trainer', 'make_config']
 
 # %% ../nbs/09_trainer.ipynb #8222ca9a
-import atexit, json, os, resource, shutil, sys, tempfile, time, warnings
+import atexit, json, math, os, resource, shutil, sys, tempfile, time, warnings
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import asdict, dataclass, field, fields
@@ -429,13 +429,15 @@ def update(self:DDPOTrainer, work: Work) -> dict:
                 seen = work.totals.get(k, torch.zeros_like(v))
                 work.totals[k] = torch.maximum(v, seen) if k == "ratio_max" else v + seen
             work.norms.append(self.accelerator.clip_grad_norm_(self.policy.trainable_parameters(), c.train_max_grad_norm))
-            self.optimizer.step(); self.optimizer.zero_grad()
-            if not self.optimizer.step_was_skipped: self.schedule.step()  # fp16 skips a step whose gradient overflowed
+            self.optimizer.step(); self.optimizer.zero_grad(); self.schedule.step()  # which counts updates that fp16 skips, too: a fused optimizer tells nobody
             work.done, work.count, self.global_step = taken, work.count + len(i), self.global_step + 1
             self._progress("training", work.done, self.updates_per_epoch)
             self._breathe()
     totals, norms = work.numbers()
-    return {k: v if k == "ratio_max" else v / work.count for k, v in totals.items()} | dict(grad_norm=float(np.mean(norms)), updates=work.done)
+    finite = [o for o in norms if math.isfinite(o)]
+    if len(finite) < len(norms) and not self.accelerator.scaler:  # fp16 skips such a step, and scales the loss down; nothing else does
+        raise InputError("train_learning_rate", f"a gradient of epoch {self.epochs_done + 1} is not finite, and the weights are lost", "lower it, and go on from the last checkpoint; if that does not help, look at the rewards")
+    return {k: v if k == "ratio_max" else v / work.count for k, v in totals.items()} | dict(grad_norm=float(np.mean(finite)) if finite else None, updates=work.done, skipped_updates=len(norms) - len(finite))
 
 # %% ../nbs/09_trainer.ipynb #591ac0ee
 @patch

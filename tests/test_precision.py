@@ -1,8 +1,10 @@
 "Half precision: what is trained and scored stays in fp32, and the ratio is 1 before the first update (FIELD's traps 3 and 6)."
+import contextlib, itertools, json
 import pytest, torch
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
-from ddpo_nb.prompts import PromptSource
+from ddpo_nb.prompts import InputError, PromptSource
 from ddpo_nb.rewards import jpeg_compressibility
 from ddpo_nb.trainer import make_config, make_trainer
 
@@ -53,6 +55,50 @@ def test_trap_6_an_epoch_trains(precision, lora):
     before = [p.detach().clone() for p in t.policy.trainable_parameters()]
     row = t.epoch()
     assert any((a != b).any() for a, b in zip(before, t.policy.trainable_parameters())) and 0 < row["grad_norm"] < float("inf")
+
+def overflow(t, *updates):
+    "Make the gradients of these updates, counted from 0, infinite"
+    seen = itertools.count()
+    t.policy.trainable_parameters()[0].register_hook(lambda g: g * (float("inf") if next(seen) in updates else 1))
+
+few = dict(sample_num_steps=3, sample_num_batches_per_epoch=1, train_batch_size=2, micro_batch_size=99)  # two updates of one pass each
+
+def test_fp16_skips_an_update_whose_gradient_overflowed(tmp_path, monkeypatch):
+    "What accelerate does with fp16 on a GPU, done on a CPU: a scaled loss, and an optimizer that asks the scaler"
+    def scaled(**kw):
+        t = trainer("no", logdir=str(tmp_path), **few, **kw)
+        a = t.accelerator
+        a.scaler, a.native_amp, a._optimizers[:] = torch.amp.GradScaler("cpu", init_scale=256.), True, []
+        t.optimizer = AcceleratedOptimizer(t.optimizer.optimizer, scaler=a.scaler)
+        a._optimizers.append(t.optimizer)
+        monkeypatch.setattr(AcceleratorState(), "_mixed_precision", "fp16")
+        monkeypatch.setattr(a, "autocast", contextlib.nullcontext)
+        return t
+    t = scaled()
+    overflow(t, 0)
+    weights = lambda: [p.detach().clone() for p in t.policy.trainable_parameters()]
+    seen, step = [weights()], t.optimizer.step
+    monkeypatch.setattr(t.optimizer, "step", lambda: (step(), seen.append(weights())))
+    row = t.epoch()
+    same = [all(map(torch.equal, a, b)) for a, b in zip(seen, seen[1:])]
+    assert same == [True, False] and row["updates"] == 2 and row["skipped_updates"] == 1 and t.accelerator.scaler.get_scale() == 128
+    plain = trainer("no", **few).epoch()
+    assert row["grad_norm"] == pytest.approx(plain["grad_norm"], rel=.5) and plain["skipped_updates"] == 0  # of the other update, and not of the scaled loss
+    json.dumps(row | dict(reward_info={}), allow_nan=False, default=float)
+    t.save_checkpoint()
+    AcceleratorState._reset_state()
+    again = scaled()
+    again.load_checkpoint(tmp_path)
+    assert again.accelerator.scaler.get_scale() == 128
+
+def test_elsewhere_a_gradient_that_is_not_finite_ends_the_run(tmp_path):
+    t = trainer("no", logdir=str(tmp_path), **few)
+    overflow(t, 3)  # the second epoch's last update
+    with pytest.raises(InputError, match="train_learning_rate: a gradient of epoch 2 is not finite, .*last checkpoint"): t.train(3, progress=False)
+    (kept,) = (tmp_path/"checkpoints").iterdir()
+    again = trainer("no", logdir=str(tmp_path), **few)
+    again.load_checkpoint(tmp_path)
+    assert kept.name == "checkpoint_1" and all(p.isfinite().all() for p in again.policy.trainable_parameters()) and len((tmp_path/"metrics.jsonl").read_text().splitlines()) == 1
 
 @pytest.mark.parametrize("setting", ["gradient_checkpointing", "vae_slicing", "offload_trajectories"])
 def test_memory_savers_do_not_change_the_result(setting):
