@@ -308,12 +308,11 @@ def _policy(args):
         folder = getattr(args, flag)
         if folder and not (Path(folder).expanduser()/file).exists():
             raise InputError(f"--{flag}", f"there is no {str(Path(folder)/file)!r}", "give a folder of trained weights, such as runs/x/weights/ddpo-is-seed0")
-    from accelerate import PartialState
     from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
-    from ddpo_nb.trainer import make_config
+    from ddpo_nb.trainer import make_config, processes
     usual = make_config("ddpo-is", args.model)
     policy = StableDiffusionPolicy(load_pipeline(args.model, lora=args.lora, unet=args.unet), use_lora=bool(args.lora))
-    policy.pipeline.to(PartialState().device)
+    policy.pipeline.to(processes().device)
     if (args.steps or 1) > policy.num_train_timesteps: raise InputError("--steps", f"{args.steps} is more than the model's {policy.num_train_timesteps}", "give fewer")
     policy.configure(args.steps or usual.sample_num_steps, args.eta, args.guidance or usual.sample_guidance_scale)
     return policy
@@ -357,10 +356,10 @@ def _evaluate(args):
 # %% ../nbs/11_cli.ipynb #a3e57e71
 def _train_aesthetic(args):
     output = _output(args)
-    from accelerate import PartialState
     from ddpo_nb.aesthetic import train_aesthetic
+    from ddpo_nb.trainer import processes
     again = _go_on(_words(args, output))
-    try: _, report = train_aesthetic(args.ratings, args.images, args.clip, output, args.loss, args.epochs, args.seed, args.validation, args.cache, args.resume, args.progress, PartialState().device)
+    try: _, report = train_aesthetic(args.ratings, args.images, args.clip, output, args.loss, args.epochs, args.seed, args.validation, args.cache, args.resume, args.progress, processes().device)
     except (KeyboardInterrupt, SystemExit) as e:
         print(f"\nInterrupted; what is finished is kept. To go on:\n  {again}", file=sys.stderr)
         return getattr(e, "code", 130)

@@ -186,10 +186,10 @@ def _part():
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
 def processes() -> PartialState:
-    "accelerate's state of all processes: which there are, and on which devices. Without GPUs, those that torchrun starts talk by gloo."
+    "accelerate's state of all processes: which there are, and on which devices. Without GPUs, those that torchrun starts talk by gloo. Apple's GPU lacks double precision and stays idle."
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if several and not PartialState._shared_state: atexit.register(_part)
-    return PartialState(cpu=True) if several and not torch.cuda.is_available() else PartialState()
+    return PartialState(cpu=True) if not torch.cuda.is_available() and (several or torch.backends.mps.is_available()) else PartialState()
 
 def usable_precision(wanted: str) -> str:
     "The precision that this device can compute in, with a warning if it is not the wanted one."
@@ -468,7 +468,8 @@ def _log_some(self:DDPOTrainer, batches, step, accelerator, most=8):
 
 def _memory():
     "Peak memory in GB: of the GPU if there is one, else of this process."
-    return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
+    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 # %% ../nbs/09_trainer.ipynb #6d4bc63e
 def _per_image(scored):

@@ -1,12 +1,13 @@
 "Half precision: what is trained and scored stays in fp32, and the ratio is 1 before the first update (FIELD's traps 3 and 6)."
 import contextlib, itertools, json
 import pytest, torch
+from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
 from ddpo_nb.prompts import InputError, PromptSource
 from ddpo_nb.rewards import jpeg_compressibility
-from ddpo_nb.trainer import make_config, make_trainer
+from ddpo_nb.trainer import make_config, make_trainer, processes
 
 HALF = ["bf16", pytest.param("fp16", marks=pytest.mark.cuda)]
 
@@ -99,6 +100,15 @@ def test_elsewhere_a_gradient_that_is_not_finite_ends_the_run(tmp_path):
     again = trainer("no", logdir=str(tmp_path), **few)
     again.load_checkpoint(tmp_path)
     assert kept.name == "checkpoint_1" and all(p.isfinite().all() for p in again.policy.trainable_parameters()) and len((tmp_path/"metrics.jsonl").read_text().splitlines()) == 1
+
+def test_an_apple_gpu_stays_idle(monkeypatch):
+    "It knows no float64, in which figures are summed up"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for o in ("is_available", "is_built"): monkeypatch.setattr(torch.backends.mps, o, lambda: True)
+    assert PartialState().device.type == "mps"  # what would be without us
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert processes().device.type == "cpu" and Accelerator().device.type == "cpu"
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 @pytest.mark.parametrize("setting", ["gradient_checkpointing", "vae_slicing", "offload_trajectories"])
 def test_memory_savers_do_not_change_the_result(setting):
