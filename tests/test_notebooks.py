@@ -92,9 +92,11 @@ def workshop(tmp_path_factory):
 # What nearly every notebook imports, and takes longer to import than most of them to run
 HEAVY = ["diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "transformers.models.clip.modeling_clip", "peft", "nbdev.test", "matplotlib.pyplot"]
 
-@pytest.fixture(scope="module")
-def processes():
-    "Starts processes as fresh as can be, but for `HEAVY`: forks of one that has only imported it"
+ALONE = {"10b_hub"}  # sets what huggingface_hub reads when it is imported
+
+def start(name):
+    "How to start a notebook's process: as a fork of one that has only imported `HEAVY`, or as fresh as can be"
+    if name in ALONE: return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(HEAVY)
     return context
@@ -108,8 +110,8 @@ def run_notebook(path, cwd, log):
     nbdev_test(path)
 
 @pytest.mark.parametrize("name", names)
-def test_notebook_runs(name, workshop, processes, tmp_path):
-    p = processes.Process(target=run_notebook, args=(f"nbs/{name}.ipynb", workshop, tmp_path/"log"))
+def test_notebook_runs(name, workshop, tmp_path):
+    p = start(name).Process(target=run_notebook, args=(f"nbs/{name}.ipynb", workshop, tmp_path/"log"))
     p.start()
     p.join()
     said = (tmp_path/"log").read_text(encoding="utf-8")
