@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from .checkpoints import complaints, load_state, newest_whole, publish, save_state, write_atomic
 from .clip import EMOJI_CLIP, OPENAI_CLIP, Embedder, _unit, load_embedder
-from .policy import EMOJI_SD, _no_bars, _one_line
+from .policy import EMOJI_SD, _no_bars, _one_line, follow_umask
 from .prompts import InputError
 
 # %% ../nbs/05b_aesthetic.ipynb #23626305
@@ -408,7 +408,7 @@ def save_head(
             (new/"config.json").write_text(json.dumps(head.config, indent=1) + "\n", encoding="utf-8")
             save_file({k: v.cpu().contiguous() for k, v in head.state_dict().items()}, new/"head.safetensors")
             save_file(head.calibration, new/"calibration.safetensors")
-            for o in new.iterdir(): o.chmod(0o644)
+            follow_umask(*new.iterdir())
             if folder.exists(): os.replace(folder, Path(writing)/"old")
             os.replace(new, folder)
     except OSError as e: raise InputError("--output", f"cannot write {str(folder)!r} ({e.strerror})", "name a folder you may write to") from None

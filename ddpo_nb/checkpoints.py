@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np, torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from .policy import follow_umask
 from .prompts import InputError
 
 # %% ../nbs/08a_checkpoints.ipynb #3871d58d
@@ -44,6 +45,7 @@ def save_state(stem: Path, value):
     "Write plain values, containers and arrays to `stem`.json and `stem`.safetensors. TypeError for other objects."
     text = json.dumps(_pack(value, arrays := {}))
     save_file(arrays, f"{stem}.safetensors")
+    follow_umask(f"{stem}.safetensors")
     Path(f"{stem}.json").write_text(text, encoding="utf-8")
 
 def load_state(stem: Path):
@@ -112,6 +114,7 @@ def checkpoints(home: Path) -> list:
 
 def publish(folder: Path, home: Path, name: str, limit: int):
     "Seal a finished folder, give it its name, and remove all but the newest `limit` checkpoints."
+    follow_umask(folder)  # tempfile made it private
     seal(folder)
     if (home/name).exists(): _remove(home/name)
     os.replace(folder, home/name)
@@ -150,6 +153,10 @@ def write_atomic(path: str|Path, data: str|bytes):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as f:
-            try: f.write(data.encode() if isinstance(data, str) else data); f.flush(); os.fchmod(f.fileno(), 0o644); os.replace(f.name, path)
+            try:
+                f.write(data.encode() if isinstance(data, str) else data)
+                f.flush()
+                follow_umask(f.fileno())
+                os.replace(f.name, path)
             except BaseException: os.unlink(f.name); raise
     except OSError as e: raise InputError("--output", f"cannot write {str(path)!r} ({e.strerror})", "name a folder you may write to") from None

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EMOJI_SD', 'ModelError', 'load_pipeline', 'SmallLora', 'KeepingAttention', 'let_attention_keep',
-           'StableDiffusionPolicy', 'Conditioning', 'DefaultDDPOStableDiffusionPipeline']
+           'StableDiffusionPolicy', 'Conditioning', 'follow_umask', 'DefaultDDPOStableDiffusionPipeline']
 
 # %% ../nbs/02_policy.ipynb #1656e4a4
-import copy
+import copy, os, threading
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -349,15 +349,26 @@ def reference(self: StableDiffusionPolicy):
         if self.use_lora: unet.enable_adapters()
         self.unet, self._kept = trained, kept
 
+# %% ../nbs/02_policy.ipynb #4f20b57c
+_one_at_a_time = threading.Lock()  # reading the umask means setting it
+
+def follow_umask(*places):
+    "Give files and folders, by path or descriptor, the mode that the process's umask asks for."
+    with _one_at_a_time: os.umask(mask := os.umask(0o077))  # in between, others' files are rather too private
+    for o in places: os.chmod(o, (0o777 if os.path.isdir(o) else 0o666) & ~mask)
+
 # %% ../nbs/02_policy.ipynb #8f2742a0
 @patch
 def save_pretrained(self: StableDiffusionPolicy, folder: str|Path):
     "Write the trained weights in diffusers' format: `pytorch_lora_weights.safetensors`, or a `unet/` folder."
     unet = self.pipeline.unet
-    if not self.use_lora: return unet.save_pretrained(Path(folder)/"unet")
+    if not self.use_lora:
+        unet.save_pretrained(Path(folder)/"unet")
+        return follow_umask(*Path(folder).glob("unet/*.safetensors"))
     (name, config), = unet.peft_config.items()
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=name))
     self.pipeline.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=config.to_dict())
+    follow_umask(Path(folder)/"pytorch_lora_weights.safetensors")
 
 @patch
 def restore(self: StableDiffusionPolicy, folder: str|Path):

@@ -1,9 +1,10 @@
 "Checkpoints: nothing is lost in them, nothing half-written is taken for one, and a damaged one is named."
-import json, random, signal, subprocess, sys, threading
+import json, os, random, signal, subprocess, sys, tempfile, threading
 from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from ddpo_nb import checkpoints as C
+from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
 from ddpo_nb.checkpoints import (CheckpointError, check_whole, checkpoints, complaints, load_state, newest_whole, publish, rng_state, save_state, set_rng_state,
                                  stop_signals, write_atomic)
 
@@ -127,3 +128,23 @@ def test_write_atomic_leaves_the_old_file_if_it_fails(tmp_path):
     write_atomic(tmp_path/"a/f", "old")
     with pytest.raises(TypeError): write_atomic(tmp_path/"a/f", None)
     assert (tmp_path/"a/f").read_text() == "old" and len(list((tmp_path/"a").iterdir())) == 1
+
+# Who may read it
+
+@pytest.fixture(scope="module")
+def policies(): return [StableDiffusionPolicy(load_pipeline(), use_lora=o) for o in (True, False)]
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077, 0o002])
+def test_what_is_written_follows_the_umask(tmp_path, policies, mask):
+    (home := tmp_path/"home").mkdir()
+    usual = os.umask(mask)
+    try:
+        write_atomic(home/"deep"/"report.html", "x")
+        save_state((folder := Path(tempfile.mkdtemp(dir=home)))/"state", dict(a=torch.ones(2)))
+        publish(folder, home, "checkpoint_1", 3)
+        for o in policies: o.save_pretrained(home/"weights")
+    finally: assert os.umask(usual) == mask
+    found = {o.relative_to(home).as_posix(): o.stat().st_mode & 0o777 for o in home.rglob("*")}
+    assert {"deep/report.html", "checkpoint_1/files.json", "weights/pytorch_lora_weights.safetensors"} <= {*found}
+    assert "weights/unet/diffusion_pytorch_model.safetensors" in found
+    assert {k: oct(v) for k, v in found.items() if v != (0o777 if (home/k).is_dir() else 0o666) & ~mask} == {}
