@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['BASE', 'QUERIES', 't_quantile', 'mean_interval', 'fit_budget', 'exam_generators', 'spread', 'exam_sets',
-           'latent_spread', 'Evaluation', 'Examiner', 'Comparison', 'pm', 'Table', 'check_output', 'RewardError',
-           'load_reward', 'compare']
+           'latent_spread', 'Evaluation', 'Examiner', 'Comparison', 'pm', 'Table', 'check_output', 'load_reward',
+           'compare']
 
 # %% ../nbs/10_compare.ipynb #33e47295
-import base64, contextlib, hashlib, importlib.util, io, json, math, os, platform, shlex, shutil, sys, tempfile, time, warnings
+import base64, contextlib, hashlib, io, json, math, os, platform, shlex, shutil, sys, tempfile, time, warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from html import escape
 from pathlib import Path
@@ -24,7 +24,8 @@ from . import __version__
 from .checkpoints import checkpoints, newest_whole, write_atomic
 from .policy import EMOJI_SD, ModelError, StableDiffusionPolicy, load_pipeline
 from .prompts import PROMPT_SETS, InputError, PromptSource, prompt_source
-from .rewards import PromptAlignment, check_rewards, get_reward, to_uint8
+from .reward_files import Guarded, RewardError, check_signature, guarded_file
+from .rewards import PromptAlignment, answer, check_rewards, get_reward, reward_name, to_uint8
 from .rollout import rollout, sample_generator
 from .trainer import ALGORITHMS, RESULT_FREE, DDPOConfig, check_repeats, make_config, make_trainer, processes, usable_precision
 
@@ -150,7 +151,7 @@ class Examiner:
 
     def score(self, images, items):
         "Checked rewards, one an image."
-        rewards, _ = self.reward_function(images, [p for p, _ in items], [dict(m) for _, m in items])
+        rewards, _ = answer(self.reward_function, images, [p for p, _ in items], [m for _, m in items])
         return check_rewards(rewards, len(items), self.reward_name).tolist()
 
 # %% ../nbs/10_compare.ipynb #b787616f
@@ -565,54 +566,20 @@ def load(cls:Comparison, folder: str|Path) -> Comparison:
     return cls(settings, rows, done, folder)
 
 # %% ../nbs/10_compare.ipynb #4f3c177d
-class RewardError(Exception):
-    "A user's reward function raised; `__cause__` is what it raised, with the traceback of its own frames."
-
-class _Guarded:
-    "A reward function whose failures are told from ours."
-    def __init__(self, function, name, file=None): self.function, self.__name__, self.file = function, name, file
-    def __reduce__(self):  # to another process, which would not know the module that a file was imported as
-        return (_guarded_file, (self.file.absolute(), self.__name__)) if self.file else (_Guarded, (self.function, self.__name__))
-    def __call__(self, images, prompts, metadata):
-        try: result = self.function(images, prompts, metadata)
-        except InputError: raise
-        except Exception as e:
-            if type(e).__name__ == "ServerGone": raise  # says all there is to say
-            raise RewardError(f"reward {self.__name__} raised {type(e).__name__}") from e.with_traceback(e.__traceback__.tb_next)
-        if not isinstance(result, tuple) or len(result) != 2:
-            raise InputError(f"reward {self.__name__}", f"returned {type(result).__name__}", "return a pair: rewards, one finite number an image, and a dictionary")
-        return result
-
-def _from_file(path, function):
-    "The named function of a Python file."
-    if not path.is_file(): raise InputError("--reward", f"there is no file {str(path)!r}", "give a reward's name, or path/to/file.py:function")
-    spec = importlib.util.spec_from_file_location("_ddpo_nb_reward_" + path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent.absolute()))  # as if Python had been started there: the file may import its neighbours
-    try: spec.loader.exec_module(module)
-    except Exception as e:
-        tb = e.__traceback__
-        while tb and tb.tb_frame.f_code.co_filename != str(path): tb = tb.tb_next
-        raise RewardError(f"{path} cannot be imported") from e.with_traceback(tb)
-    finally: sys.path.pop(0)
-    found = getattr(module, function, None)
-    if not callable(found): raise InputError("--reward", f"{str(path)!r} has no function {function!r}", "name one that it defines, as path/to/file.py:function")
-    return found
-
-def _guarded_file(path, name): return _Guarded(_from_file(path, name), name, path)
-
 def load_reward(reward, model: str = EMOJI_SD) -> tuple:
-    "(function, name, what to call it in config.json, digest of its file) from a name, `file.py:function`, or a callable; InputError if there is none."
+    """(function, name, what to call it in config.json, digest of its file) from a name, `file.py:function`, or a callable.
+    InputError if there is none, RewardError if its file cannot be run."""
     if callable(reward):
-        name = getattr(reward, "__name__", type(reward).__name__)
-        return _Guarded(reward, name), name, f"{getattr(reward, '__module__', '')}.{name}", None
+        name = reward_name(reward)
+        check_signature(reward, name, "reward")
+        return Guarded(reward, name), name, f"{getattr(reward, '__module__', '')}.{name}", None
     path, _, function = str(reward).rpartition(":")
     if not path.endswith(".py"):
         if str(reward).endswith(".py"): raise InputError("--reward", f"{reward!r} names no function", f"write {reward}:function")
-        guarded, digest = _Guarded(get_reward(reward, model), reward), None
+        guarded, digest = Guarded(get_reward(reward, model), reward), None
     else:
         path = Path(path).expanduser()
-        guarded, digest = _guarded_file(path, function), hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        guarded, digest = guarded_file(path, function), hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     if hasattr(guarded.function, "to"): guarded.function.to(processes().device)
     return guarded, guarded.__name__, str(reward), digest
 

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['REWARDS', 'to_uint8', 'jpeg_size', 'jpeg_incompressibility', 'jpeg_compressibility', 'check_name', 'get_reward',
-           'reward', 'check_rewards', 'parse_sum', 'WeightedSum', 'ParallelReward', 'join_info', 'PromptAlignment',
-           'prompt_alignment']
+           'reward', 'check_rewards', 'RewardError', 'reward_name', 'their_frames', 'ask', 'answer', 'parse_sum',
+           'WeightedSum', 'ParallelReward', 'join_info', 'PromptAlignment', 'prompt_alignment']
 
 # %% ../nbs/05_rewards.ipynb #5ce11a5e
 import io, multiprocessing, os, pickle, re, signal, traceback
+from copy import copy, deepcopy
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
@@ -102,7 +103,9 @@ def reward(
 
 # %% ../nbs/05_rewards.ipynb #9771884f
 def _numbers(rewards):
-    if isinstance(rewards, Tensor): return rewards.detach().to("cpu", torch.float64).numpy()
+    if isinstance(rewards, Tensor):
+        if rewards.is_complex(): raise TypeError("complex numbers have no order")
+        return rewards.detach().to("cpu", torch.float64).numpy()
     if isinstance(rewards, (list, tuple)): rewards = [o.item() if isinstance(o, Tensor) and o.numel() == 1 else o for o in rewards]
     values = np.asarray(rewards)
     if values.dtype.kind not in "fiub": raise TypeError(f"{values.dtype} is not a numeric type")
@@ -116,12 +119,61 @@ def check_rewards(
     "Rewards as an array. InputError names the function and what it returned, unless that was one finite number an image."
     remedy, argument = "return one finite number an image", f"reward {name}"
     try: values = _numbers(rewards)
-    except (TypeError, ValueError, RuntimeError): raise InputError(argument, "returned values that are not numbers", remedy) from None
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise InputError(argument, "returned values that are not numbers", remedy) from None
     if values.ndim != 1: raise InputError(argument, f"returned an array of shape {values.shape} for {n} images", remedy)
     if len(values) != n: raise InputError(argument, f"returned {len(values)} rewards for {n} images", remedy)
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad): raise InputError(argument, f"returned {len(bad)} of {n} values that are not finite, first for prompt {bad[0]} (counted from 0)", remedy)
     return values
+
+# %% ../nbs/05_rewards.ipynb #6f0e743f
+class RewardError(Exception):
+    "A user's reward function raised; `__cause__` is what it raised, with the traceback of its own frames."
+
+def reward_name(reward) -> str:
+    "What a reward is called: the name of its function or class; of a partial, that of what it wraps."
+    reward = getattr(reward, "func", reward)
+    return getattr(reward, "__name__", type(reward).__name__)
+
+def _copy(value):
+    "A copy all the way down; of the outermost layer, if something inside cannot be copied."
+    try: return deepcopy(value)
+    except Exception: return copy(value)
+
+def _batch_copy(images, prompts, metadata):
+    each = None if metadata is None else [_copy(o) for o in metadata]  # entries that were one dictionary become two
+    return images.clone() if isinstance(images, Tensor) else _copy(images), _copy(prompts), each
+
+def their_frames(e: BaseException) -> BaseException:
+    "The error, with the traceback of the user's frames alone."
+    tb = e.__traceback__
+    while tb and tb.tb_frame.f_globals.get("__name__") in (__name__, "ddpo_nb.reward_files"): tb = tb.tb_next
+    return e.with_traceback(tb)
+
+_terminated = tuple(128 + s for s in (signal.SIGINT, signal.SIGTERM))  # how a handler ends the program in good order
+
+def ask(
+    reward,         # (images, prompts, metadata) -> (rewards, reward metadata)
+    images: Tensor, # (N, 3, H, W)
+    prompts: list,  # N
+    metadata: list, # N
+):
+    "What a reward returns for copies of a batch. RewardError if it tries to end the program."
+    ours = str(getattr(reward, "__module__", "")).startswith("ddpo_nb.")
+    batch = (images, prompts, metadata) if ours else _batch_copy(images, prompts, metadata)
+    try: return reward(*batch)
+    except (Exception, KeyboardInterrupt): raise
+    except BaseException as e:
+        if isinstance(e, SystemExit) and e.code in _terminated: raise
+        raise RewardError(f"reward {reward_name(reward)} raised {type(e).__name__}") from their_frames(e)
+
+def answer(reward, images: Tensor, prompts: list, metadata: list, name: str|None = None) -> tuple:
+    "`ask`, and (rewards, reward metadata) from it; InputError if that is not what came back."
+    result = ask(reward, images, prompts, metadata)
+    if isinstance(result, tuple) and len(result) == 2: return result
+    raise InputError(f"reward {name or reward_name(reward)}", f"returned {type(result).__name__}",
+                     "return a pair: rewards, one finite number an image, and a dictionary")
 
 # %% ../nbs/05_rewards.ipynb #9a3356d2
 _term = re.compile(r"\s*([+-]?)\s*(?:(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+)\s*\*\s*)?([A-Za-z_]\w*)\s*")
@@ -153,9 +205,12 @@ class WeightedSum:
         "Rewards (N,) and the parts' rewards and metadata, from images (N, 3, H, W) in [0, 1]."
         total, info = np.zeros(len(images)), {}
         for name, (weight, r) in self.parts.items():
-            values, own = r(images, prompts, metadata)
+            values, own = answer(r, images, prompts, metadata, name)
             values = check_rewards(values, len(images), name)
-            total, info = total + weight * values, info | {f"{name}/{k}": v for k, v in (own or {}).items()} | {f"reward/{name}": values}
+            if not isinstance(own, dict | None):
+                raise InputError(f"reward {name}", f"returned {type(own).__name__} beside its rewards", "return a dictionary")
+            info |= {f"{name}/{k}": v for k, v in (own or {}).items()} | {f"reward/{name}": values}
+            total = total + weight * values
         return total, info
 
 # %% ../nbs/05_rewards.ipynb #b0010002
@@ -170,7 +225,7 @@ class ParallelReward:
         if kind not in self.kinds: raise InputError("reward_pool", f"there is no {kind!r}", f"choose from {', '.join(self.kinds)}")
         if workers < 1: raise InputError("workers", f"{workers} is not positive", "give a number above 0")
         self.reward, self.workers, self.kind, self.pool = reward, workers, kind, None
-        self.__name__ = getattr(reward, "__name__", type(reward).__name__)
+        self.__name__ = reward_name(reward)
 
     def close(self):
         "Wait for what is being scored, drop what is not, and end the threads or processes. Another call begins anew."
@@ -212,6 +267,7 @@ def join_info(
 ) -> dict:
     "One dictionary from the parts'."
     if len(infos) == 1: return infos[0] or {}
+    if not all(isinstance(o, dict | None) for o in infos): return infos  # some reward's own kind of thing
     out = {}
     for k in dict.fromkeys(k for info in infos for k in info or {}):
         values = [(info or {}).get(k) for info in infos]
@@ -239,12 +295,18 @@ def _work(job):
         if isinstance(_own, bytes): _own = pickle.loads(_own)
     except Exception as e:
         return pickle.dumps((None, InputError("reward_pool", f"a new process cannot load the reward ({type(e).__name__}: {e})", "define it in a module, not in a notebook or a script, or use threads"), ""))
-    try: return pickle.dumps((_own(*pickle.loads(job)), None, ""))
+    try: found = ask(_own, *pickle.loads(job))
     except Exception as e:
-        shown = e.__cause__ or e.with_traceback(e.__traceback__.tb_next)
-        text = "".join(traceback.format_exception(shown))
+        text = "".join(traceback.format_exception(e.__cause__ or their_frames(e)))
         try: return pickle.dumps((None, pickle.loads(pickle.dumps(e)), text))
         except Exception: return pickle.dumps((None, RuntimeError(f"{type(e).__name__}: {e}"), text))
+    try: return pickle.dumps((found, None, ""))
+    except Exception as e: return pickle.dumps((None, _no_way_back(e), ""))
+
+def _no_way_back(e):
+    "What the reward found cannot cross to the main process."
+    return InputError("reward_pool", f"what the reward returned cannot be sent back ({type(e).__name__}: {e})",
+                      "return numbers, texts, lists and dictionaries, or use threads")
 
 def _sent(value, what):
     try: return pickle.dumps(value)
@@ -259,13 +321,15 @@ def submit(self: ParallelReward, images: Tensor, prompts: list, metadata: list):
     if self.pool is None:
         self.pool = ThreadPoolExecutor(self.workers) if not processes else ProcessPoolExecutor(
             self.workers, multiprocessing.get_context("spawn"), _begin, (_sent(self.reward, f"reward {self.__name__}"),))
-    if not processes: return self.pool.submit(self.reward, images, prompts, metadata).result
+    if not processes: return self.pool.submit(ask, self.reward, images, prompts, metadata).result
     job = self.pool.submit(_work, _sent((images.detach().cpu(), prompts, metadata), "a prompt's metadata"))
     def wait():
         try: found, error, text = pickle.loads(job.result())
         except BrokenProcessPool:
             self.close()
-            raise InputError("reward_pool", "a worker process ended before it could answer", 'keep a script\'s main part under `if __name__ == "__main__":`, or use threads') from None
+            raise InputError("reward_pool", "a worker process ended before it could answer",
+                             'keep a script\'s main part under `if __name__ == "__main__":`, or use threads') from None
+        except (AttributeError, ImportError) as e: raise _no_way_back(e) from None  # an object of a class that is not here
         if isinstance(error, InputError): raise error
         if error: raise error from _InWorker(text)
         return found

@@ -30,7 +30,7 @@ from .ddpo import DDPO, DDPOSF, STEP_WEIGHTINGS
 from .mdp import Trajectories
 from .policy import EMOJI_SD, StableDiffusionPolicy, load_pipeline
 from .prompts import InputError
-from .rewards import ParallelReward, _numbers, check_name, check_rewards, get_reward, to_uint8
+from .rewards import ParallelReward, _numbers, answer, check_name, check_rewards, get_reward, reward_name, to_uint8
 from .rollout import rollout, sample_generator
 from .rwr import RWR, RWRSparse
 
@@ -349,10 +349,10 @@ def sample(self:DDPOTrainer, on_batch=None):
 # %% ../nbs/09_trainer.ipynb #04fad1a3
 class _Judges:
     "The reward and the watched one, asked together: what a pool calls."
-    def __init__(self, reward, watched): self.reward, self.watched, self.__name__ = reward, watched, getattr(reward, "__name__", type(reward).__name__)
+    def __init__(self, reward, watched): self.reward, self.watched, self.__name__ = reward, watched, reward_name(reward)
     def __call__(self, images, prompts, metadata):
-        rewards, info = self.reward(images, prompts, metadata)
-        return rewards, info, self.watched(images, prompts, metadata)[0] if self.watched else None
+        rewards, info = answer(self.reward, images, prompts, metadata)
+        return rewards, info, answer(self.watched, images, prompts, metadata)[0] if self.watched else None
 
 @patch
 def ask(self:DDPOTrainer):
