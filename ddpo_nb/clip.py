@@ -76,7 +76,8 @@ def load_processors(
     tokenizer: bool = True,  # or the image processor alone
 ) -> tuple:                  # image processor and tokenizer
     "How a model wants its pictures and texts prepared."
-    return tuple(o.from_pretrained(_place(name)) for o in (AutoImageProcessor, AutoTokenizer)[:1 + tokenizer])
+    kinds = (AutoImageProcessor, AutoTokenizer)[:1 + tokenizer]
+    return tuple(o.from_pretrained(_place(name), trust_remote_code=False) for o in kinds)
 
 def load_embedder(
     name: str = EMOJI_CLIP,     # "emoji-clip" (bundled), a folder, or a hub id of a CLIP or SigLIP
@@ -88,7 +89,7 @@ def load_embedder(
     place = _place(name)
     with _no_bars(), _one_line(argument, name, f"give {EMOJI_CLIP!r}, a folder in transformers' format, or a hub id such as {OPENAI_CLIP}"):
         if not Path(place).exists() and (Path(place).is_absolute() or place.startswith((".", "~"))): raise OSError("there is no such folder")
-        model = AutoModel.from_pretrained(place, use_safetensors=True, dtype=torch.float32)
+        model = AutoModel.from_pretrained(place, use_safetensors=True, dtype=torch.float32, trust_remote_code=False)
         if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"): raise ValueError(f"{type(model).__name__} does not embed both pictures and texts")
         parts = load_processors(processor or name)
     return Embedder(model.to(device), *parts, name=str(name))

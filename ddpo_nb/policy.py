@@ -49,6 +49,7 @@ def _one_line(argument, name, remedy):
     except ModelError: raise
     except Exception as e:
         why = (str(e).strip().splitlines() or [type(e).__name__])[0].rstrip(".")
+        if "custom code" in why: why = "it brings code of its own, and no model's code is run here"
         raise ModelError(f"{argument}: cannot load {str(name)!r}: {why[:300]}; {remedy}") from e
 
 # %% ../nbs/02_policy.ipynb #bdaea35e
@@ -61,7 +62,8 @@ def _load_base(model, revision):
         from ddpo_nb import emoji_sd
         return emoji_sd.load()
     if not Path(model).exists() and (Path(model).is_absolute() or str(model).startswith((".", "~"))): raise OSError("there is no such folder")
-    pipe = StableDiffusionPipeline.from_pretrained(model, revision=revision, safety_checker=None, requires_safety_checker=False, use_safetensors=True)
+    pipe = StableDiffusionPipeline.from_pretrained(model, revision=revision, safety_checker=None, requires_safety_checker=False,
+                                                   use_safetensors=True, trust_remote_code=False)
     unet, vae = pipe.unet.config, pipe.vae.config
     if unet.in_channels != vae.latent_channels or unet.addition_embed_type is not None:
         raise ValueError("it is not a text-to-image model of the Stable Diffusion 1.x or 2.x family")

@@ -209,4 +209,5 @@ def image_reward(
         vision, text, head = from_image_reward(read_weights(weights, "ImageReward.pt"))
         if not head: raise ValueError("there are no weights of its head")
         parts = build(BlipVisionModel, BlipVisionConfig(**vision_config), vision), build(BlipTextModel, BlipTextConfig(**text_config), text, add_pooling_layer=False), fold(head)
-        return ImageReward(*parts, load_processors(processor, tokenizer=False)[0], AutoTokenizer.from_pretrained(tokenizer))
+        image_processor, = load_processors(processor, tokenizer=False)
+        return ImageReward(*parts, image_processor, AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False))

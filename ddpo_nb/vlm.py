@@ -325,7 +325,8 @@ def _text_model(name: str):
     from transformers import AutoModel, AutoTokenizer
     from ddpo_nb.policy import _no_bars, _one_line
     with _no_bars(), _one_line("--vlm-similarity", name, "give a transformers text encoder with safetensors weights, its folder, or words"):
-        tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
     return tokenizer, model.eval()
 
 @torch.no_grad()

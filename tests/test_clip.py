@@ -1,6 +1,6 @@
 "Embeddings of pictures and texts, and the rewards made of them."
 from importlib import resources
-import json, shutil
+import ast, json, shutil
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -160,3 +160,53 @@ def test_a_model_without_pictures_is_refused(tmp_path):
     fails(tmp_path, "BertModel does not embed both")
 
 def test_an_empty_folder_is_one_line(tmp_path): fails(tmp_path, "cannot load")
+
+# Strangers' folders
+
+EVIL = """open({trap!r}, "w").write("gone off")
+from transformers import CLIPModel, PretrainedConfig
+class Model(CLIPModel): pass
+class Config(PretrainedConfig): model_type = "evil"
+class Part: pass
+"""
+CODE = {"config.json": dict(model_type="evil", auto_map=dict(AutoConfig="evil.Config", AutoModel="evil.Model")),
+        "preprocessor_config.json": dict(image_processor_type="Part", auto_map=dict(AutoImageProcessor="evil.Part"))}
+
+def stranger(tmp_path, file, change):
+    "A copy of the bundled model with a change, and a module beside it that must not be run"
+    shutil.copytree(str(EMOJI), folder := tmp_path/"clip")
+    (folder/"evil.py").write_text(EVIL.format(trap=str(tmp_path/"trap")))
+    (folder/file).write_text(json.dumps(json.loads((folder/file).read_text()) | change))
+    return str(folder)
+
+@pytest.mark.parametrize("file", CODE)
+def test_code_in_a_folder_is_not_run_and_nobody_is_asked(tmp_path, monkeypatch, capfd, file):
+    def asked(*_): pytest.fail("somebody is asked")
+    monkeypatch.setattr("builtins.input", asked)
+    folder = stranger(tmp_path, file, CODE[file])
+    with pytest.raises(ModelError, match="--clip: .*code of its own, and no model's code is run") as e: load_embedder(folder)
+    assert "\n" not in str(e.value) and not (tmp_path/"trap").exists() and "[y/N]" not in "".join(capfd.readouterr())
+
+def test_code_for_text_models_is_not_run_either(tmp_path, monkeypatch):
+    from ddpo_nb.vlm import make_similarity
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    folder = stranger(tmp_path, "config.json", CODE["config.json"])
+    for name in (folder, f"bertscore:{folder}", f"clip:{folder}"):
+        with pytest.raises(ModelError, match="--vlm-similarity: .*code of its own"): make_similarity(name)
+    assert not (tmp_path/"trap").exists()
+
+def test_no_loader_is_left_to_ask_whether_it_may_run_code():
+    "Whatever could run a model's own code is told not to: transformers' Auto classes, and pipelines"
+    package, seen = resources.files("ddpo_nb"), 0
+    for file in (o for o in package.iterdir() if o.name.endswith(".py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        autos = {a.asname or a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names
+                 if a.name.startswith("Auto") and n.module == "transformers" or a.name.endswith("Pipeline")}
+        for n in ast.walk(tree):
+            if not (isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr == "from_pretrained"): continue
+            kind = n.func.value.id if isinstance(n.func.value, ast.Name) else "?"
+            if kind in autos or len(kind) == 1:  # a loop's variable may be any of them
+                seen += 1
+                given = {k.arg: k.value.value for k in n.keywords if isinstance(k.value, ast.Constant)}
+                assert given.get("trust_remote_code") is False or file.name == "emoji_sd.py", f"{file.name}:{n.lineno}"
+    assert seen >= 6
