@@ -32,8 +32,16 @@ def algorithms() -> tuple:
     return next(ast.literal_eval(n.value) for n in ast.parse(_trainer_source()).body if isinstance(n, ast.Assign) and n.targets[0].id == "ALGORITHMS")
 
 # %% ../nbs/11_cli.ipynb #63b88f97
+def _dashes(word):
+    "--sample_eta=1 as --sample-eta=1: flags may be written either way."
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value if word.startswith("--") else word
+
 class _Parser(argparse.ArgumentParser):
     "An argument parser that complains in one line."
+    def parse_known_args(self, args=None, namespace=None):
+        return super().parse_known_args([*map(_dashes, sys.argv[1:] if args is None else args)], namespace)
+
     def error(self, message):
         if "unrecognized" in message or "the following arguments are required" in message: message += f"; see {self.prog} --help"
         self.exit(2, f"{self.prog}: {message}\n")
@@ -46,16 +54,26 @@ def _number(kind, what, ok):
         return value
     return parse
 
+class _Switch(argparse.Action):
+    "--x, --no-x, and --x true or false, as scripts of other trainers write it."
+    def __init__(self, option_strings, dest, **kwargs):
+        negative = [o.replace("--", "--no-", 1) for o in option_strings]
+        super().__init__([*option_strings, *negative], dest, nargs="?", metavar="true|false", **kwargs)
+    def __call__(self, parser, namespace, value, flag=None):
+        says = dict(true=True, false=False).get((value or "true").lower())
+        if says is None or (value and flag.startswith("--no-")): parser.error(f"argument {flag}: {value!r} is neither true nor false; write {self.option_strings[0]} or {self.option_strings[-1]}")
+        setattr(namespace, self.dest, says != flag.startswith("--no-"))
+
 _count = _number(int, "a whole number above 0", lambda v: v > 0)
 _seed = _number(int, "a whole number from 0 on", lambda v: v >= 0)
-_positive = _number(float, "a number above 0", lambda v: 0 < v < float("inf"))
+_not_negative = _number(float, "a number from 0 on", lambda v: 0 <= v < float("inf"))
 def _json_object(text):
     try: value = json.loads(text)
     except ValueError: value = None
     if not isinstance(value, dict): raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object; give something like '{{\"key\": 1}}'")
     return value
 _types = {int: _number(int, "a whole number", lambda v: True), float: _number(float, "a number", lambda v: v == v), str: str, dict: _json_object}
-_not_flags = ("seed", "num_epochs", "algorithm", "exp_name", "run_name", "logdir", "resume_from", "push_to_hub", "hub_model_id")  # have flags of other names, or none
+_of_a_run = ("seed", "num_epochs", "algorithm", "run_name", "logdir", "resume_from", "push_to_hub", "hub_model_id")  # say what to run and where, and not how
 
 def _algorithms(text):
     names = [o.strip() for o in text.split(",")]
@@ -85,8 +103,8 @@ def _add_weights(p):
 
 def _add_sampling(p):
     p.add_argument("--steps", type=_count, help="denoising steps (20 for emoji-sd, else 50)")
-    p.add_argument("--guidance", type=_positive, help="classifier-free guidance (3 for emoji-sd, else 5)")
-    p.add_argument("--eta", type=_positive, default=1.0, help="share of DDPM's noise in a step, in (0, 1] (1)")
+    p.add_argument("--guidance", type=_not_negative, help="classifier-free guidance (3 for emoji-sd, else 5); 0 or 1: none")
+    p.add_argument("--eta", type=_not_negative, default=1.0, help="share of DDPM's noise in a step, in [0, 1] (1)")
     p.add_argument("--batch-size", type=_count, default=16, help="pictures drawn together (16)")
 
 def _add_run(p):
@@ -94,14 +112,14 @@ def _add_run(p):
     p.add_argument("--queries", type=_count, help="pictures to score in training, for each algorithm and seed")
     p.add_argument("--output", metavar="DIR", help="folder to write; what is finished in it is kept (runs/NAME-DATE)")
     p.add_argument("--resume", action="store_true", help="go on with an unfinished run from its newest whole checkpoint: that in --output, or the latest in runs/")
-    p.add_argument("--lora", action=argparse.BooleanOptionalAction, default=True, help="train adapters; --no-lora trains the whole UNet")
+    p.add_argument("--lora", action=_Switch, default=True, help="train adapters; --no-lora trains the whole UNet")
     p.add_argument("--evaluation-samples", type=_count, metavar="N", help="pictures of each prompt set in the examination (one a prompt, at most 64)")
-    p.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True, help="progress bars")
+    p.add_argument("--progress", action=_Switch, default=True, help="progress bars")
     g = p.add_argument_group("settings of DDPOConfig", "defaults depend on model and algorithm; see 09_trainer")
     for name, kind, _, comment in config_fields():
         flag = "--" + name.replace("_", "-")
-        if name in _not_flags: continue
-        if kind is bool: g.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=comment.replace("%", "%%"))
+        if name in _of_a_run: continue
+        if kind is bool: g.add_argument(flag, action=_Switch, help=comment.replace("%", "%%"))
         else: g.add_argument(flag, type=_types[kind], metavar=kind.__name__.upper(), help=comment.replace("%", "%%"))
 
 # %% ../nbs/11_cli.ipynb #0fd502f8
@@ -116,8 +134,8 @@ def make_parser(
     add = lambda name, run, help: (c := commands.add_parser(name, help=help, description=help, allow_abbrev=False)).set_defaults(run=run) or c
 
     c = add("compare", _compare, "Train several algorithms on one budget of reward queries, and report.")
-    c.add_argument("--algorithms", type=_algorithms, default=["ddpo-is", "rwr"], metavar="A,B", help=f"of {', '.join(algorithms())} (ddpo-is,rwr)")
-    c.add_argument("--seeds", type=_seeds, default=[0], metavar="0,1,2", help="a run for each (0)")
+    c.add_argument("--algorithms", "--algorithm", type=_algorithms, default=["ddpo-is", "rwr"], metavar="A,B", help=f"of {', '.join(algorithms())} (ddpo-is,rwr)")
+    c.add_argument("--seeds", "--seed", type=_seeds, default=[0], metavar="0,1,2", help="a run for each (0)")
     c.add_argument("--set", action="append", default=[], metavar="ALGORITHM.FIELD=VALUE", help="a setting for one algorithm alone, such as rwr.rwr_beta=0.5")
     _add_run(c)
 
@@ -125,11 +143,16 @@ def make_parser(
     c.add_argument("--algorithm", choices=algorithms(), default="ddpo-is", help="(ddpo-is)")
     c.add_argument("--seed", type=_seed, default=0, help="of prompts, noise and adapters (0)")
     c.add_argument("--epochs", type=_count, help="rounds of sampling and training, instead of --queries")
+    c.add_argument("--num-epochs", type=_count, metavar="EPOCHS", help="the same as --epochs")
+    c.add_argument("--logdir", metavar="DIR", help="write to DIR/RUN_NAME, instead of --output")
+    c.add_argument("--run-name", metavar="NAME", help="of the folder in --logdir (runs), and of the run in wandb and trackio")
+    c.add_argument("--resume-from", metavar="DIR", help="go on with the run in DIR: --output DIR --resume")
     c.add_argument("--recipe", metavar="NAME", help="settings with a name; every flag given beside it overrides its own")
     c.add_argument("--list-recipes", action="store_true", help="print the recipes and stop")
     c.add_argument("--dry-run", action="store_true", help="print what the run would do and need, and stop")
     c.add_argument("--init-lora", metavar="DIR", help="go on training the LoRA in this folder")
-    c.add_argument("--push-to-hub", metavar="USER/NAME", help="upload the trained weights with a model card")
+    c.add_argument("--push-to-hub", nargs="?", const="", metavar="USER/NAME", help="upload the trained weights with a model card")
+    c.add_argument("--hub-model-id", metavar="USER/NAME", help="where to, if --push-to-hub does not say")
     c.add_argument("--hf-user-access-token", metavar="TOKEN", help="for the hub; better in HF_TOKEN, or by `hf auth login`")
     c.add_argument("--private", action="store_true", help="make a new repository private")
     _add_run(c)
@@ -158,7 +181,7 @@ def make_parser(
     c.add_argument("--output", metavar="DIR", help="folder to write (runs/train-aesthetic-DATE)")
     c.add_argument("--cache", metavar="DIR", help="folder of embeddings, to share between runs (in --output)")
     c.add_argument("--resume", action="store_true", help="go on with an unfinished run: that in --output, or the latest in runs/")
-    c.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True, help="progress bars")
+    c.add_argument("--progress", action=_Switch, default=True, help="progress bars")
     return p
 
 # %% ../nbs/11_cli.ipynb #488e68c1
@@ -177,7 +200,46 @@ def _vlm(args, output=None):
     for name in ("vlm_url", "vlm_model", "vlm_similarity"):
         if getattr(args, name): os.environ[f"DDPO_{name.upper()}"] = getattr(args, name)
 
-def _settings(args): return {n: v for n, *_ in config_fields() if n not in _not_flags and (v := getattr(args, n, None)) is not None}
+def _settings(args): return {n: v for n, *_ in config_fields() if n not in _of_a_run and (v := getattr(args, n, None)) is not None}
+
+def _one_of(args, flag, other):
+    "What two flags of one meaning say; InputError if they say different things."
+    a, b = (getattr(args, o.strip("-").replace("-", "_")) for o in (flag, other))
+    if None not in (a, b) and a != b: raise InputError(flag, f"{a} is not what {other} says, which is {b}", "give one of them")
+    return b if a is None else a
+
+def _run_folder(place):
+    "The folder of the run that a run folder, a folder of checkpoints in it, or its newest checkpoint belongs to."
+    place = Path(place).expanduser()
+    found = next((o for o in (place, *list(place.parents)[:4]) if (o/"config.json").is_file()), None) if place.is_dir() else None
+    if found is None: raise InputError("--resume-from", f"there is no run in {str(place)!r}", "name a folder that ddpo-nb train wrote")
+    if place.name.startswith("checkpoint_"):
+        from ddpo_nb.checkpoints import newest_whole
+        newest = newest_whole(place.parent)
+        if newest != place: raise InputError("--resume-from", f"{place.name} is not the run's newest whole checkpoint", f"name {newest}, or the run's folder {found}")
+    return str(found)
+
+def _place(args):
+    "`--logdir`, `--run-name` and `--resume-from` as `--output`, `--resume` and the trackers' names."
+    if args.run_name or args.logdir:
+        home = str(Path(args.logdir or "runs")/(args.run_name or ""))
+        if args.output and Path(args.output) != Path(home): raise InputError("--logdir" if args.logdir else "--run-name", f"it would be {home!r}, and --output says {args.output!r}", "give one of them")
+        args.output = home
+    if args.run_name:
+        given = args.tracker_kwargs or {}
+        args.tracker_kwargs = given | {t: dict(name=args.run_name) | given.get(t, {}) for t in ("wandb", "trackio")}
+    if args.resume_from:
+        home = _run_folder(args.resume_from)
+        if args.output and Path(args.output).expanduser() != Path(home): raise InputError("--resume-from", f"the run is in {home!r}, and --output says {args.output!r}", "give one of them")
+        args.output, args.resume = home, True
+
+def _repository(args):
+    "Where `--push-to-hub` and `--hub-model-id` want the weights, or None; InputError if that is not said, or said twice and differently."
+    if args.push_to_hub == "" or args.push_to_hub is None:
+        if args.push_to_hub is None and args.hub_model_id: raise InputError("--hub-model-id", "nothing is to be uploaded", "give --push-to-hub too")
+        if args.push_to_hub == "" and not args.hub_model_id: raise InputError("--push-to-hub", "there is no repository to push to", "give USER/NAME, such as ada/tidy-emoji")
+        return args.hub_model_id
+    return _one_of(args, "--push-to-hub", "--hub-model-id")
 
 def _overrides(texts):
     "{'rwr': {'rwr_beta': 0.5}} from ['rwr.rwr_beta=0.5']."
@@ -282,7 +344,8 @@ def _train(args):
         from ddpo_nb.recipes import list_recipes
         print(list_recipes())
         return 0
-    if args.epochs and args.queries: raise InputError("--epochs", "says the same as --queries", "give one of them")
+    args.epochs, args.push_to_hub = _one_of(args, "--epochs", "--num-epochs"), _repository(args)
+    _place(args)
     _check_model(args.model)
     prompt_source(args.prompts)
     main, processes = os.environ.get("RANK", "0") == "0", int(os.environ.get("WORLD_SIZE", 1))
@@ -293,6 +356,8 @@ def _train(args):
     from ddpo_nb.trainer import make_config
     config = make_config(args.algorithm, args.model, args.lora, **_settings(args))
     per_epoch = config.samples_per_epoch * processes
+    if args.epochs and args.queries and args.queries != args.epochs * per_epoch:
+        raise InputError("--epochs", f"{args.epochs} of {per_epoch} pictures are not what --queries says, which is {args.queries}", "give one of them")
     if args.queries is None: args.queries = (args.epochs or getattr(args, "recipe_epochs", None) or config.num_epochs) * per_epoch
     if args.dry_run: return _dry_run(args, config, max(1, args.queries // per_epoch), processes)
     status, c = _race(args, [args.algorithm], [args.seed], args.queries)
@@ -303,7 +368,7 @@ def _train(args):
 def _policy(args):
     "The model that the arguments name, ready to draw."
     _check_model(args.model)
-    if args.eta > 1: raise InputError("--eta", f"{args.eta} is out of range", "give a number in (0, 1]")
+    if args.eta > 1: raise InputError("--eta", f"{args.eta} is out of range", "give a number in [0, 1]")
     for flag, file in dict(lora="pytorch_lora_weights.safetensors", unet="").items():
         folder = getattr(args, flag)
         if folder and not (Path(folder).expanduser()/file).exists():
@@ -314,7 +379,7 @@ def _policy(args):
     policy = StableDiffusionPolicy(load_pipeline(args.model, lora=args.lora, unet=args.unet), use_lora=bool(args.lora))
     policy.pipeline.to(processes().device)
     if (args.steps or 1) > policy.num_train_timesteps: raise InputError("--steps", f"{args.steps} is more than the model's {policy.num_train_timesteps}", "give fewer")
-    policy.configure(args.steps or usual.sample_num_steps, args.eta, args.guidance or usual.sample_guidance_scale)
+    policy.configure(args.steps or usual.sample_num_steps, args.eta, usual.sample_guidance_scale if args.guidance is None else args.guidance)
     return policy
 
 def _sample(args):
@@ -374,7 +439,7 @@ def _train_aesthetic(args):
 # %% ../nbs/11_cli.ipynb #db9c8ffa
 def main(argv: list|None = None) -> int:
     "Run `ddpo-nb` with the given arguments (the command line's by default); returns the exit status."
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = [*map(_dashes, sys.argv[1:] if argv is None else argv)]
     for o in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"): os.environ.setdefault(o, "error")  # their advice is for programmers
     try:
         args = make_parser().parse_args(words)

@@ -48,7 +48,12 @@ def files(folder): return sorted(str(o.relative_to(folder)) for o in folder.rglo
     ("train --algorithm ppo", "--algorithm ppo ddpo-is rwr-sparse"), ("compare --algorithms ddpo-is,ppo", "--algorithms ppo rwr-sparse"),
     ("compare --algorithms rwr,rwr", "--algorithms twice"), ("compare --seeds 0,a", "--seeds 'a' whole"), ("compare --seeds 1,1", "--seeds twice"), ("compare --seeds=-1", "--seeds -1 whole"),
     ("compare --queries 0", "--queries above"), ("compare --queries many", "--queries above"), ("train --seed x", "--seed whole"), ("train --epochs 2 --queries 8", "--epochs --queries one"),
-    ("train --sample-num-steps 0", "--sample-num-steps above"), ("train --sample-num-steps two", "--sample-num-steps whole"), ("train --sample-eta 1.5", "--sample-eta (0,"),
+    ("train --epochs 2 --num-epochs 3", "--epochs --num-epochs one"), ("train --num_epochs 2 --queries 8", "--epochs --queries one"), ("compare --num-epochs 3", "--num-epochs --help"),
+    ("train --train-cfg maybe", "--train-cfg maybe --no-train-cfg"), ("train --no-train_cfg true", "--no-train-cfg true"), ("train --logdir a --output b", "--logdir a b one"),
+    ("train --run-name a --output b", "--run-name runs/a b one"), ("train --resume-from full", "--resume-from full folder"), ("train --resume_from nowhere", "--resume-from nowhere folder"),
+    ("train --hub-model-id ada/x", "--hub-model-id --push-to-hub"), ("train --push-to-hub", "--push-to-hub USER/NAME"), ("train --push-to-hub ada/x --hub-model-id ada/y", "--push-to-hub ada/x --hub-model-id ada/y one"),
+    ("train --accelerator-kwargs '{\"gradient_accumulation_steps\": 4}'", "accelerator_kwargs train_gradient_accumulation_steps"),
+    ("train --sample-num-steps 0", "--sample-num-steps above"), ("train --sample-num-steps two", "--sample-num-steps whole"), ("train --sample-eta 1.5", "--sample-eta [0,"), ("train --sample-eta 0", "--sample-eta (0, RWR"),
     ("train --sample-batch-size 6 --sample-num-batches-per-epoch 1 --train-batch-size 5", "--train-batch-size divide"), ("train --train-learning-rate nan", "--train-learning-rate number"),
     ("compare --reward beauty", "--reward beauty jpeg_compressibility"), ("train --reward r.py", "--reward r.py:function"), ("train --reward none.py:f", "--reward none.py file"),
     ("train --reward r.py:none", "--reward none"), ("train --prompts nowhere.txt", "--prompts nowhere.txt simple_animals"), ("train --prompts empty.txt", "--prompts empty.txt one"),
@@ -58,7 +63,7 @@ def files(folder): return sorted(str(o.relative_to(folder)) for o in folder.rglo
     ("compare --bogus 1", "--bogus --help"), ("bogus", "bogus compare"), ("sample --output a.png", "--prompt required"), ("sample --prompt cat --output a.gif", "--output a.gif .png"),
     ("sample --prompt cat --output a.png --steps 0", "--steps above"), ("sample --prompt cat --output a.png --steps 1001", "--steps 1000"),
     ("sample --prompt cat --output a.png --lora nowhere", "--lora nowhere"), ("sample --prompt cat --output r.py/a.png --steps 1", "--output write folder"),
-    ("evaluate --samples 0", "--samples above"), ("evaluate --reward beauty", "--reward beauty"), ("evaluate --eta 2", "--eta (0,"), ("evaluate --unet nowhere", "--unet nowhere"),
+    ("evaluate --samples 0", "--samples above"), ("evaluate --reward beauty", "--reward beauty"), ("evaluate --eta 2", "--eta [0,"), ("evaluate --unet nowhere", "--unet nowhere"),
     (f"train {tiny} --reward r.py:nan --output out", "nan finite"), (f"train {tiny} --reward r.py:short --output out", "short 1 2"),
     ("evaluate --samples 2 --steps 1 --reward r.py:nan", "nan finite")])
 def test_bad_input_is_answered_in_one_line_and_nothing_is_written(line, words, run, scratch):
@@ -125,9 +130,9 @@ def test_flags_are_the_fields_of_the_config():
         assert default == getattr(made, name) or (default is None and (kind is dict or name == "exp_name"))
     assert cli.algorithms() == ALGORITHMS
 
-NUMBERS = [(n, k) for n, k, *_ in config_fields() if k in (int, float) and n not in cli._not_flags]
+NUMBERS = [(n, k) for n, k, *_ in config_fields() if k in (int, float) and n not in cli._of_a_run]
 CHOICES = ["mixed_precision", "log_prob_reduction", "step_weighting", "log_with", "lr_scheduler", "baseline"]
-free = {"lr_warmup_updates", "train_adam_weight_decay", "train_adam_beta1", "train_adam_beta2", "kl_coef", "stop_patience", "advantage_min_std", "micro_batch_size"}  # may be 0
+free = {"lr_warmup_updates", "train_adam_weight_decay", "train_adam_beta1", "train_adam_beta2", "kl_coef", "stop_patience", "advantage_min_std", "micro_batch_size", "sample_guidance_scale"}  # may be 0
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
@@ -142,6 +147,34 @@ def test_bad_values_of_any_setting(run, scratch, data):
     status, out, err = run(f"train --output out {flag}={shlex.quote(value)}")
     assert status == 2 and out == "" and err.count("\n") == 1 and flag in err, (value, err)
     assert files(scratch) == before
+
+FLAG = dict(log_with="tensorboard", mixed_precision="bf16", algorithm="rwr", log_prob_reduction="sum", step_weighting="variance", baseline="group", lr_scheduler="cosine",
+            reward_pool="process", watch_reward="jpeg_compressibility", hub_model_id="ada/x", push_to_hub="ada/x")
+
+@pytest.mark.parametrize("name,kind", [(n, k) for n, k, *_ in config_fields()])
+def test_every_field_is_a_flag_under_its_own_name(name, kind):
+    "With - or _, and on or off for a switch."
+    text, want = {int: ("3", 3), float: ("0.5", 0.5), dict: ('{"a": 1}', {"a": 1})}.get(kind) or (FLAG.get(name, "text"),) * 2
+    parse = lambda *words: getattr(cli.make_parser().parse_args(["train", *words]), name)
+    for flag in {f"--{name}", f"--{name.replace('_', '-')}"}:
+        if kind is not bool or name == "push_to_hub": assert parse(flag, text) == parse(f"{flag}={text}") == want
+        else:
+            off = flag.replace("--", "--no-", 1)
+            assert parse(flag) is parse(flag, "True") is parse(off, flag) is True and parse(off) is parse(flag, "false") is False
+            assert parse(off.replace("--no-", "--no_")) is False and parse() is None
+
+def test_compare_has_them_too_but_for_what_a_comparison_decides():
+    known = vars(cli.make_parser().parse_args(["compare", "--seed", "3", "--algorithm", "rwr"]))
+    assert known["seeds"] == [3] and known["algorithms"] == ["rwr"]
+    assert {n for n, *_ in config_fields()} - known.keys() == {*cli._of_a_run}
+
+def test_a_run_by_trls_names_is_the_run_by_ours(run, scratch):
+    words = tiny.replace("--queries 4", "--num_epochs=2").replace("-", "_").replace("__", "--")
+    assert run(f"train {words} --logdir logs --run_name cats --exp-name study --reward r.py:good")[0] == 0
+    kept = json.loads((scratch/"logs/cats/config.json").read_text())
+    assert kept["queries"] == 4 and kept["configs"]["ddpo-is"]["exp_name"] == "study"
+    status, out, err = run(f"train {words} --queries 4 --resume-from logs/cats --reward r.py:good")
+    assert status == 0 and "report: logs/cats/report.html" in out, err
 
 @pytest.mark.parametrize("flag", ["tracker", "accelerator", "project"])
 @pytest.mark.parametrize("value", ["{", "[1]", "3", "x"])

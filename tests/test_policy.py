@@ -155,7 +155,7 @@ def test_configure(policy):
     timesteps = policy.timesteps
     policy.pipeline("cat", num_inference_steps=3)
     assert torch.equal(policy.timesteps, timesteps)   # the pipeline's own sampling does not move the policy's steps
-    for wrong in (dict(num_steps=0), dict(num_steps=1001), dict(eta=0.), dict(eta=1.1), dict(reduction="max")):
+    for wrong in (dict(num_steps=0), dict(num_steps=1001), dict(eta=-0.1), dict(eta=1.1), dict(reduction="max")):
         with pytest.raises(ValueError, match=next(iter(wrong))): policy.configure(**wrong)
     assert len(policy.timesteps) == 7 and policy.latent_shape == (8, 8, 8) and policy.num_train_timesteps == 1000
 

@@ -201,3 +201,9 @@ def test_a_checkpoint_of_before_there_were_baselines_is_taken_up_with_the_settin
     if named is None: assert trainer(**made, resume_from=str(tmp_path)).epochs_done == 1
     else:
         with pytest.raises(InputError, match=f"^resume_from: {named}"): trainer(**(made | changed), resume_from=str(tmp_path))
+
+def test_rwr_trains_on_deterministic_samples():
+    "Its loss needs no noise of the sampler's; DDPO's does, and says so (test_trl_config)"
+    t = trainer("rwr", sample_eta=0.)
+    before, row = weights(t).clone(), t.epoch()
+    assert (weights(t) != before).any() and not t.policy.stochastic.any() and np.isfinite(row["loss"])
