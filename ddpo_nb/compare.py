@@ -27,7 +27,7 @@ from .prompts import PROMPT_SETS, InputError, PromptSource, prompt_source
 from .reward_files import Guarded, RewardError, check_signature, guarded_file
 from .rewards import PromptAlignment, answer, check_rewards, get_reward, reward_name, to_uint8
 from .rollout import rollout, sample_generator
-from .trainer import ALGORITHMS, RESULT_FREE, DDPOConfig, check_repeats, make_config, make_trainer, processes, usable_precision
+from .trainer import ALGORITHMS, RESULT_FREE, DDPOConfig, check_launcher, check_repeats, make_config, make_trainer, processes, usable_precision
 
 # %% ../nbs/10_compare.ipynb #3843789d
 def t_quantile(
@@ -593,7 +593,7 @@ def _listed(argument, values, ok, remedy):
     if not values or len({*values}) < len(values): raise InputError(argument, "something is named twice" if values else "nothing is named", remedy)
     return values
 
-_ours = ("exp_name", "run_name", "logdir", "resume_from", "push_to_hub", "hub_model_id")  # `compare` has folders and names of its own
+_ours = ("run_name", "logdir", "resume_from", "push_to_hub", "hub_model_id")  # `compare` has folders and names of its own
 _private = (*_ours, "seed", "tracker_kwargs", "accelerator_kwargs", "project_kwargs")   # may hold secrets: not for config.json
 
 def _configs(algorithms, model, lora, common, overrides):
@@ -604,6 +604,7 @@ def _configs(algorithms, model, lora, common, overrides):
         if a not in algorithms: raise InputError("overrides", f"{a!r} does not take part", f"choose from {', '.join(algorithms)}")
     for name in {k for o in given.values() for k in o} - known: raise InputError(name, "there is no such setting", f"see the fields of DDPOConfig: {', '.join(sorted(known))}")
     configs = {a: make_config(a, model, lora, **o, logdir="") for a, o in given.items()}
+    for c in configs.values(): check_launcher(c)
     usable = {p: usable_precision(p) for p in {c.mixed_precision for c in configs.values()}}
     configs = {a: replace(c, mixed_precision=usable[c.mixed_precision]) for a, c in configs.items()}
     for name in ("sample_num_steps", "sample_eta", "sample_guidance_scale", "negative_prompts", "mixed_precision"):

@@ -187,15 +187,15 @@ class StableDiffusionPolicy:
 @patch
 def configure(self: StableDiffusionPolicy,
     num_steps: int = 50,         # T, denoising steps
-    eta: float = 1.0,            # share of DDPM's noise in a DDIM step, in (0, 1]
+    eta: float = 1.0,            # share of DDPM's noise in a DDIM step, in [0, 1]; at 0 there is no policy gradient
     guidance_scale: float = 5.0, # w; 1 switches guidance off
     negative_prompt: str = "",   # what to steer away from
     reduction: str = "mean",     # of log-densities, see `gaussian_log_prob`
 ):
-    "Set how the policy samples. ValueError if there would be no step, or no noise to act with."
+    "Set how the policy samples. ValueError if there would be no step, or if a number is out of its range."
     most = self.scheduler.config.num_train_timesteps
     if not 1 <= num_steps <= most: raise ValueError(f"num_steps must be between 1 and {most}, not {num_steps}")
-    if not 0 < eta <= 1: raise ValueError(f"eta must be in (0, 1]: without noise there is no policy gradient; not {eta}")
+    if not 0 <= eta <= 1: raise ValueError(f"eta must be between 0 and 1, not {eta}")
     if reduction not in ("mean", "sum"): raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
     self.eta, self.guidance_scale, self.negative_prompt, self.reduction = eta, guidance_scale, negative_prompt, reduction
     for scheduler in (self.scheduler, self.pipeline.scheduler): scheduler.set_timesteps(num_steps)

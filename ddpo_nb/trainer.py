@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ALGORITHMS', 'RESULT_FREE', 'EMOJI_SETTINGS', 'PAPER_SETTINGS', 'DDPOConfig', 'RWRConfig', 'check_config',
-           'check_repeats', 'make_objective', 'processes', 'usable_precision', 'DDPOTrainer', 'denoised_together',
-           'split_updates', 'Work', 'find_checkpoint', 'RWRTrainer', 'make_trainer', 'make_config']
+           'check_repeats', 'make_objective', 'processes', 'usable_precision', 'check_launcher', 'DDPOTrainer',
+           'denoised_together', 'split_updates', 'Work', 'find_checkpoint', 'RWRTrainer', 'make_trainer', 'make_config']
 
 # %% ../nbs/09_trainer.ipynb #8222ca9a
-import atexit, json, math, os, resource, shutil, sys, tempfile, time, warnings
+import atexit, inspect, json, math, os, resource, shutil, sys, tempfile, time, warnings
+from collections.abc import Mapping
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import asdict, dataclass, field, fields
@@ -52,12 +53,12 @@ class DDPOConfig:
     num_epochs: int = 100                  # rounds of sampling and training
     save_freq: int = 1                     # epochs from one checkpoint to the next; there is one at the end in any case
     num_checkpoint_limit: int = 5          # checkpoints kept, the newest
-    mixed_precision: str = "fp16"          # "no", "fp16" or "bf16": of frozen weights and of the networks' arithmetic; fp16 needs a GPU
+    mixed_precision: str = "fp16"          # "no", "fp16" or "bf16" (None: the launcher's, or "no"): of frozen weights and of the networks' arithmetic; fp16 needs a GPU
     allow_tf32: bool = True                # faster matrix products in fp32 on recent GPUs
     resume_from: str = ""                  # a checkpoint, or a folder of which the newest whole one is taken
     sample_num_steps: int = 50             # T, denoising steps
-    sample_eta: float = 1.0                # share of DDPM's noise in a DDIM step, in (0, 1]
-    sample_guidance_scale: float = 5.0     # classifier-free guidance; 1 switches it off
+    sample_eta: float = 1.0                # share of DDPM's noise in a DDIM step, in (0, 1]; 0 for RWR alone, whose loss needs no noise
+    sample_guidance_scale: float = 5.0     # classifier-free guidance; 0 or 1 switches it off
     sample_batch_size: int = 1             # images denoised together, per process
     sample_num_batches_per_epoch: int = 2  # such batches in an epoch
     train_batch_size: int = 1              # samples in an update, per process; times the accumulation steps
@@ -120,38 +121,64 @@ class RWRConfig(DDPOConfig):
     algorithm: str = "rwr"
 
 # %% ../nbs/09_trainer.ipynb #daedb006
+_KINDS = {f.name: f.type for f in fields(DDPOConfig)}  # read here, once: transformers' HfArgumentParser rewrites them
 _positive = ("sample_num_steps", "sample_batch_size", "sample_num_batches_per_epoch", "train_batch_size", "train_gradient_accumulation_steps",
              "train_num_inner_epochs", "rwr_draws", "lora_rank", "num_epochs", "per_prompt_stat_tracking_buffer_size",
              "per_prompt_stat_tracking_min_count", "train_learning_rate", "train_max_grad_norm", "train_adv_clip_max", "train_clip_range",
-             "train_adam_epsilon", "sample_guidance_scale", "rwr_beta", "save_freq", "num_checkpoint_limit", "max_workers", "samples_per_prompt")
-_shares = ("sample_eta", "train_timestep_fraction", "rwr_fraction")
+             "train_adam_epsilon", "rwr_beta", "save_freq", "num_checkpoint_limit", "max_workers", "samples_per_prompt")
+_shares = ("train_timestep_fraction", "rwr_fraction")
 _betas = ("train_adam_beta1", "train_adam_beta2")
-_not_negative = ("seed", "micro_batch_size", "train_adam_weight_decay", "lr_warmup_updates", "kl_coef", "stop_patience", "advantage_min_std")
+_not_negative = ("seed", "micro_batch_size", "train_adam_weight_decay", "lr_warmup_updates", "kl_coef", "stop_patience", "advantage_min_std",
+                 "sample_guidance_scale")
 _choices = dict(algorithm=ALGORITHMS, mixed_precision=("no", "fp16", "bf16"), log_prob_reduction=("mean", "sum"), reward_pool=ParallelReward.kinds, step_weighting=STEP_WEIGHTINGS,
                 baseline=tuple(BASELINES),
                 log_with=(None, *(str(o) for o in LoggerType)), lr_scheduler=tuple(o.value for o in SchedulerType if o.value != "piecewise_constant"))
 
+def _number(value, kind):
+    "What YAML, numpy and command lines make of a number or a switch, as one of Python's; None if it is none."
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"): value = value.item()
+    if isinstance(value, str):
+        try: value = {"true": True, "false": False}[value.lower()] if kind is bool else float(value)
+        except (KeyError, ValueError): return None
+    if kind is bool: return bool(value) if isinstance(value, int) and value in (0, 1) else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)): return None
+    if kind is float: return float(value)
+    return int(value) if math.isfinite(value) and value == int(value) else None
+
+def _plain_value(name, value, kind):
+    "The value as the field's type; None is an empty text or dictionary. What cannot be is returned as it came."
+    if kind in (int, float, bool): return value if (number := _number(value, kind)) is None else number
+    if kind is dict: return {} if value is None else dict(value) if isinstance(value, Mapping) else value
+    if isinstance(value, os.PathLike): return os.fspath(value)
+    if value is not None or name == "log_with": return value
+    if name == "mixed_precision": return os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"  # as accelerate has it
+    return value if name in _choices else "trl" if name == "tracker_project_name" else ""
+
 def _check_value(name, value, kind):
     "InputError unless `value` has the field's type and range."
-    if kind is float and isinstance(value, int) and not isinstance(value, bool): value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         what = getattr(kind, "__name__", str(kind))
         raise InputError(name, f"{value!r} is not of type {what}", f"give a {what}")
     if name in _choices and value not in _choices[name]: raise InputError(name, f"there is no {value!r}", f"choose from {', '.join(filter(None, _choices[name]))}")
     if name in _positive and not 0 < value < float("inf"): raise InputError(name, f"{value} is not positive", "give a number above 0")
     if name in _shares and not 0 < value <= 1: raise InputError(name, f"{value} is no share", "give a number in (0, 1]")
+    if name == "sample_eta" and not 0 <= value <= 1: raise InputError(name, f"{value} is no share", "give a number in [0, 1]")
     if name in _betas and not 0 <= value < 1: raise InputError(name, f"{value} is out of range", "give a number in [0, 1)")
     if name in _not_negative and not 0 <= value < float("inf"): raise InputError(name, f"{value} is out of range", "give 0 or more")
 
 def check_config(c):
-    "InputError if a setting is of the wrong type, out of its range, or does not fit the others."
-    for f in fields(c): _check_value(f.name, getattr(c, f.name), f.type)
+    "InputError if a setting is of the wrong type, out of its range, or does not fit the others. A subclass's own fields are its own business."
+    for name, kind in _KINDS.items():
+        setattr(c, name, _plain_value(name, getattr(c, name), kind))
+        _check_value(name, getattr(c, name), kind)
     n, m = c.samples_per_epoch, c.samples_per_update
     if n % m: raise InputError("train_batch_size", f"updates of {m} samples do not divide the {n} samples of an epoch",
                                "let train_batch_size × train_gradient_accumulation_steps divide sample_batch_size × sample_num_batches_per_epoch")
     if c.algorithm == "ddpo-sf" and (n != m or c.train_num_inner_epochs > 1):
         raise InputError("algorithm", "ddpo-sf's gradient holds only for the policy that sampled",
                          f"take one update an epoch: train_batch_size {n}, train_num_inner_epochs 1; or choose ddpo-is")
+    if c.sample_eta == 0 and c.algorithm.startswith("ddpo"):
+        raise InputError("sample_eta", "at 0 a step draws nothing, and has no likelihood to learn from", "give a number in (0, 1]; only RWR may sample at 0")
     if c.log_with and c.log_with != "all" and c.log_with not in map(str, get_available_trackers()): raise InputError("log_with", f"{c.log_with!r} is not installed", f"pip install {c.log_with}")
     if c.kl_coef and c.algorithm.startswith("rwr"): raise InputError("kl_coef", "RWR's loss has no steps to compare", "leave it at 0, or choose ddpo-is or ddpo-sf")
     if c.baseline != "normalize":
@@ -160,6 +187,7 @@ def check_config(c):
     if c.watch_reward: check_name(c.watch_reward, "watch_reward")
     elif c.stop_patience: raise InputError("stop_patience", "no reward is watched", "name one with watch_reward")
     if c.push_to_hub and not c.hub_model_id: raise InputError("push_to_hub", "there is no repository to push to", "set hub_model_id to USER/NAME")
+    _check_accelerator_kwargs(c.accelerator_kwargs)
 
 def check_repeats(c, processes=1):
     "InputError if an epoch's samples, over all processes, are not so many of each prompt."
@@ -198,6 +226,40 @@ def usable_precision(wanted: str) -> str:
         return "no"
     return wanted
 
+_FOR_ACCELERATE = ("cpu", "kwargs_handlers")  # of `Accelerator`'s arguments: those that are the user's to give
+_ELSEWHERE = dict(gradient_accumulation_steps="train_gradient_accumulation_steps", gradient_accumulation_plugin="train_gradient_accumulation_steps",
+                  mixed_precision="mixed_precision", log_with="log_with", project_dir="project_kwargs", project_config="project_kwargs",
+                  dynamo_backend="compile", dynamo_plugin="compile")
+
+def _check_accelerator_kwargs(given):
+    "InputError if `Accelerator` has no such argument, or one that the config gives itself, or that would do nothing here."
+    known = inspect.signature(Accelerator.__init__).parameters
+    for name, value in given.items():
+        where = f"accelerator_kwargs[{name!r}]"
+        if name not in known: raise InputError(where, "accelerate's Accelerator has no such argument", f"give {' or '.join(_FOR_ACCELERATE)}")
+        if name in _ELSEWHERE: raise InputError(where, "the config has a setting for this", f"set {_ELSEWHERE[name]} instead")
+        if name not in _FOR_ACCELERATE and value != known[name].default:
+            raise InputError(where, "this trainer does nothing with it", f"leave it out; {' and '.join(_FOR_ACCELERATE)} are passed on")
+
+_STRATEGIES = dict(ACCELERATE_USE_DEEPSPEED="DeepSpeed", ACCELERATE_USE_FSDP="FSDP", ACCELERATE_USE_MEGATRON_LM="Megatron-LM",
+                   ACCELERATE_USE_PARALLELISM_CONFIG="a parallelism config")
+
+def check_launcher(c):
+    "InputError if `accelerate launch`, or accelerate's config file, asks for something else than the config, or for what this trainer does not do."
+    told = {k: v for k, v in os.environ.items() if k.startswith("ACCELERATE_") and v.lower() not in ("", "no", "none", "false", "0")}
+    for name, what in _STRATEGIES.items():
+        if name in told: raise InputError(name, f"accelerate was told to use {what}, which this trainer does not", "launch without it: processes of its own (DDP) are supported")
+    if "ACCELERATE_DYNAMO_BACKEND" in told:
+        raise InputError("ACCELERATE_DYNAMO_BACKEND", "accelerate was told to compile the network", "launch without it, and set compile in the config")
+    steps = told.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps not in ("1", str(c.train_gradient_accumulation_steps)):
+        raise InputError("train_gradient_accumulation_steps", f"it is {c.train_gradient_accumulation_steps}, and accelerate was launched with --gradient_accumulation_steps {steps}",
+                         "launch without that flag, and set it in the config")
+    usable = lambda precision: "no" if precision == "fp16" and not torch.cuda.is_available() else precision
+    precision = told.get("ACCELERATE_MIXED_PRECISION", c.mixed_precision)
+    if usable(precision) != usable(c.mixed_precision):
+        raise InputError("mixed_precision", f"it is {c.mixed_precision!r}, and accelerate was launched with --mixed_precision {precision}", "set both alike, or mixed_precision to None")
+
 def _tracker_kwargs(c):
     "Those of the config, and the run's name for the trackers that have a place for it."
     named = {"name": c.run_name} if c.run_name else {}
@@ -218,6 +280,7 @@ def _accelerator(c, home):
     precision = usable_precision(c.mixed_precision)
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision: AcceleratorState._reset_state()  # an earlier trainer's, in this process
     a = Accelerator(mixed_precision=precision, log_with=c.log_with, project_config=ProjectConfiguration(**project), **c.accelerator_kwargs)
+    a.gradient_accumulation_steps = 1  # the loop divides by itself; accelerate would do so again, by what its launcher was told
     if c.log_with:
         plain = {k: v for k, v in c.to_dict().items() if isinstance(v, (int, float, str)) and not k.startswith(("tracker_kwargs", "accelerator_kwargs"))}
         a.init_trackers(c.tracker_project_name, config=plain, init_kwargs=_tracker_kwargs(c))
@@ -259,6 +322,8 @@ class DDPOTrainer:
         self.config, self.reward_function, self.prompt_function, self.hook, self.policy = config, reward_function, prompt_function, image_samples_hook, sd_pipeline
         if not getattr(sd_pipeline, "use_lora", True) and config.train_learning_rate > 1e-4:
             warnings.warn(f"train_learning_rate: {config.train_learning_rate:g} is a LoRA's; the whole UNet tends to collapse to black pictures at it; 1e-5 is usual", stacklevel=2)
+        check_config(config)      # it may have been changed since it was made
+        check_launcher(config)
         self.home = _home(config)
         self.accelerator = _accelerator(config, self.home)
         check_repeats(config, self.accelerator.num_processes)
