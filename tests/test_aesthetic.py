@@ -2,6 +2,9 @@
 import json
 import os
 import shutil
+import struct
+import weakref
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -243,6 +246,110 @@ def test_the_cache_knows_what_it_was_computed_from(few, embedder):
 def test_folders_without_pictures(tmp_path):
     with pytest.raises(InputError, match="cannot read the folder"): find_images(tmp_path/"nowhere", [1])
     with pytest.raises(InputError, match="none of the 2 .* 1.jpg"): find_images(tmp_path, [1, 2])
+
+# What people's folders hold
+
+def corners(image): return [image.getpixel(o) for o in ((0, 0), (image.width - 1, 0), (0, image.height - 1))]
+
+def near(a, b, eps=12): return all(abs(x - y) <= eps for x, y in zip(a, b))
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("side", [None, 8])
+def test_a_picture_is_seen_as_its_camera_was_held(tmp_path, orientation, side):
+    "Red, green and blue corners of the scene come back to their places from each of the eight ways to store it"
+    scene = Image.new("RGB", (96, 64), "white")
+    for box, colour in {(0, 0, 48, 32): "red", (48, 0, 96, 32): "lime", (0, 32, 48, 64): "blue"}.items(): scene.paste(colour, box)
+    stored = [None, *([Image.Transpose.FLIP_LEFT_RIGHT], [Image.Transpose.ROTATE_180], [Image.Transpose.FLIP_TOP_BOTTOM], [Image.Transpose.TRANSPOSE], [Image.Transpose.ROTATE_90],
+                      [Image.Transpose.TRANSVERSE], [Image.Transpose.ROTATE_270])][orientation - 1]
+    exif = Image.Exif(); exif[0x0112] = orientation
+    (scene.transpose(stored[0]) if stored else scene).save(tmp_path/"1.jpg", exif=exif, quality=95)
+    found = A.read_picture(tmp_path/"1.jpg", side)
+    assert found.size == ((96, 64) if side is None else (48, 32)) and all(map(near, corners(found), [(255, 0, 0), (0, 255, 0), (0, 0, 255)]))
+
+def grey16(mode="I;16"): return Image.fromarray((np.arange(64 * 64).reshape(64, 64) * 16).astype(np.uint16)) if mode == "I;16" else Image.fromarray(np.arange(64 * 64, dtype=np.int32).reshape(64, 64) * 16)
+
+def palette(alpha):
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([255, 0, 0, 0, 0, 255]); image.paste(0, (0, 0, 4, 8))
+    image.info["transparency"] = alpha
+    return image
+
+CLEAR = Image.new("RGBA", (8, 8), (0, 0, 0, 0)); CLEAR.paste((0, 0, 255, 255), (4, 0, 8, 8))
+HALF = Image.new("LA", (8, 8), (0, 128))
+
+@pytest.mark.parametrize("name,image,left,right,kwargs", [
+    ("1.png", CLEAR, (255, 255, 255), (0, 0, 255), {}), ("1.webp", CLEAR, (255, 255, 255), (0, 0, 255), dict(lossless=True)), ("1.png", HALF, (127, 127, 127), (127, 127, 127), {}),
+    ("1.png", palette(0), (255, 255, 255), (0, 0, 255), {}), ("1.png", palette(bytes([0, 255])), (255, 255, 255), (0, 0, 255), {}), ("1.gif", palette(0), (255, 255, 255), (0, 0, 255), {}),
+    ("1.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0)), (255, 0, 0), (255, 0, 0), dict(quality=95)), ("1.png", Image.new("1", (8, 8), 1), (255, 255, 255), (255, 255, 255), {}),
+    ("1.png", Image.new("RGB", (8, 8), "red"), (255, 255, 255), (255, 255, 255), dict(transparency=(255, 0, 0))), ("1.jpg", Image.new("L", (8, 8), 99), (99,)*3, (99,)*3, {})])
+def test_a_picture_is_what_a_viewer_shows(tmp_path, name, image, left, right, kwargs):
+    image.save(tmp_path/name, **kwargs)
+    for side in (None, 1):
+        found = A.read_picture(tmp_path/name, side)
+        assert found.mode == "RGB" and near(found.getpixel((0, 0)), left) and near(found.getpixel((found.width - 1, 0)), right)
+
+@pytest.mark.parametrize("name,mode", [("1.png", "I;16"), ("1.tif", "I;16"), ("1.tif", "I")])
+def test_greys_of_16_bits_keep_their_order(tmp_path, name, mode):
+    grey16(mode).save(tmp_path/name)
+    values = np.asarray(A.read_picture(tmp_path/name))[..., 0].ravel()
+    assert values[0] == 0 and values[-1] == 255 and (np.diff(values.astype(int)) >= 0).all() and len({*values}) == 256
+
+def test_a_moving_picture_is_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (8, 8), o) for o in ("red", "blue", "lime")]
+    frames[0].save(tmp_path/"1.gif", save_all=True, append_images=frames[1:], duration=50, loop=0)
+    (tmp_path/"1.gif").rename(tmp_path/"1.png")   # whatever its name says
+    frames[0].save(tmp_path/"2.png", save_all=True, append_images=frames[1:], duration=50)
+    assert all(near(A.read_picture(tmp_path/f"{i}.png").getpixel((0, 0)), (255, 0, 0)) for i in (1, 2))
+
+def test_what_is_no_picture_is_left_out_with_its_reason(tmp_path, embedder, monkeypatch, recwarn):
+    "And nothing waits for a pipe"
+    folder = tmp_path/"pictures"; folder.mkdir()
+    good = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
+    for name in ("1.jpg", "5.jpg", "6.png"): good.save(folder/name)
+    (folder/"2.jpg").symlink_to(tmp_path/"nowhere.jpg")
+    os.mkfifo(folder/"3.jpg")
+    (folder/"4.png").mkdir()
+    for name in ("5.jpg", "6.png"): (folder/name).write_bytes((folder/name).read_bytes()[:500])
+    (folder/"7.jpg").touch()
+    (folder/"8.png").write_text("<svg/>")
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    (folder/"9.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(bytes(9999))))  # would be 2.7 GB
+    Image.fromarray(np.full((9, 9), .5, dtype=np.float32)).save(folder/"10.tif")
+    Image.fromarray(np.full((9, 9), 70_000, dtype=np.int32)).save(folder/"11.tif")
+    (folder/"12.jpg").symlink_to(folder/"1.jpg")
+    (folder/"13.jpg").symlink_to(folder/"13.jpg")
+    paths = find_images(folder, range(1, 15))
+    ids, vectors, broken = embed_files(embedder, paths, tmp_path/"cache", progress=False)
+    assert ids.tolist() == [1, 12] and torch.equal(vectors[0], vectors[1])
+    says = {2: "link to nothing", 3: "no plain file", 4: "folder", 5: "truncated", 6: "", 7: "cannot identify", 8: "cannot identify", 9: "decompression bomb", 10: "fractions", 11: "70,000", 13: ""}
+    assert {int(k) for k in broken} == {*says} and all(w in broken[str(i)].lower() for i, w in says.items()), broken
+    assert not [w for w in broken.values() if "\n" in w or not w or str(tmp_path) in w] and not [*recwarn]
+
+def test_two_files_of_one_id_are_named(tmp_path):
+    for name in ("1.png", "1.jpg", "2.png", "1.gif"): (tmp_path/name).touch()
+    with pytest.warns(UserWarning, match="2 pictures have the id of another: 1.jpg is read, 1.(gif|png) is not"): found = find_images(tmp_path, [1, 2])
+    assert [o.name for o in found.values()] == ["1.jpg", "2.png"]
+
+def test_memory_stays_flat_however_large_the_photographs(tmp_path, embedder, monkeypatch):
+    "One decoded picture is alive at a time, and the network's processor is never given a large one"
+    alive, most, sizes, real = set(), [], [], A.read_picture
+    noise = Image.effect_noise((1200, 900), 60).convert("RGB")
+    for i in range(1, 6): noise.save(tmp_path/f"{i}.{'jpg' if i % 2 else 'png'}")
+    def watched(*args):
+        most.append(len(alive))   # those of before that are still there
+        picture = real(*args)
+        alive.add(id(picture)); weakref.finalize(picture, alive.discard, id(picture)); sizes.append(picture.size)
+        return picture
+    monkeypatch.setattr(A, "read_picture", watched)
+    ids, *_ = embed_files(embedder, find_images(tmp_path, range(1, 6)), tmp_path/"cache", progress=False)
+    assert len(ids) == 5 and most == [0]*5 and all(256 <= min(o) < 512 for o in sizes)
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_a_large_picture_is_embedded_as_in_full(tmp_path, embedder, suffix):
+    y, x = np.mgrid[:900, :1300]
+    Image.fromarray(np.stack([x * 255 // 1300, y * 255 // 900, (x // 100 + y // 100) % 2 * 255], -1).astype(np.uint8)).save(tmp_path/f"1.{suffix}", **(dict(quality=95) if suffix == "jpg" else {}))
+    small, full = (embed(embedder, [A.read_picture(tmp_path/f"1.{suffix}", side)]) for side in (64, None))
+    assert A.angle(small, full).item() < 1
 
 # Calibration
 
