@@ -172,7 +172,7 @@ def make_parser(
 
     c = add("train-aesthetic", _train_aesthetic, "Train an aesthetic predictor on rated pictures.")
     c.add_argument("--ratings", required=True, metavar="AVA.txt", help="a picture a line: index, image id, the counts of the votes 1 to 10, two tags, challenge")
-    c.add_argument("--images", required=True, metavar="DIR", help="folder with the pictures, ID.jpg, ID.jpeg or ID.png")
+    c.add_argument("--images", required=True, metavar="DIR", help="folder with the pictures, named by their ids, such as 953619.jpg")
     c.add_argument("--clip", default="emoji-clip", metavar="DIR_OR_ID", help="emoji-clip (bundled), a folder, or a hub id; for photographs openai/clip-vit-large-patch14")
     c.add_argument("--loss", choices=["emd", "mse"], default="emd", help="learn the votes' distribution by the earth mover's distance (emd), or their mean (mse)")
     c.add_argument("--epochs", type=_count, default=60, help="passes over the ratings (60)")
