@@ -52,6 +52,11 @@ class DDPO:
 
 # %% ../nbs/08_ddpo.ipynb #71652874
 @patch
+def weigh(self: DDPO, prompts: list, rewards, advantages, processes: int = 1) -> Tensor:
+    "What each sample counts, from what all processes know: its advantage, (N,), float64."
+    return torch.as_tensor(advantages, dtype=torch.float64)
+
+@patch
 def examples(
     self: DDPO,
     policy,                      # not needed here: what was sampled is in the trajectories

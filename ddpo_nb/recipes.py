@@ -217,16 +217,25 @@ def _micro_batch(c, numbers, dtype):
     return trajectories, dict(sample=index(m), step=index(m), timestep=index(m), advantage=_meta(m), weight=_meta(m), noise=_meta(m, *numbers.latent))
 
 # %% ../nbs/10a_recipes.ipynb #e410b04e
-def _examples(c, numbers):
+def _examples(c, numbers, prompts=1):
     "Examples in one pass over an epoch's samples, of one process; InputError if there are none."
     if c.algorithm == "rwr": return c.samples_per_epoch * c.rwr_draws
-    if c.algorithm == "rwr-sparse": return max(1, round(c.samples_per_epoch * c.rwr_fraction)) * c.rwr_draws
+    if c.algorithm == "rwr-sparse": return _kept(c, prompts) * c.rwr_draws
     scheduler = _scheduler(c, numbers)
     steps = int((step_std(scheduler, scheduler.timesteps, c.sample_eta) > 0).sum())
     if not steps: raise InputError("sample_num_steps", "the model's only step has no noise: there is no policy gradient", "give 2 or more")
     return c.samples_per_epoch * max(1, int(steps * c.train_timestep_fraction))
 
-def _updates(c, numbers): return min(c.samples_per_epoch // c.samples_per_update, _examples(c, numbers))  # in one pass
+def _kept(c, prompts):
+    "Samples of an epoch that RWR-sparse keeps, about: its share of each prompt's, and at least one of every prompt that is drawn."
+    n, draws = c.samples_per_epoch, c.samples_per_epoch // c.samples_per_prompt
+    groups = 1 if c.rwr_normalizer == "batch" else prompts * (1 - (1 - 1 / prompts)**draws)  # as many different prompts are expected
+    return round(groups * max(1, round(n / groups * c.rwr_fraction)))
+
+def _updates(c, numbers, prompts=1):
+    "In one pass."
+    return min(c.samples_per_epoch // c.samples_per_update, _examples(c, numbers, prompts))
+
 def _micro(c, numbers):
     "Examples in the largest micro-batch: an update is cut into equal parts."
     update = -(-_examples(c, numbers) // _updates(c, numbers))
@@ -386,11 +395,12 @@ def plan(
     epochs: int|None = None,  # the config's by default
     processes: int = 1,
     base: bool = False,       # an untouched model is kept beside the trained one
+    prompts: int = 1,         # different ones, to draw from: RWR-sparse keeps some of each
 ) -> Plan:
     "Count an epoch's samples, updates and network passes, and estimate the memory; nothing is trained. InputError if the settings do not suit the model."
     c, n, guided = _sized(config, numbers, lora), config.samples_per_epoch, config.sample_guidance_scale > 1
     check_repeats(c, processes)
-    examples, updates = _examples(c, numbers), _updates(c, numbers) * c.train_num_inner_epochs
+    examples, updates = _examples(c, numbers, prompts), _updates(c, numbers, prompts) * c.train_num_inner_epochs
     sampling = n * c.sample_num_steps * (1 + guided) * processes
     training = examples * c.train_num_inner_epochs * (1 + (guided and c.train_cfg)) * processes
     return Plan(c, numbers, lora, epochs or c.num_epochs, processes, n * processes, updates, sampling, training, estimate_memory(c, numbers, lora, processes, base))

@@ -40,7 +40,8 @@ def estimate(policy, objective, n, g, sampler=None):
 def rwr_direction(policy, objective, n, g):
     "Minus RWR's gradient."
     batch = policy.sample(n, g); r = reward(batch.latents[:, -1])
-    loss, _ = objective.loss(policy, batch, objective.examples(policy, batch, (r - r.mean()) / r.std(), g))
+    weights = objective.weights((r - r.mean()) / r.std())
+    loss, _ = objective.loss(policy, batch, objective.examples(policy, batch, weights, g))
     return -flat_grad(loss.mean(), policy)
 
 def z_scores(estimates, target):
@@ -108,7 +109,7 @@ def test_the_surrogate_departs_from_the_truth_in_proportion_to_the_drift(policy,
     assert gaps[0] < 1e-9
     assert gaps[2] / gaps[1] == pytest.approx(2, rel=0.05) and gaps[3] / gaps[2] == pytest.approx(2, rel=0.05)
 
-@pytest.mark.parametrize("objective", [RWR(), RWR(beta=1.0), RWRSparse()], ids=["rwr", "rwr-beta-1", "rwr-sparse"])
+@pytest.mark.parametrize("objective", [RWR(), RWR(beta=1.0), RWR(beta=5.0), RWRSparse()], ids=["rwr", "rwr-beta-1", "rwr-beta-5", "rwr-sparse"])
 def test_rwr_does_not_point_along_the_gradient_and_more_samples_do_not_help(policy, exact, objective):
     g = gen(5)
     directions = torch.stack([rwr_direction(policy, objective, 4_000, g) for _ in range(32)])

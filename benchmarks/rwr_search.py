@@ -1,0 +1,78 @@
+"""The search for RWR's and RWR-sparse's settings on Emoji SD, by the rule of notebook 10: the largest sum of the gains on both JPEG rewards,
+among settings that keep more than half of the base model's alignment. Seven trials each, as many as DDPO-IS had.
+
+    python benchmarks/rwr_search.py --output ~/out/rwr-search                 # all trials, one after the other; again: what is missing
+    python benchmarks/rwr_search.py --output ~/out/rwr-search --trials rwr-1  # some of them; several processes may share the folder
+    python benchmarks/rwr_search.py --output ~/out/rwr-search --table         # what there is, as a Markdown table
+"""
+import argparse
+from pathlib import Path
+
+REWARDS = ("jpeg_compressibility", "jpeg_incompressibility")
+SEED, QUERIES = 100, 1024   # a seed that no table reports
+COMMON = dict(sample_batch_size=64, sample_num_batches_per_epoch=2, train_batch_size=64, train_num_inner_epochs=2, lora_rank=4)
+WHOLE = COMMON | dict(rwr_rewards="normalized", rwr_normalizer="batch", train_cfg=False, train_fresh_optimizer=False)
+OWN = COMMON | dict(rwr_rewards="raw", rwr_normalizer="prompt", samples_per_prompt=8, train_cfg=False, train_fresh_optimizer=False,
+                    per_prompt_stat_tracking=False)
+PUBLISHED = OWN | dict(train_cfg=True, train_fresh_optimizer=True)   # as far as 1,024 pictures allow
+SPARSE = dict(train_learning_rate=1e-3, rwr_draws=8)
+
+TRIALS = {
+    "rwr-1": ("β 5, normalised, over the batch, 2 draws, lr 3e-3", WHOLE | dict(rwr_beta=5.0, rwr_draws=2, train_learning_rate=3e-3)),
+    "rwr-2": ("β 2, else the same", WHOLE | dict(rwr_beta=2.0, rwr_draws=2, train_learning_rate=3e-3)),
+    "rwr-3": ("as published: β 0.2 per kB, raw, per prompt (8 of each), guidance in the loss, fresh optimizer, lr 3e-4",
+              PUBLISHED | dict(rwr_beta=0.2, rwr_draws=2, train_learning_rate=3e-4)),
+    "rwr-4": ("β 10 per kB, raw, per prompt (8 of each), 2 draws, lr 3e-3", OWN | dict(rwr_beta=10.0, rwr_draws=2, train_learning_rate=3e-3)),
+    "rwr-5": ("the same, lr 1e-3", OWN | dict(rwr_beta=10.0, rwr_draws=2, train_learning_rate=1e-3)),
+    "rwr-sparse-1": ("top tenth of the batch, normalised, 8 draws, lr 1e-3", WHOLE | SPARSE),
+    "rwr-sparse-2": ("top tenth of each prompt (1 of 8), 8 draws, lr 1e-3", OWN | SPARSE),
+    "rwr-sparse-3": ("as published: the same, with guidance in the loss and a fresh optimizer, lr 3e-4", PUBLISHED | SPARSE | dict(train_learning_rate=3e-4)),
+    "rwr-sparse-4": ("top tenth of each prompt, lr 2e-3", OWN | SPARSE | dict(train_learning_rate=2e-3)),
+    "rwr-sparse-5": ("top tenth of the batch, lr 2e-3", WHOLE | SPARSE | dict(train_learning_rate=2e-3)),
+}
+
+def algorithm_of(trial): return trial.rsplit("-", 1)[0]
+
+def run(trial, reward, output):
+    "Train and examine, unless that was done before."
+    from ddpo_nb.compare import compare
+    name = algorithm_of(trial)
+    compare(reward, (name,), QUERIES, (SEED,), output=output/f"{trial}-{reward}", overrides={name: TRIALS[trial][1]}, progress=False)
+
+def gains(trial, reward, output):
+    "Gain on the training prompts, change of the alignment, and the alignment of the base model; None if it was not run."
+    from ddpo_nb.compare import Comparison
+    folder = output/f"{trial}-{reward}"
+    if not (folder/"results"/f"{algorithm_of(trial)}-seed{SEED}.json").is_file(): return None
+    c, name = Comparison.load(folder), algorithm_of(trial)
+    change = lambda of: c.summary(name, of=of, against="base")[0]
+    return change("rewards"), change("second"), c.summary("base", of="second")[0]
+
+def table(output):
+    "All trials as Markdown, and what the rule takes."
+    lines, sums = ["| | compressibility | incompressibility | alignment, the worse change | sum |", "|---|---|---|---|---|"], {}
+    for trial, (about, _) in TRIALS.items():
+        found = [gains(trial, r, output) for r in REWARDS]
+        cells = ["" if g is None else f"{g[0]:+.3f}" for g in found]
+        known = [g for g in found if g]
+        worst = min((g[1] for g in known), default=None)
+        total = sum(g[0] for g in found) if all(found) else None
+        if total is not None and -worst < known[0][2] / 2: sums[trial] = total
+        lines.append(f"| {trial}: {about} | {' | '.join(cells)} | {'' if worst is None else f'{worst:+.3f}'} | {'' if total is None else f'{total:+.3f}'} |")
+    for name in ("rwr", "rwr-sparse"):
+        own = {t: v for t, v in sums.items() if algorithm_of(t) == name}
+        if own: lines.append(f"\n{name}: the rule takes {max(own, key=own.get)}, of {len(own)} trials that may be taken")
+    return "\n".join(lines).replace("-0.", "−0.")
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--output", type=Path, required=True)
+    p.add_argument("--trials", default=",".join(TRIALS), help="some of them, separated by commas")
+    p.add_argument("--table", action="store_true", help="only print what there is")
+    args = p.parse_args()
+    output = args.output.expanduser()
+    for reward in () if args.table else REWARDS:
+        for trial in args.trials.split(","): run(trial, reward, output)
+    print(table(output))
+
+if __name__ == "__main__": main()
