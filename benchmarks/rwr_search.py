@@ -6,6 +6,7 @@ among settings that keep more than half of the base model's alignment. Seven tri
     python benchmarks/rwr_search.py --output ~/out/rwr-search --table         # what there is, as a Markdown table
 """
 import argparse
+import json
 from pathlib import Path
 
 REWARDS = ("jpeg_compressibility", "jpeg_incompressibility")
@@ -33,20 +34,48 @@ TRIALS = {
 
 def algorithm_of(trial): return trial.rsplit("-", 1)[0]
 
-def run(trial, reward, output):
+def examiner():
+    "Puts the 45 prompts to a policy, each with a noise of its own: the kilobytes and the base model's judgement of alignment, means."
+    import numpy as np
+    from ddpo_nb.compare import Examiner, exam_generators
+    from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
+    from ddpo_nb.prompts import prompt_source
+    from ddpo_nb.rewards import get_reward
+    from ddpo_nb.trainer import make_config
+    c, source, size = make_config("rwr"), prompt_source("simple_animals"), get_reward("jpeg_incompressibility")
+    base = StableDiffusionPolicy(load_pipeline(), use_lora=False, num_steps=c.sample_num_steps, guidance_scale=c.sample_guidance_scale)
+    e = Examiner(base, size, "kB", source.items)
+    items = e.sets["seen"]
+    def examine(policy=base):
+        images = e.draw(policy, items, exam_generators(SEED, len(items))).images
+        prompts, empty = [p for p, _ in items], [{} for _ in items]
+        return dict(kb=float(np.mean(e.score(images, items))), alignment=float(np.mean(e.second(images, prompts, empty)[0])))
+    return examine
+
+def run(trial, reward, output, examine):
     "Train and examine, unless that was done before."
-    from ddpo_nb.compare import compare
-    name = algorithm_of(trial)
-    compare(reward, (name,), QUERIES, (SEED,), output=output/f"{trial}-{reward}", overrides={name: TRIALS[trial][1]}, progress=False)
+    from ddpo_nb.checkpoints import write_atomic
+    from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
+    from ddpo_nb.prompts import prompt_source
+    from ddpo_nb.rewards import get_reward
+    from ddpo_nb.trainer import make_config, make_trainer
+    from accelerate.utils import set_seed
+    file = output/f"{trial}-{reward}.json"
+    if file.exists(): return
+    c = make_config(algorithm_of(trial), seed=SEED, logdir="", **TRIALS[trial][1])
+    c.num_epochs = QUERIES // c.samples_per_epoch
+    set_seed(SEED)
+    t = make_trainer(c, get_reward(reward), prompt_source("simple_animals", SEED), StableDiffusionPolicy(load_pipeline(), lora_rank=c.lora_rank))
+    rows = t.train(progress=False)
+    assert t.queries == QUERIES
+    write_atomic(file, json.dumps(examine(t.policy) | dict(curve=[round(r["reward_mean"], 4) for r in rows])))
 
 def gains(trial, reward, output):
     "Gain on the training prompts, change of the alignment, and the alignment of the base model; None if it was not run."
-    from ddpo_nb.compare import Comparison
-    folder = output/f"{trial}-{reward}"
-    if not (folder/"results"/f"{algorithm_of(trial)}-seed{SEED}.json").is_file(): return None
-    c, name = Comparison.load(folder), algorithm_of(trial)
-    change = lambda of: c.summary(name, of=of, against="base")[0]
-    return change("rewards"), change("second"), c.summary("base", of="second")[0]
+    file = output/f"{trial}-{reward}.json"
+    if not file.is_file(): return None
+    base, it = (json.loads(f.read_text()) for f in (output/"base.json", file))
+    return (it["kb"] - base["kb"]) * (1 if reward == REWARDS[1] else -1), it["alignment"] - base["alignment"], base["alignment"]
 
 def table(output):
     "All trials as Markdown, and what the rule takes."
@@ -71,8 +100,13 @@ def main():
     p.add_argument("--table", action="store_true", help="only print what there is")
     args = p.parse_args()
     output = args.output.expanduser()
-    for reward in () if args.table else REWARDS:
-        for trial in args.trials.split(","): run(trial, reward, output)
+    if not args.table:
+        from ddpo_nb.checkpoints import write_atomic
+        output.mkdir(parents=True, exist_ok=True)
+        examine = examiner()
+        if not (output/"base.json").exists(): write_atomic(output/"base.json", json.dumps(examine()))
+        for trial in args.trials.split(","):
+            for reward in REWARDS: run(trial, reward, output, examine)
     print(table(output))
 
 if __name__ == "__main__": main()

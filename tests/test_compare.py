@@ -3,6 +3,7 @@ import json
 import math
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,16 @@ def test_load_gives_the_same_back(run):
     assert d.html() == c.html()
     assert all(np.array_equal(a, b) for a, b in zip(d.evaluations["rwr", 1].pictures, c.evaluations["rwr", 1].pictures))
     with pytest.raises(InputError, match="holds no comparison"): Comparison.load(folder.parent)
+
+def test_rwr_runs_of_before_the_inverse_temperature_are_not_gone_on_with(run, tmp_path):
+    folder = tmp_path/"old"
+    shutil.copytree(run[1], folder)
+    s = json.loads((folder/"config.json").read_text())
+    for k in ("rwr_normalizer", "rwr_rewards"): del s["configs"]["rwr"][k]
+    (folder/"config.json").write_text(json.dumps(s))
+    assert len(Comparison.load(folder).table()) == 3   # its results can still be looked at
+    with pytest.raises(InputError, match="--output: the RWR runs kept there are of when rwr_beta was a temperature, .*; name a new folder"):
+        compare(output=folder, seeds=(0, 1, 2), **tiny)
 
 def test_trained_weights_load_and_reproduce_the_examination(run):
     c, folder = run

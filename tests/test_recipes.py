@@ -18,6 +18,7 @@ from ddpo_nb.mdp import Trajectories
 from ddpo_nb.policy import EMOJI_SD, SmallLora, StableDiffusionPolicy, load_pipeline
 from ddpo_nb.prompts import PROMPT_SETS, InputError, PromptSource
 from ddpo_nb.recipes import RECIPES, estimate_memory, get_recipe, list_recipes, model_numbers, peak_bytes, plan
+from ddpo_nb.rwr import NORMALIZERS, rwr_sparse_weights
 from ddpo_nb.trainer import ALGORITHMS, DDPOConfig, RWRConfig, make_config, make_objective, make_trainer
 
 SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -157,7 +158,7 @@ def test_plan_counts_what_the_trainer_does(counted, emoji, data):
     kind = RWRConfig if algorithm.startswith("rwr") else DDPOConfig
     config = kind(algorithm=algorithm, sample_batch_size=batch, sample_num_batches_per_epoch=batches, train_batch_size=update, sample_num_steps=draw(1, 2, 3, 7),
                   train_num_inner_epochs=1 if algorithm == "ddpo-sf" else draw(1, 2), train_timestep_fraction=draw(.3, .5, 1.), rwr_draws=draw(1, 3),
-                  rwr_fraction=draw(.1, .5, 1.), sample_guidance_scale=draw(1., 5.), train_cfg=draw(True, False), micro_batch_size=draw(1, 4, 64),
+                  rwr_fraction=draw(.1, .5, 1.), rwr_normalizer=draw(*NORMALIZERS), sample_guidance_scale=draw(1., 5.), train_cfg=draw(True, False), micro_batch_size=draw(1, 4, 64),
                   mixed_precision="no")
     with pytest.MonkeyPatch.context() as m:
         m.setattr(R, "estimate_memory", lambda *a: None)
@@ -167,6 +168,18 @@ def test_plan_counts_what_the_trainer_does(counted, emoji, data):
     row = make_trainer(config, rewards, lambda: ("a cat", {}), counted).epoch()
     assert (p.samples_per_epoch, p.updates_per_epoch, p.sampling_rows, p.training_rows) == (row["queries"], row["updates"], counted.rows[False], counted.rows[True])
     assert (p.updates, p.queries) == (4 * row["updates"], 4 * n)
+
+@pytest.mark.parametrize("prompts,of_each", [(45, 1), (8, 1), (45, 8)])
+def test_plan_knows_that_rwr_sparse_keeps_some_of_every_prompt(emoji, prompts, of_each):
+    c = RWRConfig(algorithm="rwr-sparse", sample_batch_size=64, sample_num_batches_per_epoch=4, train_batch_size=64, samples_per_prompt=of_each, mixed_precision="no")
+    g, kept = torch.Generator().manual_seed(0), []
+    for _ in range(20):
+        drawn = torch.randint(prompts, (256 // of_each,), generator=g).repeat_interleave(of_each).tolist()
+        kept.append(int((rwr_sparse_weights(torch.randn(256, generator=g), 0.1, drawn) > 0).sum()))
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(R, "estimate_memory", lambda *a: None)
+        rows = plan(c, emoji, prompts=prompts).training_rows / 2   # guidance
+    assert rows == pytest.approx(sum(kept) / 20, rel=0.12)
 
 def test_processes_share_the_work(emoji):
     c = make_config("ddpo-is", mixed_precision="no")

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file
 from ddpo_nb import trainer as T
-from ddpo_nb.checkpoints import CheckpointError, checkpoints
+from ddpo_nb.checkpoints import CheckpointError, checkpoints, load_state, save_state, seal
 from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
 from ddpo_nb.prompts import InputError, PromptSource
 from ddpo_nb.rewards import jpeg_compressibility
@@ -60,6 +60,34 @@ def test_stopped_and_resumed_with_several_samples_of_a_prompt(tmp_path):
     t = trainer(tmp_path/"cut", **kw, resume_from=str(tmp_path/"cut"))
     t.train(progress=False)
     assert metrics(tmp_path/"cut") == metrics(tmp_path/"whole") and torch.equal(weights(t), weights(whole))
+
+@pytest.mark.parametrize("algorithm", ["rwr", "rwr-sparse"])
+def test_published_rwr_stopped_and_resumed_is_the_same_run(tmp_path, algorithm):
+    "Raw rewards per prompt, and an optimizer that is fresh each round but not in the middle of one"
+    kw = dict(rwr_rewards="raw", rwr_normalizer="prompt", rwr_beta=2.0, per_prompt_stat_tracking=False, train_fresh_optimizer=True,
+              num_epochs=2, train_num_inner_epochs=2)
+    whole = trainer(tmp_path/"whole", algorithm, **kw)
+    places = stop_after(whole, -1)
+    whole.train(progress=False)
+    for i, n in enumerate((places[0] // 2 - 1, 2)):   # among an epoch's updates, and in the next epoch's sampling
+        t = trainer(tmp_path/"cut", algorithm, **kw, resume_from=str(tmp_path/"cut") if i else "")
+        stop_after(t, n)
+        t.train(progress=False)
+    t = trainer(tmp_path/"cut", algorithm, **kw, resume_from=str(tmp_path/"cut"))
+    t.train(progress=False)
+    assert metrics(tmp_path/"cut") == metrics(tmp_path/"whole") and torch.equal(weights(t), weights(whole))
+
+def test_an_rwr_run_of_before_the_inverse_temperature_is_refused(tmp_path):
+    trainer(tmp_path, "rwr", num_epochs=1).train(progress=False)
+    stem = tmp_path/"checkpoints/checkpoint_1/trainer"
+    state = load_state(stem)
+    assert not T.weighed_by_temperature(state["config"])
+    state["config"] = {k: v for k, v in state["config"].items() if k not in ("rwr_normalizer", "rwr_rewards", "train_fresh_optimizer")}
+    assert T.weighed_by_temperature(state["config"]) and not T.weighed_by_temperature(state["config"] | dict(algorithm="ddpo-is"))
+    save_state(stem, state)
+    seal(stem.parent)
+    with pytest.raises(InputError, match="^resume_from: .* was made when rwr_beta was a temperature, and today it is an inverse one; train anew"):
+        trainer(tmp_path, "rwr", num_epochs=2, resume_from=str(tmp_path))
 
 def test_stopped_while_sampling_and_gone_on_in_the_same_process(tmp_path):
     whole, t = trainer(tmp_path/"whole"), trainer(tmp_path/"cut")

@@ -8,7 +8,9 @@ from ddpo_nb.advantages import BASELINES
 from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
 from ddpo_nb.prompts import InputError, PromptSource
 from ddpo_nb.rewards import jpeg_compressibility
-from ddpo_nb.trainer import ALGORITHMS, DDPOConfig, RWRConfig, RWRTrainer, check_repeats, make_config, make_trainer
+from ddpo_nb.rwr import rwr_weights
+from ddpo_nb.trainer import (ALGORITHMS, DDPOConfig, RWRConfig, RWRTrainer, check_repeats, make_config, make_objective, make_trainer,
+                             split_updates)
 
 SMALL = dict(sample_num_steps=3, sample_batch_size=4, sample_num_batches_per_epoch=2, train_batch_size=8, micro_batch_size=5, train_learning_rate=1e-2, rwr_fraction=0.5)
 
@@ -101,7 +103,7 @@ def test_per_prompt_statistics_are_used():
 BAD = dict(sample_num_steps=0, sample_eta=0.0, sample_batch_size=-1, train_learning_rate=float("nan"), train_clip_range=0.0, algorithm="ppo",
            mixed_precision="fp8", rwr_fraction=1.5, rwr_beta=0.0, train_adam_beta1=1.0, train_batch_size=True, seed=-1, negative_prompts=3,
            log_prob_reduction="max", train_adam_weight_decay=-1.0, train_timestep_fraction=2, train_max_grad_norm=float("inf"),
-           baseline="mean", samples_per_prompt=0, advantage_min_std=-0.1, micro_batch_size=-1)
+           baseline="mean", rwr_normalizer="sample", rwr_rewards="clipped", train_fresh_optimizer=1, samples_per_prompt=0, advantage_min_std=-0.1, micro_batch_size=-1)
 @pytest.mark.parametrize("name", BAD)
 def test_bad_settings_are_named(name):
     with pytest.raises(InputError, match=f"^{name}: "): DDPOConfig(**{name: BAD[name]})
@@ -149,19 +151,84 @@ def test_two_processes_draw_what_one_draws(k):
     assert two[0].prompts + two[1].prompts == one.prompts
     assert (torch.cat([o.images for o in two]) - one.images).abs().max() < 1e-4
 
-@pytest.mark.parametrize("baseline", ["group", "leave-one-out"])
-@pytest.mark.parametrize("algorithm", ["ddpo-is", "rwr"])
-def test_baselines_reach_the_update(baseline, algorithm):
-    kept, t = [], trainer(algorithm, baseline=baseline, samples_per_prompt=4, advantage_min_std=0.01)
+def kept_rewards(t):
+    "The prompts and rewards of an epoch as the trainer's hook sees them, and the work they are turned into"
+    kept = []
     t.hook = lambda batches, *_: kept.extend((p, float(r)) for _, prompts, _, rewards, _ in batches for p, r in zip(prompts, rewards))
     work = t.collect()
-    prompts, rewards = zip(*kept)
+    return *map(list, zip(*kept)), work
+
+def trains(t, work):
+    before, t.work = weights(t).clone(), work
+    return np.isfinite(t.epoch()["loss"]) and (weights(t) != before).any()
+
+@pytest.mark.parametrize("baseline", ["group", "leave-one-out"])
+def test_baselines_reach_the_update(baseline):
+    t = trainer(baseline=baseline, samples_per_prompt=4, advantage_min_std=0.01)
+    prompts, rewards, work = kept_rewards(t)
     np.testing.assert_allclose(work.advantages, BASELINES[baseline](prompts, rewards, min_std=0.01), rtol=1e-5, atol=1e-6)
     for p in set(prompts): assert abs(work.advantages[[i for i, o in enumerate(prompts) if o == p]].sum()) < 1e-5
-    assert work.advantages.abs().max() > 0.1
-    before = weights(t).clone()
-    t.work = work
-    assert np.isfinite(t.epoch()["loss"]) and (weights(t) != before).any()
+    assert work.advantages.abs().max() > 0.1 and trains(t, work)
+
+@pytest.mark.parametrize("normalizer", ["prompt", "batch"])
+def test_what_rwr_weighs_reaches_the_update(normalizer):
+    "Raw rewards by the paper's formula, or the same advantages as DDPO's; two processes would see what one does"
+    for raw, kw in ((True, dict(rwr_rewards="raw", per_prompt_stat_tracking=False)),
+                    (False, dict(rwr_rewards="normalized", baseline="group"))):
+        t = trainer("rwr", rwr_normalizer=normalizer, rwr_beta=3.0, samples_per_prompt=4, **kw)
+        prompts, rewards, work = kept_rewards(t)
+        values = torch.tensor(rewards if raw else BASELINES["group"](prompts, rewards), dtype=torch.float64)
+        want = rwr_weights(values, 3.0, prompts if normalizer == "prompt" else None)
+        np.testing.assert_allclose(work.advantages, want, rtol=1e-4)
+        assert work.advantages.mean().item() == pytest.approx(1, rel=1e-5) and work.advantages.std() > 0.01
+    assert trains(t, work)
+
+def test_a_fresh_optimizer_forgets_with_each_epoch_and_another_does_not():
+    def steps(fresh):
+        t = trainer("rwr", train_fresh_optimizer=fresh, train_num_inner_epochs=3)
+        t.train(2, progress=False)
+        return {int(s["step"]) for s in t.optimizer.state.values()}
+    assert (steps(True), steps(False)) == ({3}, {6})
+
+@pytest.mark.parametrize("name,value", [("baseline", "group"), ("per_prompt_stat_tracking", True), ("advantage_min_std", 0.1)])
+def test_raw_rewards_are_not_normalised_in_silence(name, value):
+    with pytest.raises(InputError, match=f"^{name}: it normalises rewards, and rwr_rewards is 'raw'; set rwr_rewards to normalized"):
+        RWRConfig(samples_per_prompt=2, **{name: value})
+    RWRConfig(samples_per_prompt=2, rwr_rewards="normalized", **{name: value})
+
+# The paper's settings (arXiv 2305.13301 v4, app. D, and jannerm/ddpo), value by value
+
+COMMON = dict(sample_num_steps=50, sample_eta=1.0, sample_guidance_scale=5.0, train_cfg=True, train_adam_weight_decay=1e-4, train_adam_beta1=0.9,
+              train_adam_beta2=0.999, train_max_grad_norm=1.0, log_prob_reduction="mean", step_weighting="equal", kl_coef=0.0)
+TRACKED = COMMON | dict(per_prompt_stat_tracking=True, per_prompt_stat_tracking_buffer_size=32, per_prompt_stat_tracking_min_count=16,
+                        train_clip_range=1e-4, train_fresh_optimizer=False)
+WEIGHED = COMMON | dict(rwr_beta=0.2, rwr_normalizer="prompt", rwr_rewards="raw", per_prompt_stat_tracking=False, train_fresh_optimizer=True)
+PAPER = {  # settings; samples an epoch, samples an update, updates an epoch
+    "ddpo-is": (TRACKED, 256, 64, 4), "ddpo-sf": (TRACKED, 256, 256, 1),
+    "rwr": (WEIGHED | dict(rwr_draws=1, train_num_inner_epochs=5), 10_240, 128, 400),
+    "rwr-sparse": (WEIGHED | dict(rwr_fraction=0.1, rwr_draws=10, train_num_inner_epochs=5), 10_240, 128, 400),
+}
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("lora,rate", [(True, 3e-4), (False, 1e-5)], ids=["lora", "full"])
+def test_the_papers_settings(algorithm, lora, rate):
+    settings, samples, update, updates = PAPER[algorithm]
+    c = make_config(algorithm, "some/stable-diffusion", lora=lora)
+    assert {k: getattr(c, k) for k in settings} == settings and c.train_learning_rate == rate
+    assert (c.samples_per_epoch, c.samples_per_update) == (samples, update)
+    assert c.samples_per_epoch // c.samples_per_update * c.train_num_inner_epochs == updates
+
+@pytest.mark.parametrize("algorithm,seen", [("rwr", 5), ("rwr-sparse", 50)])
+def test_an_update_holds_what_the_papers_does(algorithm, seen):
+    "128 examples an update, 400 updates a round; a kept sample is seen so many times"
+    c = make_config(algorithm, "some/stable-diffusion")
+    objective, n = make_objective(c), c.samples_per_epoch
+    prompts = [f"animal {i % 512}" for i in range(n)]   # 20 pictures each
+    counts = objective.weigh(prompts, np.random.default_rng(0).normal(size=n), None)
+    thin = SimpleNamespace(latents=torch.zeros(n, 1, 1, 1, 1))
+    ex = objective.examples(SimpleNamespace(num_train_timesteps=1000), thin, counts, torch.Generator())
+    sizes = {len(i) for i in split_updates(ex["sample"], n, n // c.samples_per_update, torch.Generator())}
+    assert sizes == {128}
+    assert set((ex["sample"].bincount()[ex["sample"].unique()] * c.train_num_inner_epochs).tolist()) == {seen}
 
 @pytest.mark.parametrize("tracking", [False, True], ids=["batch", "history"])
 def test_a_floor_makes_advantages_small(tracking):
