@@ -27,7 +27,8 @@ from .prompts import PROMPT_SETS, InputError, PromptSource, prompt_source
 from .reward_files import Guarded, RewardError, check_signature, guarded_file
 from .rewards import PromptAlignment, answer, check_rewards, get_reward, reward_name, to_uint8
 from .rollout import rollout, sample_generator
-from .trainer import ALGORITHMS, RESULT_FREE, DDPOConfig, check_launcher, check_repeats, make_config, make_trainer, processes, usable_precision
+from .trainer import (ALGORITHMS, RESULT_FREE, DDPOConfig, check_launcher, check_repeats, make_config, make_trainer, processes,
+                             usable_precision, weighed_by_temperature)
 
 # %% ../nbs/10_compare.ipynb #3843789d
 def t_quantile(
@@ -629,6 +630,8 @@ def _join(new: dict, old: dict) -> dict:
     differs = [f"{k} is {old.get(k)!r} there and {new[k]!r} here" for k in _identity if old.get(k) != new[k]]
     for a in set(new["configs"]) & set(old["configs"]):
         differs += [f"{a}'s {k} is {was!r} there and {v!r} here" for k, v in new["configs"][a].items() if k not in RESULT_FREE and (was := old["configs"][a].get(k, getattr(DDPOConfig, k, None))) != v]  # a setting younger than the folder had its default
+    if any(map(weighed_by_temperature, old["configs"].values())):
+        raise InputError("--output", "the RWR runs kept there are of when rwr_beta was a temperature, and today it is an inverse one", "name a new folder")
     if differs: raise InputError("--output", f"another comparison is kept there: {differs[0]}" + (f" (and {len(differs) - 1} more)" if differs[1:] else ""),
                                  "name a new folder, or give the settings it was made with")
     both = lambda k: [*old[k], *(v for v in new[k] if v not in old[k])]

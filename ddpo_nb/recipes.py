@@ -7,7 +7,7 @@ __all__ = ['RECIPES', 'Recipe', 'get_recipe', 'list_recipes', 'ModelNumbers', 'm
            'estimate_memory', 'Plan', 'plan']
 
 # %% ../nbs/10a_recipes.ipynb #e1737869
-import difflib, os, weakref
+import difflib, math, os, weakref
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -226,11 +226,18 @@ def _examples(c, numbers, prompts=1):
     if not steps: raise InputError("sample_num_steps", "the model's only step has no noise: there is no policy gradient", "give 2 or more")
     return c.samples_per_epoch * max(1, int(steps * c.train_timestep_fraction))
 
+def _times(draws, prompts):
+    "How many of the prompts are expected to be drawn m times: m -> number, from the binomial distribution."
+    if prompts == 1: return {draws: 1.0}
+    ways = lambda m: math.lgamma(draws + 1) - math.lgamma(m + 1) - math.lgamma(draws - m + 1)
+    share = lambda m: math.exp(ways(m) - m * math.log(prompts) + (draws - m) * math.log1p(-1 / prompts))
+    return {m: prompts * share(m) for m in range(1, draws + 1)}
+
 def _kept(c, prompts):
-    "Samples of an epoch that RWR-sparse keeps, about: its share of each prompt's, and at least one of every prompt that is drawn."
-    n, draws = c.samples_per_epoch, c.samples_per_epoch // c.samples_per_prompt
-    groups = 1 if c.rwr_normalizer == "batch" else prompts * (1 - (1 - 1 / prompts)**draws)  # as many different prompts are expected
-    return round(groups * max(1, round(n / groups * c.rwr_fraction)))
+    "Samples of an epoch that RWR-sparse keeps, on average: its share of each prompt's that is drawn, and at least one."
+    n, k = c.samples_per_epoch, c.samples_per_prompt
+    times = {n // k: 1.0} if c.rwr_normalizer == "batch" else _times(n // k, prompts)
+    return round(sum(number * max(1, round(m * k * c.rwr_fraction)) for m, number in times.items()))
 
 def _updates(c, numbers, prompts=1):
     "In one pass."

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ALGORITHMS', 'RESULT_FREE', 'EMOJI_SETTINGS', 'PAPER_SETTINGS', 'DDPOConfig', 'RWRConfig', 'check_config',
            'check_repeats', 'make_objective', 'processes', 'usable_precision', 'check_launcher', 'DDPOTrainer',
-           'denoised_together', 'split_updates', 'Work', 'find_checkpoint', 'RWRTrainer', 'make_trainer', 'make_config']
+           'denoised_together', 'split_updates', 'Work', 'find_checkpoint', 'weighed_by_temperature', 'RWRTrainer',
+           'make_trainer', 'make_config']
 
 # %% ../nbs/09_trainer.ipynb #8222ca9a
 import atexit, inspect, json, math, os, resource, shutil, sys, tempfile, time, warnings
@@ -33,7 +34,7 @@ from .policy import EMOJI_SD, StableDiffusionPolicy, load_pipeline
 from .prompts import InputError
 from .rewards import ParallelReward, _numbers, answer, check_name, check_rewards, get_reward, reward_name, to_uint8
 from .rollout import rollout, sample_generator
-from .rwr import RWR, RWRSparse
+from .rwr import NORMALIZERS, REWARDS, RWR, RWRSparse
 
 # %% ../nbs/09_trainer.ipynb #6c3fdb05
 ALGORITHMS = ("ddpo-is", "ddpo-sf", "rwr", "rwr-sparse")
@@ -70,6 +71,7 @@ class DDPOConfig:
     train_adam_epsilon: float = 1e-8       # keeps AdamW from dividing by zero
     train_gradient_accumulation_steps: int = 1  # batches of train_batch_size samples in an update
     train_max_grad_norm: float = 1.0       # the gradient is scaled down to this norm
+    train_fresh_optimizer: bool = False    # AdamW forgets its means with each epoch, as in the paper's RWR
     train_num_inner_epochs: int = 1        # passes over an epoch's samples
     train_cfg: bool = True                 # guidance in the loss, as when sampling
     train_adv_clip_max: float = 5.0        # advantages are cut to ± this
@@ -92,8 +94,10 @@ class DDPOConfig:
     advantage_min_std: float = 0.0         # floor under the spread that rewards are divided by, in the reward's units; 0: none (notebook 06)
     watch_reward: str = ""                 # name of a reward that is logged beside the one that is optimised, and never optimised
     stop_patience: int = 0                 # stop when the watched reward has had no new best for so many epochs, and take the best weights; 0: never
-    rwr_beta: float = 0.2                  # RWR's temperature
-    rwr_fraction: float = 0.1              # share of the samples that RWR-sparse keeps
+    rwr_beta: float = 0.2                  # RWR's inverse temperature: weights are exp(rwr_beta · reward), normalised
+    rwr_normalizer: str = "prompt"         # what RWR's samples compete with: those of their own "prompt", or the whole "batch" (notebook 07)
+    rwr_rewards: str = "raw"               # what RWR weighs: "raw" rewards, or "normalized" ones, as DDPO does
+    rwr_fraction: float = 0.1              # share of each prompt's samples, or of the batch's, that RWR-sparse keeps
     rwr_draws: int = 1                     # noise levels that RWR draws for a sample in one pass
     lora_rank: int = 4                     # of the adapters that a model without any gets
     lr_scheduler: str = "constant"         # learning rate over the run, by diffusers' names: constant_with_warmup, linear, cosine, …
@@ -119,6 +123,7 @@ class DDPOConfig:
 class RWRConfig(DDPOConfig):
     "The same settings for reward-weighted regression; `algorithm` may also be rwr-sparse."
     algorithm: str = "rwr"
+    train_fresh_optimizer: bool = True     # each epoch's samples are fitted anew
 
 # %% ../nbs/09_trainer.ipynb #daedb006
 _KINDS = {f.name: f.type for f in fields(DDPOConfig)}  # read here, once: transformers' HfArgumentParser rewrites them
@@ -131,7 +136,7 @@ _betas = ("train_adam_beta1", "train_adam_beta2")
 _not_negative = ("seed", "micro_batch_size", "train_adam_weight_decay", "lr_warmup_updates", "kl_coef", "stop_patience", "advantage_min_std",
                  "sample_guidance_scale")
 _choices = dict(algorithm=ALGORITHMS, mixed_precision=("no", "fp16", "bf16"), log_prob_reduction=("mean", "sum"), reward_pool=ParallelReward.kinds, step_weighting=STEP_WEIGHTINGS,
-                baseline=tuple(BASELINES),
+                baseline=tuple(BASELINES), rwr_normalizer=NORMALIZERS, rwr_rewards=REWARDS,
                 log_with=(None, *(str(o) for o in LoggerType)), lr_scheduler=tuple(o.value for o in SchedulerType if o.value != "piecewise_constant"))
 
 def _number(value, kind):
@@ -166,6 +171,12 @@ def _check_value(name, value, kind):
     if name in _betas and not 0 <= value < 1: raise InputError(name, f"{value} is out of range", "give a number in [0, 1)")
     if name in _not_negative and not 0 <= value < float("inf"): raise InputError(name, f"{value} is out of range", "give 0 or more")
 
+def _check_raw(c):
+    "InputError for settings of a normalisation that RWR leaves out."
+    for name, unset in (("baseline", "normalize"), ("per_prompt_stat_tracking", False), ("advantage_min_std", 0)):
+        if getattr(c, name) != unset:
+            raise InputError(name, "it normalises rewards, and rwr_rewards is 'raw'", "set rwr_rewards to normalized, or leave it")
+
 def check_config(c):
     "InputError if a setting is of the wrong type, out of its range, or does not fit the others. A subclass's own fields are its own business."
     for name, kind in _KINDS.items():
@@ -181,6 +192,7 @@ def check_config(c):
         raise InputError("sample_eta", "at 0 a step draws nothing, and has no likelihood to learn from", "give a number in (0, 1]; only RWR may sample at 0")
     if c.log_with and c.log_with != "all" and c.log_with not in map(str, get_available_trackers()): raise InputError("log_with", f"{c.log_with!r} is not installed", f"pip install {c.log_with}")
     if c.kl_coef and c.algorithm.startswith("rwr"): raise InputError("kl_coef", "RWR's loss has no steps to compare", "leave it at 0, or choose ddpo-is or ddpo-sf")
+    if c.algorithm.startswith("rwr") and c.rwr_rewards == "raw": _check_raw(c)
     if c.baseline != "normalize":
         if c.samples_per_prompt == 1: raise InputError("baseline", f"{c.baseline!r} compares a prompt's samples, and there is only one of each", "set samples_per_prompt to 2 or more")
         if c.per_prompt_stat_tracking: raise InputError("per_prompt_stat_tracking", f"it is a baseline of its own, and {c.baseline!r} is another", "switch one of them off")
@@ -197,8 +209,9 @@ def check_repeats(c, processes=1):
 # %% ../nbs/09_trainer.ipynb #e26766ce
 def make_objective(c: DDPOConfig):
     "The objective that `c.algorithm` names."
-    if c.algorithm == "rwr": return RWR(beta=c.rwr_beta, draws=c.rwr_draws, guidance=c.train_cfg)
-    if c.algorithm == "rwr-sparse": return RWRSparse(fraction=c.rwr_fraction, draws=c.rwr_draws, guidance=c.train_cfg)
+    if c.algorithm.startswith("rwr"):
+        weighing = dict(beta=c.rwr_beta, draws=c.rwr_draws, guidance=c.train_cfg, normalizer=c.rwr_normalizer, rewards=c.rwr_rewards)
+        return RWR(**weighing) if c.algorithm == "rwr" else RWRSparse(**weighing, fraction=c.rwr_fraction)
     kind = DDPOSF if c.algorithm == "ddpo-sf" else DDPO
     return kind(clip_range=c.train_clip_range, adv_clip_max=c.train_adv_clip_max, timestep_fraction=c.train_timestep_fraction, guidance=c.train_cfg,
                 step_weighting=c.step_weighting, kl_coef=c.kl_coef)
@@ -437,10 +450,12 @@ def checked(self:DDPOTrainer, answer, n):
 # %% ../nbs/09_trainer.ipynb #003e9012
 @patch
 def advantages(self:DDPOTrainer, prompts, rewards):
-    "Advantages (n,) of this process's samples, from the rewards (N,) and prompts (N,) of all processes."
-    c, n, rank = self.config, self.config.samples_per_epoch, self.accelerator.process_index
-    of_all = self.tracker.update(prompts, rewards) if c.per_prompt_stat_tracking else BASELINES[c.baseline](prompts, rewards, min_std=c.advantage_min_std)
-    return torch.as_tensor(of_all[rank * n:(rank + 1) * n], dtype=torch.float32, device=self.accelerator.device)
+    "What this process's samples count, (n,), from the rewards (N,) and prompts (N,) of all: DDPO's advantages, or RWR's weights."
+    c, n, a = self.config, self.config.samples_per_epoch, self.accelerator
+    of_all = (self.tracker.update(prompts, rewards) if c.per_prompt_stat_tracking
+              else BASELINES[c.baseline](prompts, rewards, min_std=c.advantage_min_std))
+    counts = self.objective.weigh(prompts, rewards, of_all, a.num_processes)
+    return counts[a.process_index * n:(a.process_index + 1) * n].to(a.device, torch.float32)
 
 # %% ../nbs/09_trainer.ipynb #463170b9
 def split_updates(sample, n, updates, generator):
@@ -468,7 +483,7 @@ def gradient(self:DDPOTrainer, trajectories, examples):
 class Work:
     "An epoch under way: what was sampled and scored, and how far its updates have come."
     trajectories: Trajectories
-    advantages: torch.Tensor  # (n,)
+    advantages: torch.Tensor  # what each sample counts: DDPO's advantages, or RWR's weights, (n,)
     row: dict                 # figures known so far
     done: int = 0             # updates taken
     count: int = 0            # examples they saw
@@ -485,6 +500,7 @@ def update(self:DDPOTrainer, work: Work) -> dict:
     "The updates that an epoch still needs; returns the means of the figures to log."
     c, trajectories, n, taken = self.config, work.trajectories, self.config.samples_per_epoch, 0
     generator = sample_generator(c.seed, self.epochs_done, 2**31 + self.accelerator.process_index)
+    if c.train_fresh_optimizer and work.done == 0: self.optimizer.state.clear()
     for inner in range(c.train_num_inner_epochs):
         examples = self.objective.examples(self.policy, trajectories, work.advantages, generator)
         for i in split_updates(examples["sample"], n, n // c.samples_per_update, generator):
@@ -681,6 +697,10 @@ def find_checkpoint(place: str|Path) -> Path:
     if found is None: raise InputError("resume_from", f"there is no whole checkpoint in {str(place)!r}", "name a checkpoint, or the folder of a run that has some")
     return found
 
+def weighed_by_temperature(config: dict) -> bool:
+    "Whether these settings of an RWR run are of before `rwr_beta` was the paper's inverse temperature."
+    return config["algorithm"].startswith("rwr") and "rwr_normalizer" not in config
+
 def _lay_out(optimizer):
     "Give the optimizer's tensors their weights' order in memory, which a file does not keep and fused kernels rely on."
     for p, state in optimizer.state.items():
@@ -692,6 +712,9 @@ def load_checkpoint(self:DDPOTrainer, place: str|Path):
     "Take up the run that a checkpoint was made of. InputError if it is not one of this run's."
     folder, a = find_checkpoint(place), self.accelerator
     state = load_state(folder/"trainer")
+    if self.config.algorithm.startswith("rwr") and weighed_by_temperature(state["config"]):
+        raise InputError("resume_from", f"{str(folder)!r} was made when rwr_beta was a temperature, and today it is an inverse one",
+                         "train anew: the run cannot go on with weights of another meaning")
     mine, usual = (_plain(_identity(c)) for c in (self.config, type(self.config)()))  # a setting that is younger than the checkpoint had its default
     mine["processes"] = a.num_processes
     for k, v in (usual | state["config"] | dict(processes=state["processes"])).items():
@@ -808,18 +831,25 @@ def make_trainer(config: DDPOConfig, reward_function, prompt_function, policy, *
 _emoji = dict(mixed_precision="no", sample_num_steps=10, sample_guidance_scale=3.0, sample_batch_size=64, sample_num_batches_per_epoch=1, lora_rank=16,
               per_prompt_stat_tracking=True, per_prompt_stat_tracking_buffer_size=32, per_prompt_stat_tracking_min_count=3)
 _ddpo = dict(train_batch_size=16, train_timestep_fraction=0.5, step_weighting="variance")
-_rwr = dict(sample_num_batches_per_epoch=2, train_batch_size=64, train_num_inner_epochs=2, train_learning_rate=3e-3, train_cfg=False, lora_rank=4)
+_rwr = dict(sample_num_batches_per_epoch=2, train_batch_size=64, train_num_inner_epochs=2, train_learning_rate=3e-3, train_cfg=False, lora_rank=4,
+            rwr_rewards="normalized", rwr_normalizer="batch", train_fresh_optimizer=False)
 EMOJI_SETTINGS = {
     "ddpo-is": _emoji | _ddpo | dict(train_learning_rate=3e-3, train_clip_range=1e-3),
     "ddpo-sf": _emoji | _ddpo | dict(train_learning_rate=1e-3, sample_batch_size=16),
-    "rwr": _emoji | _rwr | dict(rwr_draws=2),
+    "rwr": _emoji | _rwr | dict(rwr_draws=2, rwr_beta=5.0),
     "rwr-sparse": _emoji | _rwr | dict(rwr_draws=8, train_learning_rate=1e-3),
 }
+_paper = dict(sample_num_steps=50, sample_eta=1.0, sample_guidance_scale=5.0, sample_batch_size=8, train_cfg=True, train_learning_rate=3e-4,
+              train_adam_weight_decay=1e-4, train_adam_beta1=0.9, train_adam_beta2=0.999, train_max_grad_norm=1.0)
+_paper_ddpo = _paper | dict(sample_num_batches_per_epoch=32, train_num_inner_epochs=1, train_clip_range=1e-4, step_weighting="equal",
+                            per_prompt_stat_tracking=True, per_prompt_stat_tracking_buffer_size=32, per_prompt_stat_tracking_min_count=16)
+_paper_rwr = _paper | dict(sample_num_batches_per_epoch=1280, train_batch_size=128, train_num_inner_epochs=5, train_fresh_optimizer=True,
+                           rwr_beta=0.2, rwr_normalizer="prompt", rwr_rewards="raw")
 PAPER_SETTINGS = {
-    "ddpo-is": dict(sample_batch_size=8, sample_num_batches_per_epoch=32, train_batch_size=64),
-    "ddpo-sf": dict(sample_batch_size=8, sample_num_batches_per_epoch=32, train_batch_size=256),
-    "rwr": dict(sample_batch_size=8, sample_num_batches_per_epoch=1248, train_batch_size=128, train_num_inner_epochs=5),
-    "rwr-sparse": dict(sample_batch_size=8, sample_num_batches_per_epoch=1248, train_batch_size=128, train_num_inner_epochs=5),
+    "ddpo-is": _paper_ddpo | dict(train_batch_size=64),
+    "ddpo-sf": _paper_ddpo | dict(train_batch_size=256),
+    "rwr": _paper_rwr | dict(rwr_draws=1),
+    "rwr-sparse": _paper_rwr | dict(rwr_fraction=0.1, rwr_draws=10),
 }
 
 def make_config(
@@ -831,6 +861,6 @@ def make_config(
     "Settings for one algorithm on one model, with any of them overridden."
     if algorithm not in ALGORITHMS: raise InputError("algorithm", f"there is no {algorithm!r}", f"choose from {', '.join(ALGORITHMS)}")
     settings = (EMOJI_SETTINGS if model == EMOJI_SD else PAPER_SETTINGS)[algorithm]
-    if not lora: settings = settings | dict(train_learning_rate=1e-4 if model == EMOJI_SD else 1e-5)
+    if not lora: settings = settings | dict(train_learning_rate=1e-4 if model == EMOJI_SD else 1e-5)  # which is the paper's
     if overrides.get("baseline", "normalize") != "normalize": settings = settings | dict(per_prompt_stat_tracking=False)  # a baseline of its own
     return (RWRConfig if algorithm.startswith("rwr") else DDPOConfig)(**(dict(algorithm=algorithm) | settings | overrides))

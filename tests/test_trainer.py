@@ -103,7 +103,7 @@ def test_per_prompt_statistics_are_used():
 BAD = dict(sample_num_steps=0, sample_eta=0.0, sample_batch_size=-1, train_learning_rate=float("nan"), train_clip_range=0.0, algorithm="ppo",
            mixed_precision="fp8", rwr_fraction=1.5, rwr_beta=0.0, train_adam_beta1=1.0, train_batch_size=True, seed=-1, negative_prompts=3,
            log_prob_reduction="max", train_adam_weight_decay=-1.0, train_timestep_fraction=2, train_max_grad_norm=float("inf"),
-           baseline="mean", rwr_normalizer="sample", rwr_rewards="clipped", train_fresh_optimizer=1, samples_per_prompt=0, advantage_min_std=-0.1, micro_batch_size=-1)
+           baseline="mean", rwr_normalizer="sample", rwr_rewards="clipped", train_fresh_optimizer="yes", samples_per_prompt=0, advantage_min_std=-0.1, micro_batch_size=-1)
 @pytest.mark.parametrize("name", BAD)
 def test_bad_settings_are_named(name):
     with pytest.raises(InputError, match=f"^{name}: "): DDPOConfig(**{name: BAD[name]})
