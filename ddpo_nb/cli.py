@@ -325,7 +325,8 @@ def _recipe(args):
 
 def _dry_run(args, config, epochs, processes):
     from ddpo_nb.recipes import model_numbers, plan
-    print(plan(config, model_numbers(args.model), args.lora, epochs, processes))
+    known = len(set(prompt_source(args.prompts).prompts))
+    print(plan(config, model_numbers(args.model), args.lora, epochs, processes, prompts=known))
     return 0
 
 def _push(args, c):
