@@ -11,6 +11,10 @@ from collections import defaultdict, deque
 import numpy as np
 
 # %% ../nbs/06_advantages.ipynb #e1bdb25b
+def _array(rewards):
+    "Numbers in float64, from a list, an array, or a tensor on any device."
+    return np.asarray(rewards.tolist() if hasattr(rewards, "tolist") else rewards, dtype=np.float64)
+
 def _floored(spread, min_std):
     "The spread, but at least `min_std`; ValueError if that is no floor."
     if not 0 <= min_std < float("inf"): raise ValueError(f"min_std must be 0 or more, not {min_std}")
@@ -22,13 +26,13 @@ def normalize(
     min_std: float = 0.0,  # floor under the spread, in the reward's units; 0: none (see the end of this notebook)
 ) -> np.ndarray:           # advantages, (N,), float64
     "Rewards minus their mean, over their population standard deviation. ValueError for a negative floor."
-    rewards = np.asarray(rewards, dtype=np.float64)
+    rewards = _array(rewards)
     return (rewards - rewards.mean()) / (_floored(rewards.std(), min_std) + eps)
 
 # %% ../nbs/06_advantages.ipynb #0b0f4b7d
 def _matched(prompts, rewards):
     "Prompts as texts, rewards (N,) in float64; ValueError if there is not one reward a prompt."
-    rewards, prompts = np.asarray(rewards, dtype=np.float64), [str(p) for p in prompts]
+    rewards, prompts = _array(rewards), [str(p) for p in prompts]
     if rewards.shape != (len(prompts),): raise ValueError(f"{len(prompts)} prompts need as many rewards, not an array of shape {rewards.shape}")
     return prompts, rewards
 

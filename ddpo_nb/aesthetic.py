@@ -570,7 +570,7 @@ def clip_pixels(
 ) -> Tensor:                     # (N, 3, S, S), as the network wants them
     "CLIP's preprocessing, by Pillow and NumPy alone: short side to S by bicubic interpolation, the square in the middle, mean and spread."
     o, out = expected["processor"], []
-    for picture in (images.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8):
+    for picture in (images.permute(0, 2, 3, 1).cpu().numpy() * 255).round().astype(np.uint8):
         image, side = Image.fromarray(picture), o["size"]
         scale = side / min(image.size)
         image = image.resize([max(side, int(s * scale)) for s in image.size], Image.Resampling.BICUBIC)

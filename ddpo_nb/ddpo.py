@@ -65,13 +65,13 @@ def examples(
     generator: torch.Generator,  # on the CPU; draws each sample's steps
 ) -> dict:
     "A flat set of transitions: sample (M,), step (M,), advantage (M,); deterministic steps are left out, ValueError if none remain."
-    steps, device = trajectories.stochastic.nonzero().flatten().cpu(), trajectories.latents.device
+    steps, waiting = trajectories.stochastic.nonzero().flatten().cpu(), trajectories.latents.device
     if not len(steps): raise ValueError("no step of these trajectories is stochastic: there is no policy gradient")
     keep = max(1, int(len(steps) * self.timestep_fraction))
     order = torch.rand((len(trajectories), len(steps)), generator=generator).argsort(1)
     step, sample = steps[order[:, :keep]].flatten(), torch.arange(len(trajectories)).repeat_interleave(keep)
-    advantage = advantages.to(device).clamp(-self.adv_clip_max, self.adv_clip_max)
-    return dict(sample=sample.to(device), step=step.to(device), advantage=advantage[sample.to(device)])
+    advantage = advantages.to(trajectories.device).clamp(-self.adv_clip_max, self.adv_clip_max)[sample]
+    return dict(sample=sample.to(waiting), step=step.to(waiting), advantage=advantage)  # where latents wait, so do their indices
 
 # %% ../nbs/08_ddpo.ipynb #d3f6e167
 @patch

@@ -134,6 +134,11 @@ class Trajectories:
 
     def __len__(self): return len(self.latents)
 
+    @property
+    def device(self):
+        "Where the policy computes; `latents` and `images` may wait in the CPU's memory meanwhile."
+        return self.log_probs.device
+
 # %% ../nbs/01_mdp.ipynb #7074dee2
 @patch
 def transitions(
@@ -142,5 +147,13 @@ def transitions(
     steps: Tensor,    # (M,) indices of steps, 0 the first
 ) -> tuple:           # x_t (M,C,H,W), t (M,), x_{t-1} (M,C,H,W), log-probability (M,)
     "The transitions (x_t, t) → x_{t-1} at the given samples and steps."
-    i, j, device = samples.to(self.latents.device), steps.to(self.latents.device), self.timesteps.device  # the latents may wait on the CPU
-    return self.latents[i, j].to(device), self.timesteps[steps], self.latents[i, j + 1].to(device), self.log_probs[samples, steps]
+    states = lambda k: self.latents[samples.to(self.latents.device), k.to(self.latents.device)].to(self.device)
+    return states(steps), self.timesteps[steps], states(steps + 1), self.log_probs[samples, steps]
+
+@patch
+def clean(
+    self: Trajectories,
+    samples: Tensor,  # (M,) indices of trajectories
+) -> Tensor:          # (M, C, H, W), where the policy computes
+    "The last states, x_0, of the given samples."
+    return self.latents[samples.to(self.latents.device), -1].to(self.device)

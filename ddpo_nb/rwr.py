@@ -115,12 +115,14 @@ def examples(
     generator: torch.Generator,  # on the CPU; draws timesteps and noise
 ) -> dict:
     "A flat training set: sample (M,), timestep (M,), noise (M, C, H, W), weight (M,); samples of weight 0 are left out."
-    x0, kept = trajectories.latents[:, -1], weights.nonzero().flatten()
+    weights, latents = weights.to(trajectories.device), trajectories.latents
+    kept = weights.nonzero().flatten()
     sample = kept.repeat_interleave(self.draws)
     weight = weights[sample] * (len(kept) / len(weights))
     timestep = torch.randint(policy.num_train_timesteps, (len(sample),), generator=generator)
-    noise = torch.randn((len(sample), *x0.shape[1:]), generator=generator, dtype=x0.dtype)
-    return {k: v.to(x0.device) for k, v in dict(sample=sample, weight=weight, timestep=timestep, noise=noise).items()}
+    noise = torch.randn((len(sample), *latents.shape[2:]), generator=generator, dtype=latents.dtype)
+    waiting, timestep = latents.device, timestep.to(trajectories.device)  # noise is as large as latents, and waits where they do
+    return dict(sample=sample.to(waiting), weight=weight, timestep=timestep, noise=noise.to(waiting))
 
 @patch
 def loss(
@@ -130,9 +132,8 @@ def loss(
     examples: dict,              # some of what `examples` returned
 ) -> tuple:                      # loss (M,), and figures to log, (M,) each
     "The weighted denoising error of each example; its mean over all examples is RWR's loss."
-    i = examples["sample"]
-    error = policy.denoising_error(trajectories.latents[i, -1], examples["timestep"], examples["noise"],
-                                   trajectories.conditioning[i], self.guidance)
+    i, noise = examples["sample"], examples["noise"].to(trajectories.device)
+    error = policy.denoising_error(trajectories.clean(i), examples["timestep"], noise, trajectories.conditioning[i], self.guidance)
     return examples["weight"] * error, dict(denoising_loss=error.detach(), weight=examples["weight"])
 
 # %% ../nbs/07_rwr.ipynb #4fecd62f

@@ -285,15 +285,20 @@ def _log_images(tracker, images, step):
         from trackio import Image
         tracker.log({k: Image(to_uint8(torch.as_tensor(v))[0]) for k, v in images.items()}, step=step)
 
+def _tf32(allowed):
+    "May a GPU round fp32's factors to 11 bits, in matrix products and in convolutions?"
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
 def _accelerator(c, home):
     "An `Accelerator` with the config's precision, trackers and folders; it can also log images."
-    if c.allow_tf32 and torch.cuda.is_available(): torch.backends.cuda.matmul.allow_tf32 = True
     project = {} if home is None else dict(project_dir=str(home), logging_dir=str(home)) | c.project_kwargs
     processes()
     precision = usable_precision(c.mixed_precision)
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision: AcceleratorState._reset_state()  # an earlier trainer's, in this process
     a = Accelerator(mixed_precision=precision, log_with=c.log_with, project_config=ProjectConfiguration(**project), **c.accelerator_kwargs)
     a.gradient_accumulation_steps = 1  # the loop divides by itself; accelerate would do so again, by what its launcher was told
+    if a.device.type == "cuda": _tf32(c.allow_tf32)
     if c.log_with:
         plain = {k: v for k, v in c.to_dict().items() if isinstance(v, (int, float, str)) and not k.startswith(("tracker_kwargs", "accelerator_kwargs"))}
         a.init_trackers(c.tracker_project_name, config=plain, init_kwargs=_tracker_kwargs(c))
@@ -436,7 +441,8 @@ class _Judges:
 def ask(self:DDPOTrainer):
     "What a batch's images, prompts and metadata are given to; it returns a function that waits for the judges' answer."
     c, judges = self.config, _Judges(self.reward_function, self.watched)
-    if not c.async_reward_computation: return lambda *batch: partial(judges, *batch)
+    if not c.async_reward_computation:  # later; pictures that wait in the CPU's memory come back for it
+        return lambda images, *about: lambda: judges(images.to(self.accelerator.device), *about)
     if self.pool and self.pool.reward.reward is not self.reward_function: self.pool = self.pool.close()
     self.pool = self.pool or ParallelReward(judges, c.max_workers, c.reward_pool)
     return self.pool.submit
@@ -525,7 +531,9 @@ def update(self:DDPOTrainer, work: Work) -> dict:
 def collect(self:DDPOTrainer) -> Work:
     "Sample an epoch's trajectories, ask for their rewards, and turn these into advantages."
     t, batches, ask = [time.perf_counter()], [], self.ask()
-    def on_batch(*batch): batches.append((batch, ask(*batch)))
+    def on_batch(images, *about):
+        kept = images.to("cpu") if self.config.offload_trajectories else images
+        batches.append(((kept, *about), ask(images if self.config.async_reward_computation else kept, *about)))
     trajectories = self.sample(on_batch); t.append(time.perf_counter())
     scored = [self.checked(wait(), len(batch[1])) for batch, wait in batches]; t.append(time.perf_counter())
     seen = [[*batch, torch.as_tensor(rewards, device=self.accelerator.device), info] for (batch, _), (rewards, info, _) in zip(batches, scored)]
@@ -547,9 +555,9 @@ def _log_some(self:DDPOTrainer, batches, step, accelerator, most=8):
     images, prompts, _, rewards, _ = batches[0]
     accelerator.log_images({f"{p:.40} | {float(r):.3f}": o[None].float().cpu() for o, p, r in zip(images[:most], prompts, rewards)}, step=step)
 
-def _memory():
-    "Peak memory in GB: of the GPU if there is one, else of this process."
-    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated() / 1e9
+def _memory(device):
+    "Peak memory in GB: of the GPU that is used, or else of this process."
+    if device.type == "cuda": return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 # %% ../nbs/09_trainer.ipynb #6d4bc63e
@@ -613,7 +621,7 @@ def epoch(self:DDPOTrainer) -> dict:
     seconds = sum(work.row[f"seconds_{k}"] for k in ("sampling", "reward", "training"))
     self.epochs_done, self.work = self.epochs_done + 1, None
     row = dict(algorithm=self.config.algorithm, seed=self.config.seed, epoch=self.epochs_done, queries=self.queries, global_step=self.global_step) | work.row | figures
-    row |= dict(learning_rate=self.schedule.get_last_lr()[0], seconds=seconds, images_per_second=len(work.advantages) * self.accelerator.num_processes / seconds, peak_memory_gb=_memory())
+    row |= dict(learning_rate=self.schedule.get_last_lr()[0], seconds=seconds, images_per_second=len(work.advantages) * self.accelerator.num_processes / seconds, peak_memory_gb=_memory(self.accelerator.device))
     self.rows.append(row)
     return row
 
