@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from fastcore.basics import patch
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
-from .policy import EMOJI_SD, _no_bars, _one_line
+from .loading import EMOJI_SD, _no_bars, _one_line
 from .rewards import to_uint8
 
 # %% ../nbs/05a_clip.ipynb #41478d21

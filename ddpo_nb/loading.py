@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EMOJI_SD', 'LORA_FILES', 'ModelError', 'is_hub_id', 'lora_file', 'LoraLayer', 'read_lora', 'adapter_tensors',
-           'load_lora', 'load_pipeline']
+           'load_lora', 'fuse_lora', 'load_pipeline']
 
 # %% ../nbs/01b_loading.ipynb #dace5226
 import json, math, re, warnings
@@ -305,6 +305,13 @@ def load_lora(
         if part == "unet": network.load_lora_adapter(tensors, prefix=None, adapter_name="default", metadata=config)
         else: network.load_adapter(adapter_name="default", adapter_state_dict=tensors, peft_config=LoraConfig(**config))
         _check_applied(network, layers, tensors)
+
+def fuse_lora(pipe: StableDiffusionPipeline):
+    "Work a pipeline's adapter into its weights, and leave no adapter."
+    parts = [o for o in ("unet", "text_encoder") if getattr(getattr(pipe, o), "peft_config", None)]
+    pipe.fuse_lora(components=parts)
+    pipe.unload_lora_weights()
+
 
 # %% ../nbs/01b_loading.ipynb #7e1596b4
 def _ddim(config):

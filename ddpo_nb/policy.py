@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from peft import LoraConfig
 from peft.tuners import lora
 from safetensors.torch import load_file
-from .loading import EMOJI_SD, ModelError, _ddim, adapter_tensors, load_pipeline
+from .loading import EMOJI_SD, ModelError, _ddim, adapter_tensors, fuse_lora, load_pipeline
 from .mdp import DDIMStep, ddim_step, draw_noise, step_std
 
 # %% ../nbs/02_policy.ipynb #ea4a76e9
@@ -61,8 +61,7 @@ def _train_lora(pipeline, rank):
 def _train_whole(pipeline):
     _check_text_encoder(pipeline)
     if getattr(pipeline.unet, "peft_config", None):  # an adapter's layers among the UNet's own could not be saved as a plain UNet
-        pipeline.fuse_lora()
-        pipeline.unload_lora_weights()
+        fuse_lora(pipeline)
     pipeline.unet.float().requires_grad_(True)
 
 # %% ../nbs/02_policy.ipynb #6928c0c9

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel, CLIPConfig, CLIPModel
 from .clip import CLIPAlignment, Embedder, load_embedder, load_processors
-from .policy import EMOJI_SD, _no_bars, _one_line
+from .loading import EMOJI_SD, _no_bars, _one_line
 from .prompts import InputError
 from .rewards import to_uint8
 

@@ -323,7 +323,7 @@ class WordRecall:
 def _text_model(name: str):
     "Tokenizer and model by a hub id or folder, for reading only. ModelError if they cannot be had."
     from transformers import AutoModel, AutoTokenizer
-    from ddpo_nb.policy import _no_bars, _one_line
+    from ddpo_nb.loading import _no_bars, _one_line
     with _no_bars(), _one_line("--vlm-similarity", name, "give a transformers text encoder with safetensors weights, its folder, or words"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)

@@ -1,6 +1,7 @@
 "LoRA files as other programs write them: applied as they mean it, or refused in one line; what is in them never runs."
 import copy
 import json
+import shlex
 import time
 import warnings
 
@@ -10,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
+from ddpo_nb.cli import main
 from ddpo_nb.loading import load_lora
 from ddpo_nb.policy import ModelError, StableDiffusionPolicy, load_pipeline
 from tiny_sd import tiny_sd
@@ -293,3 +295,58 @@ def test_pictures_are_those_of_the_fused_model(pipe, folder, some, tmp_path):
     assert (draw(got) - before).abs().mean() > 1e-3
     with pytest.raises(ModelError) as e: load_pipeline(folder, write(tmp_path/"no", {f"transformer.{k}": v for k, v in peft(some).items()}))
     assert str(e.value).startswith("--lora: cannot load") and "transformer" in str(e.value) and len(str(e.value).splitlines()) == 1
+
+# the command line
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    def go(line):
+        capsys.readouterr()
+        status = main(shlex.split(line))
+        return status, *capsys.readouterr()
+    return go
+
+TINY = ("--queries 2 --evaluation-samples 2 --sample-num-steps 2 --train-batch-size 2 --sample-batch-size 2 --sample-num-batches-per-epoch 1 "
+        "--mixed-precision no --no-progress")
+
+def test_the_command_line_applies_it(run, folder, some, tmp_path, pipe):
+    text = random_lora(pipe.text_encoder, targets(pipe.text_encoder, TEXT), rank=4, seed=1, std=.3)
+    write(tmp_path/"l", attn_procs(some))
+    write(tmp_path/"t", kohya(some) | kohya(text_names(text), "lora_te_"))
+    pictures = []
+    for flags in ("", "--lora l", f"--lora l/{FILE}", f"--lora t/{FILE}"):
+        assert run(f"sample --model {folder} {flags} --prompt cat --steps 2 --output a.png")[0] == 0
+        pictures.append((tmp_path/"a.png").read_bytes())
+    assert len({*pictures}) == 3 and pictures[1] == pictures[2]
+    assert run(f"evaluate --model {folder} --lora t --samples 2 --steps 2")[0] == 0
+
+@pytest.mark.parametrize("line,words", [("sample --prompt cat --output a.png --lora x", "--lora: transformer"), ("evaluate --lora x", "--lora: transformer"),
+    ("train {} --init-lora x", "--init-lora: transformer"), ("train {} --init-lora t", "--init-lora: text encoder"), ("train {} --no-lora --init-lora t", "--init-lora: text encoder"),
+    ("train {} --init-lora l --lora-rank 9", "--lora-rank: 9 rank"), ("train {} --init-lora ./nowhere", "--init-lora: nowhere"), ("sample --prompt cat --output a.png --lora no/where", "--lora: no/where hub"),
+    ("train {} --init-lora no/where", "--init-lora: no/where hub"), ("train --dry-run --init-lora ./nowhere", "--init-lora: nowhere"), ("evaluate --unet l", "--unet:")])
+def test_the_command_line_refuses_it(run, folder, some, tmp_path, pipe, line, words):
+    write(tmp_path/"x", {f"transformer.{k}": v for k, v in peft(some).items()})
+    write(tmp_path/"l", kohya(some))
+    write(tmp_path/"t", kohya(text_names(random_lora(pipe.text_encoder, targets(pipe.text_encoder, TEXT))), "lora_te_"))
+    status, out, err = run(line.format(TINY) + ("" if "dry-run" in line else f" --model {folder}"))
+    assert status == 2 and not out and err.count("\n") == 1 and all(w in err for w in words.split()), err
+    assert not (tmp_path/"runs").exists() and not (tmp_path/"a.png").exists()
+
+def test_training_from_the_command_line_goes_on_with_it(run, folder, some, tmp_path, pipe):
+    write(tmp_path/"l", attn_procs({n: (a[:1], b[:, :1], 1) for n, (a, b, _) in some.items()}))
+    assert run(f"train {TINY} --model {folder} --init-lora l/{FILE} --train-learning-rate 1e-9 --output out")[0] == 0
+    same(pipe, tmp_path/"out/weights/ddpo-is-seed0", {n: (a[:1], b[:, :1], 1) for n, (a, b, _) in some.items()})
+    assert json.loads((tmp_path/"out/config.json").read_text())["configs"]["ddpo-is"]["lora_rank"] == 1
+
+def test_a_lora_from_the_hub(pipe, some, tmp_path, monkeypatch):
+    "By its id, as the model card tells other programs to"
+    import ddpo_nb.loading as loading
+    asked = []
+    class Api:
+        def list_repo_files(self, repo_id): return ["README.md", "curves.png", FILE, "other/model.safetensors"]
+    def snapshot(repo_id, **how): asked.append((repo_id, how)); return str(tmp_path/"l")
+    monkeypatch.setattr(loading, "HfApi", Api); monkeypatch.setattr(loading, "snapshot_download", snapshot)
+    write(tmp_path/"l", kohya(some))
+    same(pipe, "ada/tidy-emoji", some)
+    assert asked == [("ada/tidy-emoji", dict(allow_patterns=[FILE, "adapter_config.json"]))]
