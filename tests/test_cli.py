@@ -213,7 +213,7 @@ def test_a_recipe_runs(run, scratch):
     assert s["algorithms"] == ["rwr"] and s["reward"] == "jpeg_incompressibility" and s["queries"] == 4
 
 @pytest.mark.parametrize("line,words", [("train --resume", "--resume runs/train-jpeg_compressibility-"), ("train --resume --output out", "--resume 'out'"),
-                                        ("train --push-to-hub nobody", "--push-to-hub USER/NAME"), ("train --init-lora nowhere", "--lora 'nowhere'"),
+                                        ("train --push-to-hub nobody", "--push-to-hub USER/NAME"), ("train --init-lora nowhere", "--init-lora 'nowhere'"),
                                         ("train --log-with wandb", "--log-with wandb pip")])
 def test_more_bad_input(run, scratch, line, words):
     before = files(scratch)
