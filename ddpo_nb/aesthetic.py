@@ -28,7 +28,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from .checkpoints import complaints, load_state, newest_whole, publish, save_state, write_atomic
 from .clip import EMOJI_CLIP, OPENAI_CLIP, Embedder, _unit, load_embedder
-from .policy import EMOJI_SD, _no_bars, _one_line, follow_umask
+from .loading import EMOJI_SD, _no_bars, _one_line
+from .policy import follow_umask
 from .prompts import InputError
 
 # %% ../nbs/05b_aesthetic.ipynb #23626305

@@ -98,7 +98,8 @@ def _add_prompts(p, what=""):
 
 def _add_weights(p):
     g = p.add_mutually_exclusive_group()
-    g.add_argument("--lora", metavar="DIR", help="folder of trained LoRA weights, such as runs/x/weights/ddpo-is-seed0")
+    g.add_argument("--lora", metavar="DIR", help="LoRA weights: a folder such as runs/x/weights/ddpo-is-seed0, a .safetensors file of any "
+                                                 "of the usual programs, or a hub id")
     g.add_argument("--unet", metavar="DIR", help="folder of a whole trained UNet")
 
 def _add_sampling(p):
@@ -150,7 +151,7 @@ def make_parser(
     c.add_argument("--recipe", metavar="NAME", help="settings with a name; every flag given beside it overrides its own")
     c.add_argument("--list-recipes", action="store_true", help="print the recipes and stop")
     c.add_argument("--dry-run", action="store_true", help="print what the run would do and need, and stop")
-    c.add_argument("--init-lora", metavar="DIR", help="go on training the LoRA in this folder")
+    c.add_argument("--init-lora", metavar="DIR", help="go on training this LoRA: a folder, a .safetensors file, or a hub id")
     c.add_argument("--push-to-hub", nargs="?", const="", metavar="USER/NAME", help="upload the trained weights with a model card")
     c.add_argument("--hub-model-id", metavar="USER/NAME", help="where to, if --push-to-hub does not say")
     c.add_argument("--hf-user-access-token", metavar="TOKEN", help="for the hub; better in HF_TOKEN, or by `hf auth login`")
@@ -192,6 +193,12 @@ def _check_model(model):
     if path.is_dir():
         if not (path/"model_index.json").is_file(): raise InputError("--model", f"the folder {model!r} holds no model_index.json", remedy)
     elif model.count("/") != 1 or model.startswith((".", "~", "/")) or model.endswith("/"): raise InputError("--model", f"there is no folder {model!r}", remedy)
+
+def _check_lora(flag, place):
+    "InputError if a LoRA can be neither a file, nor a folder, nor on the hub."
+    if place is None or Path(place).expanduser().exists() or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", place): return
+    raise InputError(flag, f"there is no {place!r}",
+                     "give a folder of trained weights, such as runs/x/weights/ddpo-is-seed0, a .safetensors file, or a hub id")
 
 def _vlm(args, output=None):
     "Rewards that ask a server find it in the environment; a run's answers are kept in its folder."
@@ -348,6 +355,7 @@ def _train(args):
     args.epochs, args.push_to_hub = _one_of(args, "--epochs", "--num-epochs"), _repository(args)
     _place(args)
     _check_model(args.model)
+    _check_lora("--init-lora", args.init_lora)
     prompt_source(args.prompts)
     main, processes = os.environ.get("RANK", "0") == "0", int(os.environ.get("WORLD_SIZE", 1))
     if args.push_to_hub:
@@ -370,14 +378,17 @@ def _policy(args):
     "The model that the arguments name, ready to draw."
     _check_model(args.model)
     if args.eta > 1: raise InputError("--eta", f"{args.eta} is out of range", "give a number in [0, 1]")
-    for flag, file in dict(lora="pytorch_lora_weights.safetensors", unet="").items():
-        folder = getattr(args, flag)
-        if folder and not (Path(folder).expanduser()/file).exists():
-            raise InputError(f"--{flag}", f"there is no {str(Path(folder)/file)!r}", "give a folder of trained weights, such as runs/x/weights/ddpo-is-seed0")
-    from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
+    _check_lora("--lora", args.lora)
+    if args.unet and not Path(args.unet).expanduser().exists():
+        raise InputError("--unet", f"there is no {args.unet!r}", "give a folder of trained weights, such as runs/x/weights/ddpo-is-seed0")
+    from ddpo_nb.loading import fuse_lora, load_pipeline
+    from ddpo_nb.policy import StableDiffusionPolicy
     from ddpo_nb.trainer import make_config, processes
     usual = make_config("ddpo-is", args.model)
-    policy = StableDiffusionPolicy(load_pipeline(args.model, lora=args.lora, unet=args.unet), use_lora=bool(args.lora))
+    pipe = load_pipeline(args.model, lora=args.lora, unet=args.unet)
+    text = bool(getattr(pipe.text_encoder, "peft_config", None))
+    if text: fuse_lora(pipe)  # a policy's text encoder is as it is
+    policy = StableDiffusionPolicy(pipe, use_lora=bool(args.lora) and not text)
     policy.pipeline.to(processes().device)
     if (args.steps or 1) > policy.num_train_timesteps: raise InputError("--steps", f"{args.steps} is more than the model's {policy.num_train_timesteps}", "give fewer")
     policy.configure(args.steps or usual.sample_num_steps, args.eta, usual.sample_guidance_scale if args.guidance is None else args.guidance)
@@ -458,6 +469,7 @@ def main(argv: list|None = None) -> int:
     except ValueError as e:
         if type(e).__name__ != "ModelError": raise
         message = str(e)
+        if getattr(args, "init_lora", None): message = re.sub("^--lora:", "--init-lora:", message)  # as it was given
     except Exception as e:
         if type(e).__name__ in ("CheckpointError", "HubError", "ServerGone"):
             print(f"{_prog(args)}: {e}", file=sys.stderr)

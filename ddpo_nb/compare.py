@@ -644,6 +644,23 @@ def _plain_command(s, output):
 
 def _digest(items): return hashlib.sha256(json.dumps(items, default=str).encode()).hexdigest()[:16]
 
+def _base(model, init_lora):
+    "The pipeline that training begins from."
+    pipe = load_pipeline(model, init_lora)
+    if getattr(pipe.text_encoder, "peft_config", None):
+        raise InputError("init_lora", f"{init_lora!r} has a part for the text encoder, which stays fixed in training",
+                         "sample and evaluate with it, or fuse it into a model of its own with diffusers' `fuse_lora`")
+    return pipe
+
+def _with_its_rank(configs, init_lora, pipe, settings, overrides):
+    "The configs with the rank of the LoRA that goes on training; InputError if another was asked for."
+    rank = next(iter(pipe.unet.peft_config.values())).r
+    for a, c in configs.items():
+        if "lora_rank" in settings | (overrides or {}).get(a, {}) and c.lora_rank != rank:
+            raise InputError("lora_rank", f"{c.lora_rank} has no effect on {init_lora!r}, whose rank is {rank}", "leave it out")
+    return {a: replace(c, lora_rank=rank) for a, c in configs.items()}
+
+
 # %% ../nbs/10_compare.ipynb #05985ae2
 @patch
 def _trainer(self:Comparison, name, seed, make_prompts, reward):
@@ -719,7 +736,7 @@ def compare(
     progress: bool = True,                  # progress bars
     keep_checkpoints: bool = False,         # those of finished runs too, not only their weights
     command: str|None = None,               # what to print in the report as the way to make it again
-    init_lora: str|None = None,             # folder of a LoRA to go on training
+    init_lora: str|None = None,             # a LoRA to go on training: a folder, a .safetensors file, or a hub id
     **settings,                             # fields of DDPOConfig, for all algorithms
 ) -> Comparison:                            # with `.interrupted` set if Ctrl-C stopped it
     "Fine-tune `model` by each algorithm and seed on one budget of reward queries, and examine them alike. InputError or ModelError before anything is written."
@@ -731,6 +748,8 @@ def compare(
     make_prompts = lambda seed: prompt_source(prompts, seed) if isinstance(prompts, (str, Path)) else PromptSource(prompts, seed)
     items = make_prompts(0).items
     configs, budget, notes = fit_budget(_configs(algorithms, model, lora, settings, overrides), queries, processes().num_processes)
+    base = _base(model, init_lora)
+    if init_lora and lora: configs = _with_its_rank(configs, init_lora, base, settings, overrides)
     function, reward_name, spec, digest = load_reward(reward, str(model))
     plan = dict(model=str(model), reward=spec, reward_name=reward_name, reward_digest=digest, prompts=str(prompts) if isinstance(prompts, (str, Path)) else f"{len(items)} prompts",
                 prompts_digest=_digest(items), queries=budget, algorithms=algorithms, seeds=seeds, lora=lora, evaluation_samples=evaluation_samples, init_lora=init_lora,
@@ -747,7 +766,7 @@ def compare(
             c.settings, c.evaluations = _join(plan, old.settings), old.evaluations
             c.rows = [r for r in old.rows if (r["algorithm"], r["seed"]) in c.evaluations]
     first = next(iter(configs.values()))
-    base = StableDiffusionPolicy(load_pipeline(model, init_lora), use_lora=False)
+    base = StableDiffusionPolicy(base, use_lora=False)
     if first.sample_num_steps > base.num_train_timesteps:
         raise InputError("sample_num_steps", f"{first.sample_num_steps} is more than the model's {base.num_train_timesteps}", "give fewer")
     base.configure(first.sample_num_steps, first.sample_eta, first.sample_guidance_scale, first.negative_prompts)
