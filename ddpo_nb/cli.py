@@ -6,11 +6,12 @@
 __all__ = ['config_fields', 'algorithms', 'make_parser', 'main']
 
 # %% ../nbs/11_cli.ipynb #81bfc041
-import argparse, ast, datetime, io, json, os, re, shlex, signal, sys, traceback
+import argparse, ast, datetime, io, json, os, re, shlex, signal, sys, traceback, warnings
+from contextlib import contextmanager
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from .prompts import PROMPT_SETS, InputError, prompt_source
+from .prompts import PROMPT_SETS, InputError, prompt_flaw, prompt_source
 
 # %% ../nbs/11_cli.ipynb #1d48d93f
 @cache
@@ -398,6 +399,8 @@ def _sample(args):
     path = Path(args.output)
     if path.suffix.lower() != ".png": raise InputError("--output", f"{args.output!r} is no PNG file", "give a name that ends in .png")
     if path.is_dir(): raise InputError("--output", f"{args.output!r} is a folder", "give the name of a file")
+    for o in args.prompt:
+        if flaw := prompt_flaw(o): raise InputError("--prompt", f"one {flaw}", "give a short text")
     policy = _policy(args)
     from PIL import Image
     from ddpo_nb.compare import exam_generators, write_atomic
@@ -460,6 +463,18 @@ def main(argv: list|None = None) -> int:
     except InputError as e: print(f"ddpo-nb train: {e.argument}: {e.problem}; {e.remedy}", file=sys.stderr); return 2
     args.words = words
     if argv is None: sys.argv[1:] = _open_words(words)  # trackers write the command down
+    with _plain_warnings(): return _run(args)
+
+@contextmanager
+def _plain_warnings():
+    "A warning is a line of text, without the place in our code that it comes from."
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"ddpo-nb: {' '.join(str(message).split())}\n"
+    try: yield
+    finally: warnings.formatwarning = usual
+
+def _run(args):
+    "Run the command; its exit status."
     usual = signal.getsignal(signal.SIGTERM)
     try: signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends in good order
     except ValueError: usual = None  # not the main thread

@@ -193,6 +193,7 @@ class Comparison:
     output: str|Path|None = field(default=None, repr=False)     # the folder, on all processes; `folder` is the main process's
     extra: dict = field(default_factory=dict, repr=False)       # algorithm -> settings that stay out of config.json
     keep_checkpoints: bool = field(default=False, repr=False)   # of finished runs too
+    told_cut: bool = field(default=False, repr=False)           # that some prompts are too long
 
     @property
     def names(self): return [a for a in self.settings["algorithms"] if any(n == a for n, _ in self.evaluations)]  # with a finished run
@@ -675,7 +676,9 @@ def _trainer(self:Comparison, name, seed, make_prompts, reward):
         extra = extra | dict(logdir=str(home.parent), run_name=home.name, resume_from=str(found or ""))
     config = make_config(name, s["model"], **{"logdir": ""} | {k: v for k, v in s["configs"][name].items() if k != "algorithm"} | extra, seed=seed)
     set_seed(seed)  # of the adapters
-    return make_trainer(config, reward, make_prompts(seed), StableDiffusionPolicy(load_pipeline(s["model"], s.get("init_lora")), use_lora=s["lora"], lora_rank=config.lora_rank))
+    policy = StableDiffusionPolicy(load_pipeline(s["model"], s.get("init_lora")), use_lora=s["lora"], lora_rank=config.lora_rank)
+    policy.told_cut = self.told_cut
+    return make_trainer(config, reward, make_prompts(seed), policy)
 
 @patch
 def _run(self:Comparison, name, seed, make_prompts, reward, examiner, place, progress):
@@ -770,6 +773,8 @@ def compare(
     if first.sample_num_steps > base.num_train_timesteps:
         raise InputError("sample_num_steps", f"{first.sample_num_steps} is more than the model's {base.num_train_timesteps}", "give fewer")
     base.configure(first.sample_num_steps, first.sample_eta, first.sample_guidance_scale, first.negative_prompts)
+    base.warn_cut([*(p for p, _ in items), first.negative_prompts])
+    c.told_cut = base.told_cut
     examiner = Examiner(base, function, reward_name, items, evaluation_samples, max(x.sample_batch_size for x in configs.values()), first.mixed_precision)
     return c._race(examiner, base, make_prompts, function, progress)
 

@@ -40,6 +40,15 @@ def _no_bars():
 def _shown(text, most=80): return repr(text if len(text) <= most else text[:most] + "…")
 
 @contextmanager
+def _quiet():
+    "Without the libraries' own advice, where we give ours."
+    before = [(o, o.get_verbosity()) for o in (diffusers_logging, transformers_logging)]
+    for o, _ in before: o.set_verbosity_error()
+    try: yield
+    finally:
+        for o, level in before: o.set_verbosity(level)
+
+@contextmanager
 def _one_line(argument, name, remedy):
     "Whatever is raised inside becomes a ModelError of one line."
     try: yield

@@ -7,7 +7,7 @@ __all__ = ['SmallLora', 'KeepingAttention', 'let_attention_keep', 'StableDiffusi
            'DefaultDDPOStableDiffusionPipeline']
 
 # %% ../nbs/02_policy.ipynb #1656e4a4
-import copy, os, threading
+import copy, os, threading, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from peft import LoraConfig
 from peft.tuners import lora
 from safetensors.torch import load_file
-from .loading import EMOJI_SD, ModelError, _ddim, adapter_tensors, fuse_lora, load_pipeline
+from .loading import EMOJI_SD, ModelError, _ddim, _quiet, adapter_tensors, fuse_lora, load_pipeline
 from .mdp import DDIMStep, ddim_step, draw_noise, step_std
 
 # %% ../nbs/02_policy.ipynb #ea4a76e9
@@ -100,6 +100,7 @@ class StableDiffusionPolicy:
         reduction: str = "mean",     # of log-densities, see `gaussian_log_prob`
     ):
         self.pipeline, self.use_lora, self._embeddings = pipeline, use_lora, {}
+        self.told_cut = False  # that prompts are longer than what the text encoder reads
         for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet): part.requires_grad_(False)
         if use_lora: _train_lora(pipeline, lora_rank)
         else: _train_whole(pipeline)
@@ -162,12 +163,43 @@ class Conditioning:
     def __getitem__(self, i): return Conditioning(self.prompt[i], self.negative[i])
     def __len__(self): return len(self.prompt)
 
+def _read_part(tokenizer, texts):
+    "What the text encoder will read of each text (a tuple of tokens), and whether that is not all."
+    with _quiet():
+        whole = tokenizer(texts, truncation=False, padding=False).input_ids
+        read = tokenizer(texts, truncation=True, padding=False, max_length=tokenizer.model_max_length).input_ids
+    return [*map(tuple, read)], [len(a) > len(b) for a, b in zip(whole, read)]
+
+def _short(text, most=60): return repr(text if len(text) <= most else text[:most] + "…")
+
+@patch
+def warn_cut(self: StableDiffusionPolicy, prompts: list):
+    "A warning, once in the policy's life, if prompts are longer than what the text encoder reads; it says which of them become the same."
+    distinct = [o for o in dict.fromkeys(prompts) if o]
+    if self.told_cut or not distinct or not hasattr(self.pipeline, "tokenizer"): return
+    parts, cut = _read_part(self.pipeline.tokenizer, distinct)
+    if not any(cut): return
+    first, same, most = {}, [], self.pipeline.tokenizer.model_max_length
+    for text, part, long in zip(distinct, parts, cut):
+        other, was_long = first.setdefault(part, (text, long))
+        if other is not text and (long or was_long): same.append(other)
+    what = f"{sum(cut)} of {len(distinct)} prompts are longer than the {most} tokens that the text encoder reads"
+    what += f", and are cut, such as {_short(distinct[cut.index(True)])}"
+    if same:
+        what += f"; {len(same)} cannot be told from another then, such as {_short(same[0])}"
+        what += ", though the reward and the statistics still tell them apart"
+    self.told_cut = True
+    warnings.warn(what, stacklevel=3)
+
 @patch
 @torch.no_grad()
 def encode(self: StableDiffusionPolicy, prompts: list) -> Conditioning:
     "Text embeddings of `prompts`; each distinct prompt goes through the text encoder once in the policy's life."
     new = sorted({self.negative_prompt, *prompts} - self._embeddings.keys())
-    if new: self._embeddings |= dict(zip(new, self.pipeline.encode_prompt(new, self.pipeline.text_encoder.device, 1, False)[0]))
+    if new:
+        self.warn_cut(new)
+        with _quiet(): found = self.pipeline.encode_prompt(new, self.pipeline.text_encoder.device, 1, False)[0]
+        self._embeddings |= dict(zip(new, found))
     prompt = torch.stack([self._embeddings[p] for p in prompts]).to(self.device)
     return Conditioning(prompt, self._embeddings[self.negative_prompt].to(self.device).expand_as(prompt))
 

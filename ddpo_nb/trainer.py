@@ -31,7 +31,7 @@ from .checkpoints import (CheckpointError, check_whole, checkpoints, complaints,
 from .ddpo import DDPO, DDPOSF, STEP_WEIGHTINGS
 from .mdp import Trajectories
 from .policy import EMOJI_SD, StableDiffusionPolicy, load_pipeline
-from .prompts import InputError
+from .prompts import InputError, prompt_flaw
 from .rewards import ParallelReward, _numbers, answer, check_name, check_rewards, get_reward, reward_name, to_uint8
 from .rollout import rollout, sample_generator
 from .rwr import NORMALIZERS, REWARDS, RWR, RWRSparse
@@ -196,6 +196,7 @@ def check_config(c):
     if c.baseline != "normalize":
         if c.samples_per_prompt == 1: raise InputError("baseline", f"{c.baseline!r} compares a prompt's samples, and there is only one of each", "set samples_per_prompt to 2 or more")
         if c.per_prompt_stat_tracking: raise InputError("per_prompt_stat_tracking", f"it is a baseline of its own, and {c.baseline!r} is another", "switch one of them off")
+    if flaw := prompt_flaw(c.negative_prompts or ""): raise InputError("negative_prompts", f"it {flaw}", "give a short text")
     if c.watch_reward: check_name(c.watch_reward, "watch_reward")
     elif c.stop_patience: raise InputError("stop_patience", "no reward is watched", "name one with watch_reward")
     if c.push_to_hub and not c.hub_model_id: raise InputError("push_to_hub", "there is no repository to push to", "set hub_model_id to USER/NAME")
@@ -347,6 +348,8 @@ class DDPOTrainer:
         check_repeats(config, self.accelerator.num_processes)
         set_seed(config.seed)     # for prompt and reward functions that draw from the global generators
         self.policy.configure(config.sample_num_steps, config.sample_eta, config.sample_guidance_scale, config.negative_prompts, config.log_prob_reduction)
+        known = getattr(prompt_function, "prompts", None)
+        if isinstance(known, list) and hasattr(self.policy, "warn_cut"): self.policy.warn_cut([*known, config.negative_prompts])
         _lighten(config, self.policy, self.accelerator)
         self.micro_batch_size = config.micro_batch_size or self._fitting_micro_batch()
         if config.compile: self.policy.unet = torch.compile(self.policy.unet)
@@ -408,6 +411,8 @@ def _draw(self:DDPOTrainer, n):
     "n (prompt, metadata): each that is drawn stands there `samples_per_prompt` times, with a copy of the metadata each, since a reward may write to it."
     k = self.config.samples_per_prompt
     drawn = [self.prompt_function() for _ in range(n // k)]
+    for prompt, _ in drawn:
+        if flaw := prompt_flaw(prompt): raise InputError("prompt_function", f"it returned a prompt that {flaw}", "return a string, and a dictionary")
     return [(prompt, copy(metadata) if i else metadata) for prompt, metadata in drawn for i in range(k)]
 
 @patch

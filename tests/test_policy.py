@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -292,3 +293,48 @@ def test_what_attention_keeps_is_what_it_would_find(guidance):
             assert n == 1 and torch.equal(out, untouched)
             with torch.enable_grad(): assert predict(cats)[1] == 1
         assert predict(cats)[1] == 1
+
+# Prompts that are longer than what the text encoder reads
+
+LONG = "a very large and very friendly brown bear that is standing in the middle of a green meadow"
+
+def test_long_prompts_are_told_once_with_their_number_and_which_become_the_same():
+    p = StableDiffusionPolicy(load_pipeline(), num_steps=2)
+    with pytest.warns(UserWarning) as w: p.warn_cut(["a bear", LONG, LONG + " at night", LONG + " at noon", "a cat"])
+    assert len(w) == 1 and "3 of 5 prompts are longer than the 16 tokens" in str(w[0].message) and "2 cannot be told from another then, such as 'a very large" in str(w[0].message)
+    assert "\n" not in str(w[0].message) and len(str(w[0].message)) < 500
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        a, b = p.encode([LONG + " at night", LONG + " at noon"]).prompt   # told already, and by nobody else
+        p.encode(["something else " * 30])
+    assert torch.equal(a, b)
+
+def test_what_nobody_announced_is_told_when_it_is_first_encoded(caplog):
+    p = StableDiffusionPolicy(load_pipeline(), num_steps=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        p.encode(["a bear", "A bear", "a  bear"]); p.warn_cut(["A BEAR", "a bear", ""])   # the same tokens, and nothing is cut
+    with pytest.warns(UserWarning, match="1 of 2 prompts are longer") as w: p.encode(["a bear", "a cat", LONG])
+    assert len(w) == 1 and not caplog.records
+    q = StableDiffusionPolicy(load_pipeline(), num_steps=2, negative_prompt=LONG)
+    with pytest.warns(UserWarning, match="1 of 2 prompts"): q.encode(["a bear"])
+
+def test_a_cut_prompt_is_read_as_the_pipeline_reads_it():
+    "What counts as the same is what the text encoder is given"
+    from ddpo_nb.policy import _read_part
+    tokenizer = load_pipeline().tokenizer
+    texts = ["", "a bear", LONG, LONG + " at night", "bear " * 200]
+    parts, cut = _read_part(tokenizer, texts)
+    given = tokenizer(texts, truncation=True, max_length=tokenizer.model_max_length).input_ids
+    assert [list(o) for o in parts] == given and cut == [False, False, True, True, True]
+
+def test_a_run_tells_it_once(monkeypatch, recwarn):
+    "compare's base model does, and none of its algorithms' policies"
+    from ddpo_nb.compare import Comparison, compare
+    def race(self, examiner, base, make_prompts, reward, progress):
+        for algorithm in self.settings["algorithms"]: self._trainer(algorithm, 0, make_prompts, reward).sample()
+    monkeypatch.setattr(Comparison, "_race", race)
+    compare(algorithms=("ddpo-is", "rwr"), prompts=["a bear", LONG, LONG + " at night"], queries=4, progress=False, sample_num_steps=1, train_batch_size=2, sample_batch_size=2,
+            sample_num_batches_per_epoch=1)
+    told = [str(o.message) for o in recwarn if "text encoder reads" in str(o.message)]
+    assert len(told) == 1 and "2 of 3 prompts" in told[0] and "1 cannot be told" in told[0]

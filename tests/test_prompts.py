@@ -1,7 +1,10 @@
 import json
+import os
 import pickle
 import subprocess
 import sys
+import time
+from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 from ddpo_nb.prompts import InputError, PROMPT_SETS, PromptSource, prompt_source
@@ -103,6 +106,57 @@ def test_bad_files(tmp_path, name, content, says):
 def test_no_such_set_or_file(name, says):
     with pytest.raises(InputError, match=says) as e: prompt_source(name)
     assert len(str(e.value).splitlines()) == 1
+
+# What people's files hold
+
+X = "x" * 5_000_000
+nested = lambda n: "[" * n + "]" * n
+
+@pytest.mark.parametrize("name,content,says", [
+    ("a.txt", f"a cat\n{X}\n", "line 2 .*5,000,000 characters"), ("a.jsonl", json.dumps(dict(prompt=X)), "line 1 .*characters"), ("a.json", json.dumps(["a", X]), "entry 2 .*characters"),
+    ("b.jsonl", '{"prompt": "a"}\n{"prompt": "a", "m": %s}' % nested(100_000), "line 2 .*nested"), ("c.jsonl", '{"prompt": "a", "m": %s}' % nested(60), "line 1 .*nested more than 50"),
+    ("d.json", nested(100_000), "nested"), ("e.json", '["a", {"prompt": "b", "m": %s}]' % nested(60), "entry 2 .*nested"),
+    ("f.jsonl", '{"prompt": "\\ud800"}', "line 1 .*half a character"), ("g.jsonl", '{"prompt": "a", "\\udfff": 1}', "line 1 .*half a character"), ("h.json", '["a\\ud83d"]', "entry 1 .*half a character"),
+    ("i.txt", "a\nb\0c\n", "line 2 .*NUL"), ("j.jsonl", '{"prompt": "a\\u0000"}', "line 1 .*NUL"), ("k.txt", b"ok\nok\ncaf\xe9\n", "line 3 .*not UTF-8"), ("l.txt", "a cat".encode("utf-16"), "UTF-16"),
+    ("l.txt", "a\ncat".encode("utf-16-le"), "line 1 .*NUL"), ("m.jsonl", '{"prompt": "a", "n": %s}' % ("9" * 5000), "line 1 .*4300 digits"), ("n.jsonl", '{"prompt": "a", "n": NaN}', "line 1 .*NaN"),
+    ("o.jsonl", '{"prompt": "a", "n": -1e999}', "line 1 .*not finite"), ("p.json", '{"prompt": "a"}', "no list"), ("q.json", "[1]", "entry 1 .*text under"), ("r.json", '["a",\n]', "line 2 is not JSON"), ("s.json", "[]", "holds no prompt"),
+    ("t.ndjson", "a cat", "line 1 .*not JSON"), ("u.jsonl", '{"prompt": null}', "line 1 .*text under"), ("v.jsonl", '{"prompt": ["a"]}', "line 1 .*text under"), ("w.txt", b"\xef\xbb\xbf\r\n", "holds no prompt"), ("x.txt", b"", "holds no prompt")])
+def test_what_cannot_be_a_prompt_is_one_short_line(tmp_path, name, content, says):
+    (tmp_path/name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    start = time.perf_counter()
+    with pytest.raises(InputError, match=says) as e: prompt_source(tmp_path/name)
+    text = str(e.value)
+    assert e.value.argument == "--prompts" and "\n" not in text and len(text) < 400 and name in text and time.perf_counter() - start < 2
+    text.encode()
+
+@pytest.mark.parametrize("name,content,prompts", [
+    ("a.txt", b"a\rb\r\nc\n", ["a", "b", "c"]), ("a.json", b'\xef\xbb\xbf["a", {"prompt": "b", "n": 1}]', ["a", "b"]), ("a.ndjson", b'{"prompt": "a"}\r\n', ["a"]),
+    ("a.txt", "猫 🐈 قطة $x^2$ | `a` <b>".encode(), ["猫 🐈 قطة $x^2$ | `a` <b>"]), ("a.jsonl", b'{"prompt": "\\ud83d\\ude00 a\\nb"}', ["😀 a\nb"]), ("a.jsonl", b'{"prompt": "a", "n": 123456789012345678901234567890}', ["a"])])
+def test_what_can(tmp_path, name, content, prompts):
+    (tmp_path/name).write_bytes(content)
+    assert prompt_source(tmp_path/name).prompts == prompts
+
+def test_repeated_prompts_are_told_once(tmp_path):
+    (tmp_path/"a.txt").write_text("a cat\na dog\na cat\na cat\n")
+    with pytest.warns(UserWarning, match="2 of the 4 prompts .*stand there already") as w: assert len(prompt_source(tmp_path/"a.txt")) == 4
+    assert len(w) == 1
+    (tmp_path/"a.jsonl").write_text('{"prompt": "a cat", "n": 1}\n{"prompt": "a cat", "n": 2}\n')
+    assert len(prompt_source(tmp_path/"a.jsonl")) == 2   # each with a question of its own
+
+@pytest.mark.parametrize("prompts,says", [([3], "number 1 is of type int"), (["a", None], "number 2 is of type NoneType"), ([("a", 3)], "no dictionary"), (["a", "b\0"], "number 2 holds a NUL"), (["\ud800"], "surrogate"),
+    ([("a", {}, {})], "number 1 is of type tuple"), ("a cat", "single text"), ([b"a"], "type bytes")])
+def test_prompts_from_python_are_checked_too(prompts, says):
+    with pytest.raises(InputError, match=f"^prompts: .*{says}") as e: PromptSource(prompts)
+    str(e.value).encode()
+
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path/"p.txt")
+    with pytest.raises(InputError, match="no plain file"): prompt_source(tmp_path/"p.txt")
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path/"mine.txt").write_text("a cat")
+    assert prompt_source("~/mine.txt").prompts == prompt_source(Path("~/mine.txt")).prompts == ["a cat"]
 
 def test_folder(tmp_path):
     with pytest.raises(InputError, match="it is a folder"): prompt_source(tmp_path)
