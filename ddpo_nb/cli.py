@@ -8,10 +8,11 @@ __all__ = ['config_fields', 'algorithms', 'make_parser', 'main']
 # %% ../nbs/11_cli.ipynb #81bfc041
 import argparse, ast, datetime, io, json, os, re, shlex, signal, sys, traceback, warnings
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from .prompts import PROMPT_SETS, InputError, prompt_flaw, prompt_source
+from .redact import address_secrets, hide, hide_address, keep_secret, without_secrets
 
 # %% ../nbs/11_cli.ipynb #1d48d93f
 @cache
@@ -38,6 +39,10 @@ def _dashes(word):
     flag, equals, value = word.partition("=")
     return flag.replace("_", "-") + equals + value if word.startswith("--") else word
 
+def _line(text):
+    "Somebody's words on one line, without secrets, and without what moves a terminal's cursor."
+    return hide(" ".join("".join(c if c.isprintable() else " " for c in text).split()))
+
 class _Parser(argparse.ArgumentParser):
     "An argument parser that complains in one line."
     def parse_known_args(self, args=None, namespace=None):
@@ -45,7 +50,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message):
         if "unrecognized" in message or "the following arguments are required" in message: message += f"; see {self.prog} --help"
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {_line(message)}\n")
 
 def _number(kind, what, ok):
     def parse(text):
@@ -71,8 +76,9 @@ _not_negative = _number(float, "a number from 0 on", lambda v: 0 <= v < float("i
 def _json_object(text):
     try: value = json.loads(text)
     except ValueError: value = None
-    if not isinstance(value, dict): raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object; give something like '{{\"key\": 1}}'")
-    return value
+    if isinstance(value, dict): return value
+    problem = "this is not a JSON object"  # and is not repeated: it may hold secrets
+    raise argparse.ArgumentTypeError(f"{problem}; give something like '{{\"key\": 1}}'")
 _types = {int: _number(int, "a whole number", lambda v: True), float: _number(float, "a number", lambda v: v == v), str: str, dict: _json_object}
 _of_a_run = ("seed", "num_epochs", "algorithm", "run_name", "logdir", "resume_from", "push_to_hub", "hub_model_id")  # say what to run and where, and not how
 
@@ -205,6 +211,9 @@ def _vlm(args, output=None):
     "Rewards that ask a server find it in the environment; a run's answers are kept in its folder."
     if output is None: os.environ.pop("DDPO_VLM_ANSWERS", None)
     else: os.environ["DDPO_VLM_ANSWERS"] = str(Path(output)/"vlm_answers.jsonl")
+    if args.vlm_url:
+        from ddpo_nb.vlm import _address
+        _address(args.vlm_url)  # even if nobody asks it: what is wrong with it may be a password
     for name in ("vlm_url", "vlm_model", "vlm_similarity"):
         if getattr(args, name): os.environ[f"DDPO_{name.upper()}"] = getattr(args, name)
 
@@ -249,6 +258,13 @@ def _repository(args):
         return args.hub_model_id
     return _one_of(args, "--push-to-hub", "--hub-model-id")
 
+def _of_kind(kind, text):
+    "A setting's value from its text. KeyError or ValueError if it is none."
+    if kind is bool: return dict(true=True, false=False)[text.lower()]
+    if kind is not dict: return kind(text)
+    if not isinstance(value := json.loads(text), dict): raise ValueError("no object")
+    return value
+
 def _overrides(texts):
     "{'rwr': {'rwr_beta': 0.5}} from ['rwr.rwr_beta=0.5']."
     known, found = {n: k for n, k, *_ in config_fields()}, {}
@@ -257,9 +273,13 @@ def _overrides(texts):
         algorithm, _, name = place.partition(".")
         name = name.replace("-", "_")
         remedy = "write ALGORITHM.FIELD=VALUE, such as rwr.rwr_beta=0.5"
-        if not equals or algorithm not in algorithms() or name not in known: raise InputError("--set", f"{text!r} is not understood", remedy)
-        try: found.setdefault(algorithm, {})[name] = dict(true=True, false=False)[value.lower()] if known[name] is bool else known[name](value)
-        except (KeyError, ValueError): raise InputError("--set", f"{value!r} is not of type {known[name].__name__}", remedy) from None
+        if not equals or algorithm not in algorithms() or name not in known:
+            raise InputError("--set", f"{place!r} is not understood", remedy)
+        try: found.setdefault(algorithm, {})[name] = _of_kind(known[name], value)
+        except (KeyError, ValueError):
+            if known[name] is not dict: problem = f"{value!r} is not of type {known[name].__name__}"
+            else: problem, remedy = f"{place} takes a JSON object", 'write it as {"key": 1}'
+            raise InputError("--set", problem, remedy) from None
     return found
 
 def _output(args):
@@ -271,21 +291,28 @@ def _output(args):
     if not (Path(found)/"config.json").is_file(): raise InputError("--resume", f"there is no run in {found!r}", "name its folder with --output, or leave out --resume")
     return found
 
-def _open_json(flag, text):
-    "A flag and its JSON object, without what is secret in it."
-    from ddpo_nb.hub import without_secrets
-    value = json.loads(text)
+def _open_json(text):
+    "A JSON object without what is secret in it; nothing, if it is none."
+    try: value = json.loads(text)
+    except ValueError: return "{}"
     shown = without_secrets(value)
-    return [flag, text if shown == value else json.dumps(shown)]
+    return text if shown == value else json.dumps(shown)
+
+def _open_setting(text):
+    "What `--set` was given, without what is secret in it."
+    place, equals, value = text.partition("=")
+    return place + equals + (_open_json(value) if place.endswith("kwargs") else hide(value))
 
 def _open_words(words):
-    "The words of a command line, without a token, and without secrets in --tracker-kwargs and its like."
-    words, kept, objects = iter(words), [], ["--" + n.replace("_", "-") for n, kind, *_ in config_fields() if kind is dict]
+    "The words of a command line, without tokens, without what is secret in a JSON object or in an address."
+    cleaned = {"--" + n.replace("_", "-"): _open_json for n, kind, *_ in config_fields() if kind is dict}
+    cleaned |= {"--set": _open_setting, "--vlm-url": partial(hide_address, strict=True)}
+    words, kept = iter(words), []
     for w in words:
         flag, equals, value = w.partition("=")
-        if flag not in ("--hf-user-access-token", *objects): kept.append(w); continue
-        if not equals: value = next(words)
-        if flag in objects: kept += _open_json(flag, value)
+        if flag in cleaned: kept += [flag, cleaned[flag](value if equals else next(words, ""))]
+        elif flag != "--hf-user-access-token": kept.append(hide(w))
+        elif not equals: next(words, "")
     return kept
 
 def _words(args, output):
@@ -460,8 +487,10 @@ def main(argv: list|None = None) -> int:
         args = make_parser().parse_args(words)
         if getattr(args, "recipe", None): args = make_parser(_recipe(args)).parse_args(words)
     except SystemExit as e: return e.code
-    except InputError as e: print(f"ddpo-nb train: {e.argument}: {e.problem}; {e.remedy}", file=sys.stderr); return 2
+    except InputError as e: print(f"ddpo-nb train: {_line(str(e))}", file=sys.stderr); return 2
     args.words = words
+    given = partial(getattr, args)
+    keep_secret(given("hf_user_access_token", None), *address_secrets(given("vlm_url", None) or ""))
     if argv is None: sys.argv[1:] = _open_words(words)  # trackers write the command down
     with _plain_warnings(): return _run(args)
 
@@ -469,7 +498,7 @@ def main(argv: list|None = None) -> int:
 def _plain_warnings():
     "A warning is a line of text, without the place in our code that it comes from."
     usual = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"ddpo-nb: {' '.join(str(message).split())}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"ddpo-nb: {_line(str(message))}\n"
     try: yield
     finally: warnings.formatwarning = usual
 
@@ -487,15 +516,15 @@ def _run(args):
         if getattr(args, "init_lora", None): message = re.sub("^--lora:", "--init-lora:", message)  # as it was given
     except Exception as e:
         if type(e).__name__ in ("CheckpointError", "HubError", "ServerGone"):
-            print(f"{_prog(args)}: {e}", file=sys.stderr)
+            print(f"{_prog(args)}: {_line(str(e))}", file=sys.stderr)
             return 1
         if type(e).__name__ != "RewardError": raise
-        traceback.print_exception(e.__cause__)
-        print(f"{_prog(args)}: {e}; what was finished before is kept", file=sys.stderr)
+        print(hide("".join(traceback.format_exception(e.__cause__))), end="", file=sys.stderr)
+        print(f"{_prog(args)}: {_line(str(e))}; what was finished before is kept", file=sys.stderr)
         return 1
     finally:
         if usual is not None: signal.signal(signal.SIGTERM, usual)
-    print(f"{_prog(args)}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{_prog(args)}: {_line(message)}", file=sys.stderr)
     return 2
 
 def _prog(args): return f"ddpo-nb {args.command}"

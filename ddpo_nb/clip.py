@@ -89,7 +89,8 @@ def load_embedder(
     place = _place(name)
     with _no_bars(), _one_line(argument, name, f"give {EMOJI_CLIP!r}, a folder in transformers' format, or a hub id such as {OPENAI_CLIP}"):
         if not Path(place).exists() and (Path(place).is_absolute() or place.startswith((".", "~"))): raise OSError("there is no such folder")
-        model = AutoModel.from_pretrained(place, use_safetensors=True, dtype=torch.float32, trust_remote_code=False)
+        model = AutoModel.from_pretrained(place, trust_remote_code=False, use_safetensors=True,
+                                          dtype=torch.float32)
         if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"): raise ValueError(f"{type(model).__name__} does not embed both pictures and texts")
         parts = load_processors(processor or name)
     return Embedder(model.to(device), *parts, name=str(name))

@@ -24,6 +24,7 @@ from . import __version__
 from .checkpoints import checkpoints, newest_whole, write_atomic
 from .policy import EMOJI_SD, ModelError, StableDiffusionPolicy, load_pipeline
 from .prompts import PROMPT_SETS, InputError, PromptSource, prompt_source
+from .redact import hide, keep_secret, named_secrets, redact
 from .reward_files import Guarded, RewardError, check_signature, guarded_file
 from .rewards import PromptAlignment, answer, check_rewards, get_reward, reward_name, to_uint8
 from .rollout import rollout, sample_generator
@@ -192,6 +193,7 @@ class Comparison:
     interrupted: bool = False                              # stopped before all runs were finished
     output: str|Path|None = field(default=None, repr=False)     # the folder, on all processes; `folder` is the main process's
     extra: dict = field(default_factory=dict, repr=False)       # algorithm -> settings that stay out of config.json
+    given: dict = field(default_factory=dict, repr=False)       # model, init_lora and configs, not redacted
     keep_checkpoints: bool = field(default=False, repr=False)   # of finished runs too
     told_cut: bool = field(default=False, repr=False)           # that some prompts are too long
 
@@ -641,7 +643,7 @@ def _join(new: dict, old: dict) -> dict:
 def _plain_command(s, output):
     words = ["ddpo-nb", "compare", "--model", s["model"], "--reward", s["reward"], "--algorithms", ",".join(s["algorithms"]), "--prompts", str(s["prompts"]),
              "--queries", str(s["queries"]), "--seeds", ",".join(map(str, s["seeds"]))]
-    return shlex.join(words + (["--output", str(output)] if output else []))
+    return shlex.join(map(hide, words + (["--output", str(output)] if output else [])))
 
 def _digest(items): return hashlib.sha256(json.dumps(items, default=str).encode()).hexdigest()[:16]
 
@@ -666,7 +668,8 @@ def _with_its_rank(configs, init_lora, pipe, settings, overrides):
 @patch
 def _trainer(self:Comparison, name, seed, make_prompts, reward):
     "A trainer for one algorithm and seed, taken up at the newest whole checkpoint of an earlier attempt."
-    s, extra, home = self.settings, self.extra.get(name, {}), None
+    extra, home = self.extra.get(name, {}), None
+    s = self.settings | self.given | dict(configs=self.settings["configs"] | self.given.get("configs", {}))
     if self.output is not None:
         home = Path(self.output)/"runs"/f"{name}-seed{seed}"
         found = newest_whole(home/"checkpoints")
@@ -743,6 +746,7 @@ def compare(
     **settings,                             # fields of DDPOConfig, for all algorithms
 ) -> Comparison:                            # with `.interrupted` set if Ctrl-C stopped it
     "Fine-tune `model` by each algorithm and seed on one budget of reward queries, and examine them alike. InputError or ModelError before anything is written."
+    keep_secret(*named_secrets([settings, overrides]))
     algorithms = _listed("algorithms", algorithms, lambda a: a in ALGORITHMS, f"choose from {', '.join(ALGORITHMS)}")
     seeds = _listed("seeds", seeds, lambda s: isinstance(s, int) and not isinstance(s, bool) and s >= 0, "give whole numbers from 0 on, each once, such as 0,1,2")
     if not isinstance(queries, int) or queries < 1: raise InputError("queries", f"{queries!r} is not a positive whole number", f"give {QUERIES}, say")
@@ -761,7 +765,11 @@ def compare(
     for c in plan["configs"].values():
         for k in _private: c.pop(k, None)
     plan["command"] = command or _plain_command(plan, output)
-    c = Comparison(plan, folder=Path(output) if output is not None and processes().is_main_process else None, output=output, extra=extra, keep_checkpoints=keep_checkpoints)
+    given = {k: plan[k] for k in ("model", "init_lora", "configs")}
+    plan = redact(plan)  # it is written down, and shown
+    folder = Path(output) if output is not None and processes().is_main_process else None
+    c = Comparison(plan, folder=folder, output=output, extra=extra, given=given,
+                   keep_checkpoints=keep_checkpoints)
     if c.folder is not None:
         check_output(c.folder)
         if (c.folder/"config.json").exists():

@@ -22,7 +22,7 @@ def check_repo_id(
     "InputError unless the hub could have a repository of this name; nothing is contacted."
     def wrong(problem): raise InputError("--push-to-hub", problem, "give USER/NAME, such as ada/tidy-emoji")
     if not isinstance(repo_id, str): wrong(f"a {type(repo_id).__name__} is no name")
-    if TOKEN.search(repo_id): wrong("this looks like a token, not like a repository")  # so it is not repeated here
+    if TOKEN.search(repo_id): wrong("this looks like a token, not like a repository")
     shown = repr(repo_id if len(repo_id) < 120 else repo_id[:100] + "…")
     if "://" in repo_id: wrong(f"{shown} is an address")
     if repo_id.count("/") != 1: wrong(f"{shown} is not of the form USER/NAME")

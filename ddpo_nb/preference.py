@@ -210,4 +210,5 @@ def image_reward(
         if not head: raise ValueError("there are no weights of its head")
         parts = build(BlipVisionModel, BlipVisionConfig(**vision_config), vision), build(BlipTextModel, BlipTextConfig(**text_config), text, add_pooling_layer=False), fold(head)
         image_processor, = load_processors(processor, tokenizer=False)
-        return ImageReward(*parts, image_processor, AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False))
+        tokens = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+        return ImageReward(*parts, image_processor, tokens)

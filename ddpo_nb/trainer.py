@@ -32,6 +32,7 @@ from .ddpo import DDPO, DDPOSF, STEP_WEIGHTINGS
 from .mdp import Trajectories
 from .policy import EMOJI_SD, StableDiffusionPolicy, load_pipeline
 from .prompts import InputError, prompt_flaw
+from .redact import hide
 from .rewards import ParallelReward, _numbers, answer, check_name, check_rewards, get_reward, reward_name, to_uint8
 from .rollout import rollout, sample_generator
 from .rwr import NORMALIZERS, REWARDS, RWR, RWRSparse
@@ -301,7 +302,9 @@ def _accelerator(c, home):
     a.gradient_accumulation_steps = 1  # the loop divides by itself; accelerate would do so again, by what its launcher was told
     if a.device.type == "cuda": _tf32(c.allow_tf32)
     if c.log_with:
-        plain = {k: v for k, v in c.to_dict().items() if isinstance(v, (int, float, str)) and not k.startswith(("tracker_kwargs", "accelerator_kwargs"))}
+        theirs = ("tracker_kwargs", "accelerator_kwargs")
+        plain = {k: hide(v) if isinstance(v, str) else v for k, v in c.to_dict().items()
+                 if isinstance(v, (int, float, str)) and not k.startswith(theirs)}
         a.init_trackers(c.tracker_project_name, config=plain, init_kwargs=_tracker_kwargs(c))
     def log_images(images, step=None):
         for t in a.trackers: _log_images(t, images, step)

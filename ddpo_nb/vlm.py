@@ -8,7 +8,7 @@ __all__ = ['QUESTION', 'png_url', 'chat_request', 'ServerGone', 'Refused', 'retr
            'answer_matches', 'VLMQuestions', 'vlm_client', 'make_similarity', 'vlm_alignment', 'vlm_questions']
 
 # %% ../nbs/05c_vlm.ipynb #32179f43
-import base64, io, json, os, random, re, threading, time, unicodedata, weakref
+import base64, io, json, logging, os, random, re, threading, time, unicodedata, weakref
 from collections import OrderedDict
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from datetime import datetime, timezone
@@ -23,6 +23,7 @@ from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor
 from .prompts import InputError
+from .redact import address_secrets, hide, hide_address, keep_secret
 from .rewards import to_uint8
 
 # %% ../nbs/05c_vlm.ipynb #ff60f684
@@ -121,10 +122,18 @@ def _address(url: str) -> httpx2.URL:
     try: parsed = httpx2.URL(url.strip())
     except (httpx2.InvalidURL, AttributeError, TypeError): problem = "this is no address"
     else:
-        if parsed.scheme not in ("http", "https") or not re.fullmatch(r"[\w.:-]+", parsed.host): problem = f"{_line(url, 80)!r} is not an http(s) address" if "@" not in url else "this is not an http(s) address"
+        if parsed.scheme not in ("http", "https") or not re.fullmatch(r"[\w.:-]+", parsed.host): problem = f"{_line(hide(url), 80)!r} is not an http(s) address" if "@" not in url else "this is not an http(s) address"
         elif parsed.userinfo: problem, remedy = "there is a user or a password in the address", "put the key into OPENAI_API_KEY"
+        elif "***" in url: problem, remedy = "a part was left out where it was shown", "put it back, or set DDPO_VLM_URL"
     if problem: raise InputError("--vlm-url", problem, remedy)
     return parsed.copy_with(path=parsed.path.rstrip("/").removesuffix("/chat/completions").rstrip("/") or "/", fragment=None)
+
+def _discreet(record):
+    "For a logger: its lines without secrets. httpx2 logs the whole address of each request."
+    record.msg, record.args = hide(record.getMessage()), ()
+    return True
+
+logging.getLogger(httpx2.__name__).addFilter(_discreet)
 
 @cache
 def _certificates(): return httpx2.create_ssl_context()  # takes a tenth of a second
@@ -149,6 +158,8 @@ class VLMClient:
             if not least <= value < float("inf"): raise InputError(name, f"{value} is out of range", f"give {least} or more")
         if not isinstance(model, str) or not model.strip(): raise InputError("--vlm-model", "there is no name", "give the model's name as the server calls it")
         self.url, self.model = _address(url), model.strip()
+        self._secrets = [o for o in address_secrets(url) if len(o) >= 6]  # a server may repeat them
+        keep_secret(*self._secrets)
         self.timeout, self.retries, self.concurrency, self.backoff, self.patience = timeout, retries, concurrency, backoff, patience
         self.max_tokens, self.options, self.answers = max_tokens, dict(options or {}), None if answers is None else Path(answers)
         self.key = _Key((os.environ.get("OPENAI_API_KEY", "") if api_key is None else api_key).strip())
@@ -161,7 +172,7 @@ class VLMClient:
         if self.answers: self._recall()
 
     @property
-    def place(self) -> str: return str(self.url.copy_with(query=None))  # to show: a query may hold a key
+    def place(self) -> str: return hide_address(str(self.url.copy_with(query=None)), strict=True)  # to show: it may hold a key
     def __repr__(self): return f"VLMClient({self.place!r}, {self.model!r}, key {self.key})"
 
 # %% ../nbs/05c_vlm.ipynb #09f66cbb
@@ -187,7 +198,9 @@ def _body(self: VLMClient, response, deadline) -> bytes:
         parts.append(part); size += len(part)
         if size > _MOST: raise _Again(f"a body of more than {_MOST:,} bytes", 0.)
         if time.monotonic() > deadline: raise _Again(f"no whole answer within {self.timeout:g} s", 0.)
-    return self.key.hide(b"".join(parts))
+    data = self.key.hide(b"".join(parts))
+    for o in self._secrets: data = data.replace(o.encode(), b"***")
+    return data
 
 @patch
 def _try(self: VLMClient, method, path, body, read):
