@@ -59,7 +59,7 @@ def files(folder): return sorted(str(o.relative_to(folder)) for o in folder.rglo
     ("train --reward r.py:none", "--reward none"), ("train --prompts nowhere.txt", "--prompts nowhere.txt simple_animals"), ("train --prompts empty.txt", "--prompts empty.txt one"),
     ("train --model ./nowhere", "--model nowhere emoji-sd"), ("train --model nomodel", "--model model_index.json emoji-sd"), ("train --model nonsense", "--model nonsense emoji-sd"),
     ("compare --output full", "--output 'full' new"), ("compare --output r.py", "--output r.py folder"), ("compare --output r.py/x", "--output folder"),
-    ("compare --set rwr.nothing=1", "--set rwr.nothing=1 rwr.rwr_beta=0.5"), ("compare --set rwr.rwr_beta=hot", "--set hot float"), ("compare --set rwr.sample_num_steps=3", "--sample-num-steps alike"),
+    ("compare --set rwr.nothing=1", "--set rwr.nothing rwr.rwr_beta=0.5"), ("compare --set rwr.rwr_beta=hot", "--set hot float"), ("compare --set rwr.sample_num_steps=3", "--sample-num-steps alike"),
     ("compare --bogus 1", "--bogus --help"), ("bogus", "bogus compare"), ("sample --output a.png", "--prompt required"), ("sample --prompt cat --output a.gif", "--output a.gif .png"),
     ("sample --prompt cat --output a.png --steps 0", "--steps above"), ("sample --prompt cat --output a.png --steps 1001", "--steps 1000"),
     ("sample --prompt cat --output a.png --lora nowhere", "--lora nowhere"), ("sample --prompt cat --output r.py/a.png --steps 1", "--output write folder"),
