@@ -178,6 +178,11 @@ def make_parser(
     c.add_argument("--seed", type=_seed, default=0, help="of the noise (0)")
     c.add_argument("--samples", type=_count, help="pictures to draw (one a prompt, at most 64)")
 
+    c = add("export", _export, "Write a trained LoRA for other programs.")
+    c.add_argument("--lora", required=True, metavar="DIR", help="folder of LoRA weights, such as runs/x/weights/ddpo-is-seed0, or a .safetensors file")
+    c.add_argument("--format", choices=["kohya"], default="kohya", help="of kohya's scripts, for ComfyUI and A1111 (kohya)")
+    c.add_argument("--output", required=True, metavar="FILE.safetensors", help="file to write; one that is there already is left as it is")
+
     c = add("train-aesthetic", _train_aesthetic, "Train an aesthetic predictor on rated pictures.")
     c.add_argument("--ratings", required=True, metavar="AVA.txt", help="a picture a line: index, image id, the counts of the votes 1 to 10, two tags, challenge")
     c.add_argument("--images", required=True, metavar="DIR", help="folder with the pictures, named by their ids, such as 953619.jpg")
@@ -458,6 +463,19 @@ def _evaluate(args):
     images = rollout(policy, prompts, exam_generators(args.seed, len(items)), metadata, args.batch_size).images
     values = check_rewards(reward(images, prompts, metadata)[0], len(items), name)
     print(f"{name}: {pm(*mean_interval(values))} (95 %, {len(values)} pictures, {args.prompts}, seed {args.seed})")
+    return 0
+
+# %% ../nbs/11_cli.ipynb #df4685d5
+def _export(args):
+    path = Path(args.output).expanduser()
+    if path.suffix != ".safetensors":
+        raise InputError("--output", f"{args.output!r} is no .safetensors file", "give a name that ends in .safetensors")
+    if path.exists(): raise InputError("--output", f"{args.output!r} is there already", "name another file, or remove it first")
+    _check_lora("--lora", args.lora)
+    from ddpo_nb.checkpoints import write_atomic
+    from ddpo_nb.export import kohya_lora
+    write_atomic(path, data := kohya_lora(args.lora))
+    print(f"{path}: {len(data) / 1e6:.1f} MB, a LoRA in kohya's form for ComfyUI and A1111")
     return 0
 
 # %% ../nbs/11_cli.ipynb #a3e57e71

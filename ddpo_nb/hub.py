@@ -142,10 +142,12 @@ def model_card(
     shown = {k: Path(v).name if local and isinstance(v, str) and Path(v).expanduser() == Path(local) else v for k, v in public(config).items()}
     hint = "The base model was a folder: put your own path to it there." if not on_hub and base_model != "emoji-sd" else ""
     code = _loading(base_model, repo_id, lora, prompt or ("a bear on a blue background" if base_model == "emoji-sd" else "a bear"), shown)
+    others = (f"\n\nFor ComfyUI and A1111: `ddpo-nb export --lora {repo_id} --output {repo_id.rpartition('/')[2]}.safetensors`."
+              if lora and base_model != "emoji-sd" else "")
     parts = [f"# {repo_id.rpartition('/')[2]}",
              f"{kind} weights for {base}, trained with reinforcement learning (`{algorithm}`) for a higher `{_text(reward)}`. Made with [ddpo_nb]({PROJECT}).",
              *(f"![{_PICTURES.get(o, o)}]({o})\n\n*{_PICTURES.get(o, o)}.*" for o in pictures),
-             f"## How to load\n\n```python\n{code}\n```" + (f"\n\n{hint}" if hint else ""),
+             f"## How to load\n\n```python\n{code}\n```" + (f"\n\n{hint}" if hint else "") + others,
              "## Training\n\n" + _training(base if on_hub else Path(base_model).name, algorithm, reward, shown, rows, lora)]
     if numbers: parts.append("## Evaluation\n\n" + (numbers.strip() if isinstance(numbers, str) else _table(["weights", reward], list(numbers.items()))))
     parts += [f"<details><summary>All settings</summary>\n\n```json\n{json.dumps(shown, indent=1, ensure_ascii=False)}\n```\n\n</details>",
