@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from ddpo_nb.ddpo import DDPO, DDPOSF, clipped_surrogate
+from ddpo_nb.mdp import ddim_step
 from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
 from ddpo_nb.prompts import InputError
 from ddpo_nb.rollout import rollout, sample_generator
@@ -212,6 +213,37 @@ def test_figures_are_what_their_names_say(tiny):
     dist = torch.distributions.Normal(other.step(x, t).mean, other.step(x, t).std[:, None])
     log_ratio = dist.log_prob(prev).sum(1) - old
     torch.testing.assert_close(f["ratio"].log(), log_ratio.detach())
-    torch.testing.assert_close(f["approx_kl"], 0.5 * log_ratio.detach()**2)
+    torch.testing.assert_close(f["approx_kl"], 0.5 * log_ratio.detach()**2)   # TRL's figure, of the ratio as it is reduced
+    torch.testing.assert_close(f["kl_step"], f["approx_kl"])                  # of a sum: the divergence itself
     assert torch.equal(f["clip_fraction"], ((f["ratio"] - 1).abs() > 0.1).float()) and 0 < f["clip_fraction"].mean() < 1
     assert loss.requires_grad and not any(v.requires_grad for v in f.values())
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_kl_step_is_the_divergence_in_nats_whatever_the_reduction(reduction):
+    "A mean over D dimensions makes the log-ratio D times smaller, and its square D²: the figure undoes it."
+    D, n = 6, 40_000
+    sampler, moved = (TinyDiffusion([m] * D, [0.7] * D, num_steps=3, reduction=reduction) for m in (0.0, 0.02))
+    batch = sampler.sample(n, gen())
+    for step in range(3):
+        ex = dict(sample=torch.arange(n), step=torch.full((n,), step), advantage=torch.zeros(n))
+        with torch.no_grad():
+            f = DDPO().loss(moved, batch, ex)[1]
+            x, t, prev, _ = batch.transitions(ex["sample"], ex["step"])
+            one, other = (p.step(x, t, prev_sample=prev) for p in (sampler, moved))
+        exact = ((one.mean - other.mean)**2).sum(1).div(2 * one.std**2).mean().item()
+        spread = f["kl_step"].std().item() / n**0.5
+        assert abs(f["kl_step"].mean().item() - (exact + exact**2 / 2)) < 4 * spread and exact > 20 * spread
+        assert (f["kl_step"] / f["approx_kl"]).mean().item() == pytest.approx(D**2 if reduction == "mean" else 1)
+
+def test_the_simple_loss_drops_the_factor_that_turns_noise_into_divergence():
+    "Ho et al. 2020, eq. 12: β²/(2σ²α(1−ᾱ)) ‖ε−ε_θ‖² is the divergence of two steps at η = 1, from noises ε and ε_θ."
+    policy = TinyDiffusion([0.0] * 5, [1.0] * 5, num_steps=10)
+    s, g = policy.scheduler, gen()
+    abar = s.alphas_cumprod[policy.timesteps]
+    alpha = abar / torch.cat([abar[1:], s.final_alpha_cumprod[None].double()])
+    x, eps, other = (torch.randn(10, 5, generator=g, dtype=torch.float64) for _ in range(3))
+    a, b = (ddim_step(s, e, policy.timesteps, x, 1.0, prev_sample=x) for e in (eps, other))
+    kl = torch.distributions.kl_divergence(*(torch.distributions.Normal(o.mean, o.std[:, None]) for o in (a, b))).sum(1)
+    factor = (1 - alpha)**2 / (2 * a.std**2 * alpha * (1 - abar))
+    torch.testing.assert_close(kl, factor * ((eps - other)**2).sum(1), rtol=1e-6, atol=0)
+    assert ((factor * 2 * a.std**2).log().diff().abs() > 0.01).any()   # so the factor is not 1/2σ² alone
