@@ -84,6 +84,11 @@ def test_exam_noise_is_not_that_of_training():
     assert torch.equal(a, b)
     assert not any(torch.equal(a, torch.randn(8, generator=sample_generator(3, e, 0))) for e in range(3))
 
+def test_a_small_budget_cuts_repeats_too_and_says_so():
+    configs, budget, notes = fit_budget({"rwr-sparse": make_config("rwr-sparse")}, 4)
+    assert budget == 4 and (configs["rwr-sparse"].samples_per_epoch, configs["rwr-sparse"].samples_per_prompt) == (4, 4)
+    assert "rwr-sparse gets 4 pictures of each prompt that is drawn, not 8: they have to fit its epochs." in notes
+
 def test_latent_spread_is_the_mean_pairwise_distance():
     vae, x = load_pipeline().vae, torch.rand(6, 3, 64, 64, generator=torch.manual_seed(0))
     with torch.no_grad(): z = (vae.encode(2 * x - 1).latent_dist.mode() * vae.config.scaling_factor).flatten(1)

@@ -99,6 +99,11 @@ def test_the_objective_weighs_what_it_is_told_to(normalizer, rewards):
     got = RWRSparse(fraction=0.4, normalizer=normalizer, rewards=rewards).weigh(prompts, r, A)
     torch.testing.assert_close(got, rwr_sparse_weights(x, 0.4, names))
 
+def test_prompts_that_all_come_once_are_not_compared_in_silence():
+    with pytest.warns(UserWarning, match="rwr_normalizer: each of 3 samples is the only one of its prompt, .* set samples_per_prompt"):
+        assert (RWR().weigh(list("abc"), [1.0, 2, 3], None) == 1).all()
+    RWR().weigh(list("aab"), [1.0, 2, 3], None), RWR(normalizer="batch").weigh(list("abc"), [1.0, 2, 3], None)
+
 def test_unknown_ways_of_weighing_are_named():
     with pytest.raises(InputError, match="normalizer: there is no 'sample'; choose from prompt, batch"): RWR(normalizer="sample")
     with pytest.raises(InputError, match="rewards: there is no 'clipped'; choose from raw, normalized"): RWRSparse(rewards="clipped")

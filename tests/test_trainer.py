@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from hypothesis import given, strategies as st
 from ddpo_nb import trainer as T
 from ddpo_nb.advantages import BASELINES
-from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
+from ddpo_nb.policy import EMOJI_SD, StableDiffusionPolicy, load_pipeline
 from ddpo_nb.prompts import InputError, PromptSource
 from ddpo_nb.rewards import jpeg_compressibility
 from ddpo_nb.rwr import rwr_weights
@@ -216,6 +216,15 @@ def test_the_papers_settings(algorithm, lora, rate):
     assert {k: getattr(c, k) for k in settings} == settings and c.train_learning_rate == rate
     assert (c.samples_per_epoch, c.samples_per_update) == (samples, update)
     assert c.samples_per_epoch // c.samples_per_update * c.train_num_inner_epochs == updates
+
+def test_presets_give_way_to_what_is_asked_for():
+    "A normalisation that is asked for is used by RWR too, and a preset's repeats fit smaller epochs"
+    for asked in (dict(baseline="group", samples_per_prompt=4), dict(per_prompt_stat_tracking=True), dict(advantage_min_std=0.1)):
+        for model in (EMOJI_SD, "some/stable-diffusion"): assert make_config("rwr-sparse", model, **asked).rwr_rewards == "normalized"
+    own = make_config("rwr-sparse")
+    assert (own.rwr_rewards, own.rwr_normalizer, own.samples_per_prompt) == ("raw", "prompt", 8)
+    assert make_config("rwr-sparse", sample_batch_size=6, sample_num_batches_per_epoch=2, train_batch_size=12).samples_per_prompt == 4
+    with pytest.raises(InputError, match="^baseline"): make_config("rwr-sparse", baseline="group", samples_per_prompt=2, rwr_rewards="raw")
 
 @pytest.mark.parametrize("algorithm,seen", [("rwr", 5), ("rwr-sparse", 50)])
 def test_an_update_holds_what_the_papers_does(algorithm, seen):
