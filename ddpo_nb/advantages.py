@@ -22,11 +22,12 @@ def _floored(spread, min_std):
 
 def normalize(
     rewards: np.ndarray,   # (N,)
-    eps: float = 1e-6,     # keeps equal rewards from dividing by zero: their advantages are 0
+    eps: float = 1e-8,     # keeps equal rewards from dividing by zero: their advantages are 0
     min_std: float = 0.0,  # floor under the spread, in the reward's units; 0: none (see the end of this notebook)
 ) -> np.ndarray:           # advantages, (N,), float64
     "Rewards minus their mean, over their population standard deviation. ValueError for a negative floor."
     rewards = _array(rewards)
+    rewards = rewards - rewards[:1]   # so that equal rewards are exactly 0
     return (rewards - rewards.mean()) / (_floored(rewards.std(), min_std) + eps)
 
 # %% ../nbs/06_advantages.ipynb #0b0f4b7d
@@ -37,7 +38,7 @@ def _matched(prompts, rewards):
     return prompts, rewards
 
 class PerPromptStatTracker:
-    "Normalises rewards by the mean and standard deviation of their own prompt's last rewards (Black et al. 2023, sec. 4.2)."
+    "Normalises rewards by the mean and standard deviation of their own prompt's last rewards (Black et al. 2023, app. D.3)."
     def __init__(self,
         buffer_size: int = 16, # rewards remembered for each prompt
         min_count: int = 16,   # with fewer of them, a prompt takes the batch's statistics
@@ -79,7 +80,7 @@ def group_relative(
     "Rewards minus their own prompt's mean in this batch, over its population standard deviation (Shao et al. 2024, sec. 4.1). ValueError if there is not one reward a prompt."
     prompts, rewards = _matched(prompts, rewards)
     advantages = np.zeros(len(rewards))
-    for i in _groups(prompts): advantages[i] = normalize(rewards[i] - rewards[i[0]], min_std=min_std)  # so that equal rewards are exactly 0
+    for i in _groups(prompts): advantages[i] = normalize(rewards[i], min_std=min_std)
     return advantages
 
 # %% ../nbs/06_advantages.ipynb #eccd60ce

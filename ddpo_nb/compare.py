@@ -55,7 +55,8 @@ def _halve(c):
     batches, size = (batches // 2, size) if batches > 1 else (1, max(1, size // 2))
     n, updates = batches * size, c.samples_per_epoch // c.samples_per_update
     m = n // updates if n % updates == 0 else math.gcd(n, c.samples_per_update)
-    return replace(c, sample_num_batches_per_epoch=batches, sample_batch_size=size, train_batch_size=m, train_gradient_accumulation_steps=1)
+    return replace(c, sample_num_batches_per_epoch=batches, sample_batch_size=size, train_batch_size=m, train_gradient_accumulation_steps=1,
+                   samples_per_prompt=math.gcd(c.samples_per_prompt, n))
 
 def fit_budget(
     configs: dict,        # algorithm -> config
@@ -72,6 +73,8 @@ def fit_budget(
     budget = queries - queries % math.lcm(*map(size, configs.values()))
     notes = [f"An epoch of {a} was cut from {size(c)} to {size(configs[a])} pictures: the budget is small."
              for a, c in wished.items() if size(c) != size(configs[a])]
+    notes += [f"{a} gets {configs[a].samples_per_prompt} pictures of each prompt that is drawn, not {c.samples_per_prompt}: they have to fit its epochs."
+              for a, c in wished.items() if c.samples_per_prompt != configs[a].samples_per_prompt]
     if budget < queries: notes.append(f"{budget:,} of the {queries:,} queries asked for are used: whole epochs, equally many queries for each algorithm.")
     return {a: replace(c, num_epochs=budget // size(c)) for a, c in configs.items()}, budget, notes
 

@@ -80,13 +80,15 @@ def loss(
     policy,                      # has `step`
     trajectories: Trajectories,
     examples: dict,              # some of what `examples` returned
-) -> tuple:                      # loss (M,), and figures to log, (M,) each: ratio, approx_kl, clip_fraction, and kl_pretrained if it has a price
+) -> tuple:  # loss (M,), and figures to log, (M,) each: ratio, approx_kl, kl_step, clip_fraction, and kl_pretrained if it has a price
     "What each transition costs under today's weights; its mean over transitions is minus the policy-gradient surrogate over T."
     x, t, prev, old = trajectories.transitions(examples["sample"], examples["step"])
     step = policy.step(x, t, trajectories.conditioning[examples["sample"]], prev_sample=prev, guidance=self.guidance)
     weight, new = step.std**2 if self.step_weighting == "variance" else 1, step.log_prob
     ratio = torch.exp(weight * (new - old))
-    figures = dict(ratio=ratio, approx_kl=0.5 * (new - old)**2, clip_fraction=((ratio - 1).abs() > self.clip_range).float())
+    squared, n = 0.5 * (new - old)**2, x[0].numel() if policy.reduction == "mean" else 1
+    clipped = ((ratio - 1).abs() > self.clip_range).float()
+    figures = dict(ratio=ratio, approx_kl=squared, kl_step=n**2 * squared, clip_fraction=clipped)
     loss = self.objective(examples["advantage"], ratio, weight * new)
     if self.kl_coef:
         kl = self.divergence(policy, step, x, t, trajectories.conditioning[examples["sample"]])

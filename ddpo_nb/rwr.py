@@ -7,6 +7,7 @@ __all__ = ['NORMALIZERS', 'REWARDS', 'NOTHING', 'rwr_weights', 'rwr_sparse_weigh
            'x0_moments']
 
 # %% ../nbs/07_rwr.ipynb #e6b4f227
+import warnings
 from dataclasses import dataclass
 import torch
 from torch import Tensor
@@ -95,6 +96,9 @@ def weigh(
     processes: int = 1,  # each holds an equal share of the samples, one after the other
 ) -> Tensor:             # weights with mean 1, (N,), float64
     "What each sample counts. Processes get equally many weights above 0, so that all of them take part in every update."
+    if self.normalizer == "prompt" and len(set(prompts)) == len(prompts) > 1:
+        warnings.warn(f"rwr_normalizer: each of {len(prompts)} samples is the only one of its prompt, so nothing is compared and all count alike; "
+                      "set samples_per_prompt, or rwr_normalizer to batch")
     values = torch.as_tensor(rewards if self.rewards == "raw" else advantages, dtype=torch.float64)
     weights = self.weights(values, prompts if self.normalizer == "prompt" else None)
     weights[weights < NOTHING] = 0

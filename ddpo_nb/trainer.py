@@ -853,7 +853,8 @@ EMOJI_SETTINGS = {
     "ddpo-is": _emoji | _ddpo | dict(train_learning_rate=3e-3, train_clip_range=1e-3),
     "ddpo-sf": _emoji | _ddpo | dict(train_learning_rate=1e-3, sample_batch_size=16),
     "rwr": _emoji | _rwr | dict(rwr_draws=2, rwr_beta=5.0),
-    "rwr-sparse": _emoji | _rwr | dict(rwr_draws=8, train_learning_rate=1e-3),
+    "rwr-sparse": _emoji | _rwr | dict(rwr_draws=8, train_learning_rate=1e-3, rwr_rewards="raw", rwr_normalizer="prompt", samples_per_prompt=8,
+                                       per_prompt_stat_tracking=False),
 }
 _paper = dict(sample_num_steps=50, sample_eta=1.0, sample_guidance_scale=5.0, sample_batch_size=8, train_cfg=True, train_learning_rate=3e-4,
               train_adam_weight_decay=1e-4, train_adam_beta1=0.9, train_adam_beta2=0.999, train_max_grad_norm=1.0)
@@ -868,6 +869,17 @@ PAPER_SETTINGS = {
     "rwr-sparse": _paper_rwr | dict(rwr_fraction=0.1, rwr_draws=10),
 }
 
+def _made_fit(algorithm, settings, overrides):
+    "What these overrides change of the settings besides: a normalisation that is asked for is used, and repeats fit the epoch."
+    fit, own = {}, overrides.get("baseline", "normalize") != "normalize"
+    if own: fit["per_prompt_stat_tracking"] = False  # a baseline of its own
+    if algorithm.startswith("rwr") and (own or overrides.get("per_prompt_stat_tracking") or overrides.get("advantage_min_std")):
+        fit["rwr_rewards"] = "normalized"
+    if "samples_per_prompt" in settings:
+        size = [(settings | overrides)[k] for k in ("sample_batch_size", "sample_num_batches_per_epoch")]
+        if all(isinstance(o, int) and o > 0 for o in size): fit["samples_per_prompt"] = math.gcd(settings["samples_per_prompt"], math.prod(size))
+    return fit
+
 def make_config(
     algorithm: str,           # one of ALGORITHMS
     model: str = EMOJI_SD,    # the bundled model has settings of its own; any other gets the paper's
@@ -878,5 +890,5 @@ def make_config(
     if algorithm not in ALGORITHMS: raise InputError("algorithm", f"there is no {algorithm!r}", f"choose from {', '.join(ALGORITHMS)}")
     settings = (EMOJI_SETTINGS if model == EMOJI_SD else PAPER_SETTINGS)[algorithm]
     if not lora: settings = settings | dict(train_learning_rate=1e-4 if model == EMOJI_SD else 1e-5)  # which is the paper's
-    if overrides.get("baseline", "normalize") != "normalize": settings = settings | dict(per_prompt_stat_tracking=False)  # a baseline of its own
-    return (RWRConfig if algorithm.startswith("rwr") else DDPOConfig)(**(dict(algorithm=algorithm) | settings | overrides))
+    settings = dict(algorithm=algorithm) | settings | _made_fit(algorithm, settings, overrides) | overrides
+    return (RWRConfig if algorithm.startswith("rwr") else DDPOConfig)(**settings)
