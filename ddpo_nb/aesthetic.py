@@ -75,7 +75,7 @@ def render_ava(
 ) -> tuple:               # the paths of AVA.txt and of the pictures' folder
     "A rating set in AVA's format: emoji scenes, with votes drawn from `crowd`."
     from ddpo_nb.emoji_sd import COLOUR_NAMES, FONT, NOUNS, scene
-    rng, folder = np.random.default_rng((seed, unseen)), Path(folder)
+    rng, folder = np.random.default_rng((seed, unseen)), Path(folder).expanduser()
     pairs = [(i, j) for i in range(len(NOUNS)) for j in range(len(COLOUR_NAMES)) if ((3*i + j) % 10 == 0) == unseen]
     (folder/"images").mkdir(parents=True, exist_ok=True)
     lines = []
@@ -113,7 +113,7 @@ def read_ava(
 ) -> Ratings:
     "Ratings in the format of AVA.txt; InputError names the file's first line that is not in it."
     remedy = "write 15 whole numbers a line: index, image id, the counts of the votes 1 to 10, two tags, challenge"
-    try: text = Path(path).read_text(encoding="utf-8-sig")
+    try: text = Path(path).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as e: raise InputError("--ratings", f"cannot read {str(path)!r}: {getattr(e, 'strerror', None) or 'it is no text'}", "give a file in the format of AVA.txt") from None
     rows, seen = [], {}
     for number, line in enumerate(text.split("\n"), 1):
@@ -287,6 +287,7 @@ def find_images(
     ids,                # the image ids that are wanted
 ) -> dict:              # image id -> path, of those that are there, in the order of `ids`
     "Where the pictures are; InputError if `folder` cannot be read or holds none of them."
+    folder = Path(folder).expanduser()
     try: there = _by_stem(os.listdir(folder))
     except OSError as e:
         raise InputError("--images", f"cannot read the folder {str(folder)!r}: {e.strerror}", "give the folder with the pictures") from None
@@ -417,7 +418,7 @@ def embed_files(
     progress: bool = True,
 ) -> tuple:                # ids (M,), vectors (M, D), and {id: why} of the pictures that cannot be read
     "Embeddings of pictures, each computed once; goes on where it was stopped."
-    whole = Path(cache)/f"embeddings-{cache_key(embedder, paths)}.safetensors"
+    whole = Path(cache).expanduser()/f"embeddings-{cache_key(embedder, paths)}.safetensors"
     if found := _kept(whole): return found
     parts, items, found = whole.with_suffix(".parts"), [*paths.items()], []
     with tqdm(total=len(items), desc="pictures", disable=not progress, leave=False) as bar:
@@ -479,7 +480,7 @@ def save_head(
     embedder: Embedder,  # the CLIP it was trained with
 ):
     "Write a head with its calibration. InputError if that is not possible."
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     head.calibration = {k: v.contiguous() for k, v in calibrate(embedder, head).items()}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -671,7 +672,8 @@ def train_aesthetic(
 ) -> tuple:                         # the head, and a report: metrics, and which pictures were left out
     "Train a head from ratings and pictures; whatever was done before an interruption is kept. InputError for input that cannot be used; then nothing is written."
     if loss not in ("emd", "mse"): raise InputError("--loss", f"there is no {loss!r}", "use emd or mse")
-    rated, home = read_ava(ratings), Path(output)
+    ratings, images, output = (Path(o).expanduser() for o in (ratings, images, output))
+    rated, home = read_ava(ratings), output
     paths = find_images(images, rated.ids)
     _enough("--images", len(paths), f"{str(images)!r} holds only")
     embedder, new = load_embedder(clip, device), not home.exists()

@@ -43,10 +43,18 @@ def _line(text):
     "Somebody's words on one line, without secrets, and without what moves a terminal's cursor."
     return hide(" ".join("".join(c if c.isprintable() else " " for c in text).split()))
 
+_PATHS = ("DIR", "FILE", "AVA.txt")  # a path option's metavar begins with or holds one of these
+_ALSO_PATHS = ("reward", "vlm_similarity")
+
 class _Parser(argparse.ArgumentParser):
-    "An argument parser that complains in one line."
+    "An argument parser that complains in one line, and knows the home folder: a shell leaves the ~ of --output=~/run as it is."
     def parse_known_args(self, args=None, namespace=None):
-        return super().parse_known_args([*map(_dashes, sys.argv[1:] if args is None else args)], namespace)
+        found, rest = super().parse_known_args([*map(_dashes, sys.argv[1:] if args is None else args)], namespace)
+        for a in self._actions:
+            value = getattr(found, a.dest, None)
+            path = a.dest in _ALSO_PATHS or any(o in str(a.metavar) for o in _PATHS)
+            if path and isinstance(value, str): setattr(found, a.dest, os.path.expanduser(value))
+        return found, rest
 
     def error(self, message):
         if "unrecognized" in message or "the following arguments are required" in message: message += f"; see {self.prog} --help"

@@ -7,6 +7,7 @@ __all__ = ['EMOJI_CLIP', 'OPENAI_CLIP', 'Embedder', 'load_processors', 'load_emb
            'clip_alignment', 'clip_score']
 
 # %% ../nbs/05a_clip.ipynb #b33e091d
+import os
 from importlib import resources
 from pathlib import Path
 import numpy as np
@@ -69,7 +70,7 @@ def texts(self: Embedder,
     return found[[place[t] for t in texts]]
 
 # %% ../nbs/05a_clip.ipynb #2a62f556
-def _place(name): return str(resources.files("ddpo_nb")/"weights"/EMOJI_CLIP) if name == EMOJI_CLIP else str(name)
+def _place(name): return str(resources.files("ddpo_nb")/"weights"/EMOJI_CLIP) if name == EMOJI_CLIP else os.path.expanduser(name)
 
 def load_processors(
     name: str,               # "emoji-clip", a folder, or a hub id

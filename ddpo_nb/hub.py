@@ -101,6 +101,17 @@ _CITATION = f"""```bibtex
 ```"""
 _PICTURES = {"before_after.png": "The same prompts and the same noise, before training and after", "curves.png": "Reward against the number of pictures that were scored"}
 
+def _md(text):
+    "A text that Markdown and HTML show as it is, on one line."
+    text = " ".join(_text(text).split())
+    return re.sub(r"[\\`*{}\[\]<>|$~#&]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
+
+def _code(text):
+    "A text as Markdown's code, with a fence that does not occur in it."
+    text = " ".join(_text(text).split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"`{text}`" if fence == "`" else f"{fence} {text} {fence}"
+
 def _cell(value):
     "Something for a cell of a Markdown table: a (mean, half-width) pair, a number or a text."
     if isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value):
@@ -112,7 +123,7 @@ def _table(head, rows): return "\n".join(f"| {' | '.join(map(_cell, r))} |" for 
 def _training(base_model, algorithm, reward, config, rows, lora):
     rewards = [r["reward_mean"] for r in rows if r.get("reward_mean") is not None]
     known = dict(queries=[r["queries"] for r in rows if "queries" in r][-1:], seed=[config.get("seed", rows[-1].get("seed") if rows else None)])
-    facts = [("base model", base_model), ("algorithm", algorithm), ("reward", reward), ("trained", "LoRA of the UNet's attention layers" if lora else "the whole UNet"),
+    facts = [("base model", base_model), ("algorithm", algorithm), ("reward", _md(reward)), ("trained", "LoRA of the UNet's attention layers" if lora else "the whole UNet"),
              *((k, v) for k, o in known.items() for v in o if v is not None)]
     if rewards: facts += [("mean reward in the first epoch", float(rewards[0])), ("mean reward in the last epoch", float(rewards[-1]))]
     return _table(["", ""], facts)
@@ -134,7 +145,7 @@ def model_card(
     "A model card for the hub."
     base_model, on_hub, kind = str(base_model), _on_hub(str(base_model)), "LoRA" if lora else "UNet"
     fields, terms = _licence(base_model, licence)
-    base = f"[{base_model}](https://huggingface.co/{base_model})" if on_hub else f"[Emoji SD]({PROJECT})" if base_model == "emoji-sd" else f"`{Path(base_model).name}`"
+    base = f"[{base_model}](https://huggingface.co/{base_model})" if on_hub else f"[Emoji SD]({PROJECT})" if base_model == "emoji-sd" else _code(Path(base_model).name)
     data = ModelCardData(**fields, library_name="diffusers", pipeline_tag="text-to-image", base_model=base_model if on_hub else None,
                          base_model_relation=("adapter" if lora else "finetune") if on_hub else None,
                          tags=["ddpo_nb", algorithm.partition("-")[0], algorithm, "reinforcement-learning", kind.lower(), "text-to-image", "stable-diffusion", "diffusers"])
@@ -145,11 +156,11 @@ def model_card(
     others = (f"\n\nFor ComfyUI and A1111: `ddpo-nb export --lora {repo_id} --output {repo_id.rpartition('/')[2]}.safetensors`."
               if lora and base_model != "emoji-sd" else "")
     parts = [f"# {repo_id.rpartition('/')[2]}",
-             f"{kind} weights for {base}, trained with reinforcement learning (`{algorithm}`) for a higher `{_text(reward)}`. Made with [ddpo_nb]({PROJECT}).",
+             f"{kind} weights for {base}, trained with reinforcement learning (`{algorithm}`) for a higher {_code(reward)}. Made with [ddpo_nb]({PROJECT}).",
              *(f"![{_PICTURES.get(o, o)}]({o})\n\n*{_PICTURES.get(o, o)}.*" for o in pictures),
              f"## How to load\n\n```python\n{code}\n```" + (f"\n\n{hint}" if hint else "") + others,
-             "## Training\n\n" + _training(base if on_hub else Path(base_model).name, algorithm, reward, shown, rows, lora)]
-    if numbers: parts.append("## Evaluation\n\n" + (numbers.strip() if isinstance(numbers, str) else _table(["weights", reward], list(numbers.items()))))
+             "## Training\n\n" + _training(base if on_hub else _md(Path(base_model).name), algorithm, reward, shown, rows, lora)]
+    if numbers: parts.append("## Evaluation\n\n" + (numbers.strip() if isinstance(numbers, str) else _table(["weights", _md(reward)], list(numbers.items()))))
     parts += [f"<details><summary>All settings</summary>\n\n```json\n{json.dumps(shown, indent=1, ensure_ascii=False)}\n```\n\n</details>",
               "## Limits\n\nTraining pushes one number up. What the reward does not see, such as variety or faithfulness to the prompt, may have become worse: look before you rely on it.",
               f"## Licence\n\n{terms}", f"## Citation\n\n{_CITATION}"]

@@ -7,7 +7,7 @@ __all__ = ['EMOJI_SD', 'LORA_FILES', 'ModelError', 'is_hub_id', 'lora_file', 'Lo
            'load_lora', 'fuse_lora', 'load_pipeline']
 
 # %% ../nbs/01b_loading.ipynb #dace5226
-import json, math, re, warnings
+import json, math, os, re, warnings
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -331,6 +331,7 @@ def _load_base(model, revision):
     if model == EMOJI_SD:
         from ddpo_nb import emoji_sd
         return emoji_sd.load()
+    model = os.path.expanduser(model)
     if not Path(model).exists() and (Path(model).is_absolute() or str(model).startswith((".", "~"))): raise OSError("there is no such folder")
     pipe = StableDiffusionPipeline.from_pretrained(model, revision=revision, safety_checker=None, requires_safety_checker=False,
                                                    use_safetensors=True, trust_remote_code=False)

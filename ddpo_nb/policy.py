@@ -325,6 +325,7 @@ def follow_umask(*places):
 @patch
 def save_pretrained(self: StableDiffusionPolicy, folder: str|Path):
     "Write the trained weights in diffusers' format: `pytorch_lora_weights.safetensors`, or a `unet/` folder."
+    folder = Path(folder).expanduser()
     unet = self.pipeline.unet
     if not self.use_lora:
         unet.save_pretrained(Path(folder)/"unet")

@@ -181,7 +181,7 @@ class Clicks(list):
         about: dict|None = None, # what the pictures are: written first, and compared with what a file says
     ):
         super().__init__()
-        self.file, self.about, self.whole = Path(file) if file else None, dict(about or {}), 0  # whole: bytes of lines that are complete
+        self.file, self.about, self.whole = Path(file).expanduser() if file else None, dict(about or {}), 0  # whole: bytes of lines that are complete
         if self.file and self.file.exists(): self._read()
 
     def _bad(self, number, problem): return InputError("clicks", f"line {number} of {str(self.file)!r} {problem}", "mend the line, or name another file")
@@ -256,6 +256,7 @@ def export(
     folder,         # gets preferences.jsonl, preferences.csv and pictures/
 ) -> list:          # rows: prompt, image_0, image_1, label_0, prompt_0, prompt_1
     "Write clicks as a data set of preferences, with the pictures they are about as PNG files."
+    folder = Path(folder).expanduser()
     file = lambda o: f"pictures/{pool.place[o['prompt'], o['seed']]:05}-seed{o['seed']}.png"
     rows = [dict(prompt=c["a"]["prompt"] if c["a"]["prompt"] == c["b"]["prompt"] else None, image_0=file(c["a"]), image_1=file(c["b"]), label_0=_labels[c["choice"]],
                  prompt_0=c["a"]["prompt"], prompt_1=c["b"]["prompt"]) for c in clicks]
@@ -446,14 +447,15 @@ class TasteReward:
 @patch
 def save(self: BradleyTerry, file):
     "Write the head as safetensors."
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    file = Path(file).expanduser()
+    file.parent.mkdir(parents=True, exist_ok=True)
     save_file(dict(mean=self.mean, cov=self.cov, centre=self.centre, numbers=np.array([self.scale, self.prior_precision, self.clicks], dtype=np.float64)), str(file))
 
 @patch(cls_method=True)
 def load(cls: BradleyTerry, file) -> BradleyTerry:
     "Read what `save` wrote. InputError if it is not that."
     try:
-        kept = load_file(str(file))
+        kept = load_file(os.path.expanduser(file))
         head = cls(kept["centre"], *kept["numbers"][:2].tolist())
         if kept["cov"].shape != head.cov.shape or kept["mean"].shape != head.mean.shape: raise ValueError
     except Exception as e:
