@@ -116,7 +116,7 @@ def _cell(value):
     "Something for a cell of a Markdown table: a (mean, half-width) pair, a number or a text."
     if isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value):
         return f"{value[0]:.4g}" + (f" ± {value[1]:.2g}" if math.isfinite(value[1]) else "")
-    return f"{value:.5g}" if isinstance(value, float) else " ".join(_text(value).split()).replace("|", "\\|")
+    return f"{value:.5g}" if isinstance(value, float) else re.sub(r"(?<!\\)\|", r"\\|", " ".join(_text(value).split()))
 
 def _table(head, rows): return "\n".join(f"| {' | '.join(map(_cell, r))} |" for r in (head, ["---"] * len(head), *rows))
 
