@@ -22,6 +22,7 @@ from scipy.special import stdtrit
 from tqdm.auto import tqdm
 from . import __version__
 from .checkpoints import checkpoints, newest_whole, write_atomic
+from .dashboard import write
 from .policy import EMOJI_SD, ModelError, StableDiffusionPolicy, load_pipeline
 from .prompts import PROMPT_SETS, InputError, PromptSource, prompt_source
 from .redact import hide, keep_secret, named_secrets, redact
@@ -322,7 +323,8 @@ def plot(self:Comparison, figsize=(6, 3), ink: str = "#333333", face: str = "whi
             run = [r for r in self.rows if (r["algorithm"], r["seed"]) == (name, seed)]
             if run: ax.plot([r["queries"] - run[0]["queries"] for r in run], _finite(r["reward_mean"] for r in run), color=_colours[name], ls=":", lw=1.5,
                             label=f"{_labels[name]}, seed {seed}, unfinished")
-        ax.set(xlabel="reward queries spent", ylabel=self.settings["reward_name"] + _units.get(self.settings["reward_name"], ""))
+        ax.set_xlabel("reward queries spent")
+        write(ax.set_ylabel, self.settings["reward_name"] + _units.get(self.settings["reward_name"], ""), 60)
         ax.grid(axis="y", color=ink, alpha=0.15, lw=0.6)
         if ax.get_legend_handles_labels()[0]: ax.legend(frameon=False, fontsize=8)
     return fig
@@ -343,7 +345,7 @@ def gallery(self:Comparison, seed: int|None = None, face: str = "white", ink: st
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
             ax.set_xlabel(pm(e.rewards[key][j], math.nan, places=2), fontsize=7, color=ink, labelpad=1)
-            if i == 0: ax.set_title(prompt if len(prompt) < 15 else prompt[:13] + "…", fontsize=7.5, color=ink, pad=3)
+            if i == 0: write(ax.set_title, prompt, 14, fontsize=7.5, color=ink, pad=3)
         line[0].set_ylabel(_labels.get(e.name, e.name), fontsize=8.5, color=ink)
     return fig
 
@@ -535,8 +537,8 @@ def write_rows(self:Comparison):
 @patch
 def report(self:Comparison, path: str|Path) -> Path:
     "Write the report to `path`."
-    write_atomic(path, self.html())
-    return Path(path)
+    write_atomic(path := Path(path).expanduser(), self.html())
+    return path
 
 @patch
 def save(self:Comparison):
@@ -561,7 +563,7 @@ def _load_evaluation(path):
 @patch(cls_method=True)
 def load(cls:Comparison, folder: str|Path) -> Comparison:
     "The comparison that is kept in `folder`, with the runs that are finished; InputError if there is none."
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     try: settings = json.loads((folder/"config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError): settings = {}
     if "configs" not in settings: raise InputError("folder", f"{str(folder)!r} holds no comparison", "name a folder that `compare` or `train` wrote")
@@ -755,6 +757,7 @@ def compare(
     if not isinstance(queries, int) or queries < 1: raise InputError("queries", f"{queries!r} is not a positive whole number", f"give {QUERIES}, say")
     if evaluation_samples is not None and (not isinstance(evaluation_samples, int) or evaluation_samples < 2):
         raise InputError("evaluation_samples", f"{evaluation_samples!r} is too few", "give at least 2")
+    model, output, init_lora = (o if o is None else os.path.expanduser(o) for o in (model, output, init_lora))
     make_prompts = lambda seed: prompt_source(prompts, seed) if isinstance(prompts, (str, Path)) else PromptSource(prompts, seed)
     items = make_prompts(0).items
     configs, budget, notes = fit_budget(_configs(algorithms, model, lora, settings, overrides), queries, processes().num_processes)

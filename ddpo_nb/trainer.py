@@ -294,7 +294,8 @@ def _tf32(allowed):
 
 def _accelerator(c, home):
     "An `Accelerator` with the config's precision, trackers and folders; it can also log images."
-    project = {} if home is None else dict(project_dir=str(home), logging_dir=str(home)) | c.project_kwargs
+    given = {k: os.path.expanduser(v) if k.endswith("_dir") and isinstance(v, str) else v for k, v in c.project_kwargs.items()}
+    project = {} if home is None else dict(project_dir=str(home), logging_dir=str(home)) | given
     processes()
     precision = usable_precision(c.mixed_precision)
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision: AcceleratorState._reset_state()  # an earlier trainer's, in this process
