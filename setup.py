@@ -29,7 +29,7 @@ setup(
                  *[f"Programming Language :: Python :: 3.{o}" for o in range(min_minor, 15)],
                  "Topic :: Scientific/Engineering :: Artificial Intelligence"],
     packages=find_packages(include=["ddpo_nb", "ddpo_nb.*"]),
-    package_data={"ddpo_nb": ["weights/**/*", "data/*"]},
+    package_data={"ddpo_nb": ["weights/**/*", "data/**/*"]},
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": ["ddpo_nb=ddpo_nb._modidx:d"]},

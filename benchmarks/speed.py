@@ -23,16 +23,18 @@ SETTINGS = {
 # ---- the model ----
 
 def random_sd15(folder):
-    "A pipeline of Stable Diffusion 1.5's size with random weights and Emoji SD's tokenizer, on the disk."
+    "A pipeline of Stable Diffusion 1.5's size with random weights, in fp16, and Emoji SD's tokenizer, on the disk."
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
     from ddpo_nb.policy import load_pipeline
     from ddpo_nb.recipes import model_numbers
     configs, tokenizer = model_numbers("stable-diffusion-v1-5/stable-diffusion-v1-5").configs, load_pipeline().tokenizer
     torch.manual_seed(0)
-    text = CLIPTextModel(CLIPTextConfig(**configs["text_encoder"] | dict(eos_token_id=tokenizer.eos_token_id)))
-    parts = dict(unet=UNet2DConditionModel.from_config(configs["unet"]), vae=AutoencoderKL.from_config(configs["vae"]), text_encoder=text,
-                 scheduler=DDIMScheduler.from_config(configs["scheduler"], clip_sample=False))
+    text = CLIPTextConfig(**configs["text_encoder"] | dict(eos_token_id=tokenizer.eos_token_id))
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a billion random numbers
+        networks = dict(unet=UNet2DConditionModel.from_config(configs["unet"]), vae=AutoencoderKL.from_config(configs["vae"]),
+                        text_encoder=CLIPTextModel(text))
+    parts = dict(scheduler=DDIMScheduler.from_config(configs["scheduler"], clip_sample=False)) | {k: o.half().cpu() for k, o in networks.items()}
     tmp = Path(tempfile.mkdtemp(dir=folder.parent))
     StableDiffusionPipeline(**parts, tokenizer=tokenizer, safety_checker=None, feature_extractor=None, requires_safety_checker=False).save_pretrained(tmp)
     shutil.rmtree(tmp / "tokenizer")
@@ -53,15 +55,19 @@ def model_folder(name):
 
 class Side:
     "A process that waits to be told what to do, so that its start and its imports are paid once and its rival never runs beside it."
-    def __init__(self, command):
-        offline = dict(HF_HUB_OFFLINE="1")
-        self.process = subprocess.Popen([str(o) for o in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | offline)
-        self.idle_memory = self.answer()["idle_memory"]
+    def __init__(self, command, env=None):
+        env = os.environ | dict(HF_HUB_OFFLINE="1") | (env or {})
+        self.process = subprocess.Popen([str(o) for o in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        self.idle_memory = None
 
     def answer(self):
         line = self.process.stdout.readline()
         if not line: raise SystemExit(f"{self.process.args[-2]} ended with {self.process.wait()}")
         return json.loads(line)
+
+    def ready(self):
+        "Wait until it has loaded the model."
+        self.idle_memory = self.answer()["idle_memory"]
 
     def do(self, command):
         print(command, file=self.process.stdin, flush=True)
@@ -71,21 +77,25 @@ class Side:
         self.process.stdin.close()
         self.process.wait()
 
-def measure(plans, python, rounds, log):
-    "Figures of each round, after one to warm up. plans: a name, and what it is to do: TRL's is for TRL, the floor's for the bare passes, others for us."
+def measure(plans, python, rounds, log, env=None, on_round=None):
+    """Figures of each round, after one to warm up. plans: a name, and what it is to do: TRL's is for TRL, the floor's for the bare passes,
+    others for us. env: what TRL's side finds in its environment, if its interpreter is not one of TRL's own; on_round sees what is found so far."""
     with tempfile.TemporaryDirectory() as folder:
         turns, found = [], []
         for name, plan in plans.items():
             file = Path(folder) / f"{name}.json"
             file.write_text(json.dumps(plan | dict(folder=folder)))
-            command = [python, "-I", HERE / "speed_trl.py", file] if name == "TRL" else [sys.executable, HERE / "speed_ours.py", file]
-            turns.append((name, Side(command), "floor" if name == "floor" else "epoch"))
+            theirs = [python, *([] if env else ["-I"]), HERE / "speed_trl.py", file]
+            side = Side(theirs, env) if name == "TRL" else Side([sys.executable, HERE / "speed_ours.py", file])
+            turns.append((name, side, "floor" if name == "floor" else "epoch"))
+        for _, side, _ in turns: side.ready()  # they load side by side, and work in turn
         for i in range(rounds + 1):
             row = {}
             for name, side, command in turns[::1 if i % 2 else -1]:
                 row[name] = side.do(command) | dict(idle_memory=side.idle_memory)
                 log(f"{'warming up' if not i else f'round {i}'}: {name} {row[name]['seconds']:.2f} s")
             if i: found.append(row)
+            if i and on_round: on_round(found)
         for _, side, _ in turns: side.end()
     return found
 
@@ -93,12 +103,12 @@ def measure(plans, python, rounds, log):
 
 def medians(found):
     samples = lambda name, key: [row[name][key] for row in found]
-    return {name: {k: statistics.median(samples(name, k)) for k in ("seconds", "sampling", "rest", "memory", "idle_memory")} for name in ("TRL", "ours", "floor")}
+    return {name: {k: statistics.median(samples(name, k)) for k in ("seconds", "sampling", "rest", "memory", "idle_memory")} for name in found[0]}
 
 def ratios(found):
     "The median over rounds of each round's own ratio: what slows the machine for a while slows both."
     ratio = lambda a, b, key: statistics.median(row[a][key] / row[b][key] for row in found)
-    return {(a, b): {k: ratio(a, b, k) for k in ("seconds", "sampling", "rest")} for a, b in (("TRL", "ours"), ("ours", "floor"))}
+    return {(a, b): {k: ratio(a, b, k) for k in ("seconds", "sampling", "rest")} for a, b in (("TRL", "ours"), ("ours", "floor")) if a in found[0]}
 
 def show(found, samples):
     "The medians and the ratios, as a Markdown table."

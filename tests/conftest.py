@@ -6,6 +6,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs to compute the same bits twice
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -19,3 +20,28 @@ def browser():
         b = p.chromium.launch(executable_path=exe, args=["--no-sandbox"])
         yield b
         b.close()
+
+def on_device(kind):
+    "Let accelerate hand out this kind of device from now on, and let a GPU round as a CPU does."
+    import torch
+    from accelerate import PartialState
+    from accelerate.state import AcceleratorState
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if kind == "cuda": torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
+    return PartialState(cpu=kind == "cpu").device
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    "The device that everything in a test runs on: the CPU, and with `-m cuda` the GPU"
+    from accelerate.state import AcceleratorState
+    yield on_device(request.param)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+@pytest.fixture
+def exact():
+    "On a GPU: kernels that add in one order, so that the same work ends in the same bits"
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with sdpa_kernel(SDPBackend.MATH): yield
+    torch.use_deterministic_algorithms(False)

@@ -8,12 +8,29 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-_setup_privateuseone_for_python_backend("pretended")
+class Hook(torch._C._acc.PrivateUse1Hooks):
+    "Outside of `pretend_gpu` there is no such device, as far as torch's own `accelerator` knows."
+    def is_available(self): return Pretence.entered
+    def has_primary_context(self, device): return True
+    def is_built(self): return True
+
+class Backend:
+    "What torch asks a device's module."
+    def is_initialized(self): return True
+    def is_available(self): return Pretence.entered
+    def current_device(self): return 0
+    def device_count(self): return 1
+    def manual_seed_all(self, seed): pass
+    def _is_in_bad_fork(self): return False
+
+_setup_privateuseone_for_python_backend("pretended", Backend(), Hook())
 GPU = torch.device("pretended:0")
 aten = torch.ops.aten
 JOINS = {aten.cat.default, aten.stack.default}  # here not even a single number may come from the CPU
 COPIES = {aten.copy_.default, aten._to_copy.default, aten._foreach_copy_.default}
 INDEXES = {aten.index.Tensor: None, aten.index_put.default: 2, aten.index_put_.default: 2, aten._index_put_impl_.default: 2}  # place of the values put
+
+INSIDE = {getattr(torch.Tensor, o): o for o in ("tolist", "untyped_storage", "data_ptr")}  # what a wrapper cannot say of itself
 
 class Pretended(torch.Tensor):
     "Holds a tensor of the CPU in `inner`."
@@ -29,7 +46,7 @@ class Pretended(torch.Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func in (torch.Tensor.numpy, torch.Tensor.__array__):
             raise TypeError(f"can't convert {GPU} device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
-        if func is torch.Tensor.tolist: return args[0].inner.tolist()
+        if func in INSIDE: return getattr(args[0].inner, INSIDE[func])()
         with torch._C.DisableTorchFunctionSubclass(): out = func(*args, **(kwargs or {}))
         if func == torch.Tensor.data.__set__ and isinstance(args[1], Pretended): args[0].inner = args[1].inner
         return out
@@ -82,6 +99,7 @@ def writes(returned): return returned.alias_info is not None and returned.alias_
 
 class Pretence(TorchDispatchMode):
     "Sees the operations that have no tensor to go by: those that make one."
+    entered = False
     def __torch_dispatch__(self, func, types, args=(), kwargs=None): return run(func, args, kwargs or {})
 
 @contextmanager
@@ -93,8 +111,10 @@ def pretend_gpu():
     torch._C._set_only_lift_cpu_tensors(True)  # so that `torch.tensor(..., device=GPU)` comes by here
     try:
         with Pretence():
+            Pretence.entered = True
             PartialState(cpu=True).device = GPU
             yield GPU
     finally:
+        Pretence.entered = False
         torch._C._set_only_lift_cpu_tensors(before)
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,4 +1,5 @@
 "Notebooks are the source: modules and README are what they make, and each runs from top to bottom."
+import ast
 import filecmp
 import importlib.util
 import json
@@ -8,7 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from shutil import copytree, ignore_patterns
+from shutil import copytree, ignore_patterns, rmtree
 
 import pytest
 
@@ -84,10 +85,50 @@ def test_notebook_is_tidy(name):
     assert not [o for c in nb["cells"] for o in c.get("outputs", []) if o["output_type"] == "error"]
     assert file.stat().st_size < 3e6
 
+def code_of(name):
+    "A notebook's code, parsed cell by cell, without what is IPython's own"
+    for cell in json.loads((root/"nbs"/f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            lines = "".join(cell["source"]).splitlines()
+            yield ast.parse("\n".join(re.sub(r"\S.*", "pass", o) if re.match(r"\s*[%!]", o) else o for o in lines))
+
+def files_of_the_checkout(tree, place):
+    "Strings that name a file or folder of this repository, seen from a notebook's folder `place`"
+    texts = [o.value for o in ast.walk(tree) if isinstance(o, ast.Constant) and isinstance(o.value, str)]
+    relative = [o for o in texts if "/" in o and len(o) < 200 and "\n" not in o and not o.startswith("/") and re.search(r"\w", o)]
+    return [o for o in relative if any((base/o).exists() for base in (place, root, root/"nbs"))]
+
+def pictures_left_on_the_gpu(tree):
+    "Calls of `rollout` whose pictures stay where the policy is, by line"
+    calls = lambda tree, name: [o for o in ast.walk(tree) if isinstance(o, ast.Call) and getattr(o.func, "id", getattr(o.func, "attr", "")) == name]
+    brought = {id(o) for call in calls(tree, "cpu") for o in ast.walk(call)}
+    pictures = [o.value for o in ast.walk(tree) if isinstance(o, ast.Attribute) and o.attr == "images" and isinstance(o.value, ast.Call)]
+    drawn = [o for o in pictures if getattr(o.func, "id", "") == "rollout" and id(o) not in brought]
+    return [o.lineno for o in drawn if "keep_on" not in {k.arg for k in o.keywords}]
+
+@pytest.mark.parametrize("name", names)
+def test_notebook_needs_only_the_package(name):
+    "Whoever installed it with pip has no checkout; and a policy that was trained may be on a GPU, while pictures are looked at on the CPU"
+    trees = [*code_of(name)]
+    assert [o for t in trees for o in files_of_the_checkout(t, (root/"nbs"/name).parent)] == []
+    trains = any(getattr(o, "id", "") in ("make_trainer", "DDPOTrainer", "RWRTrainer") for t in trees for o in ast.walk(t))
+    assert not trains or [o for t in trees for o in pictures_left_on_the_gpu(t)] == []
+
+def test_the_check_of_notebooks_finds_what_it_looks_for():
+    tree = ast.parse("Path('images/curves.png').read_bytes(); open('runs/x.json'); a = rollout(p, q).images\n"
+                     "b = rollout(p, q, keep_on='cpu').images; c = rollout(p).images.float().cpu()")
+    assert files_of_the_checkout(tree, root/"nbs") == ["images/curves.png"] and pictures_left_on_the_gpu(tree) == [1]
+
+def test_figures_that_notebooks_show_are_the_benchmarks():
+    shown = sorted((root/"ddpo_nb/data/benchmarks").iterdir())
+    assert shown and [o.name for o in shown if o.read_bytes() != (root/"benchmarks/results"/o.name).read_bytes()] == []
+
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
-    "A copy of the notebooks to run them in; what they import is the installed package"
-    return copy(tmp_path_factory.mktemp("workshop"), "nbs")
+    "The notebooks alone, to run them in: what they import is the installed package, and what they read is their own"
+    place = copy(tmp_path_factory.mktemp("workshop"), "nbs")
+    rmtree(place/"nbs/images")
+    return place
 
 # What nearly every notebook imports, and takes longer to import than most of them to run
 HEAVY = ["diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "transformers.models.clip.modeling_clip", "peft", "nbdev.test", "matplotlib.pyplot"]

@@ -9,18 +9,21 @@ from ddpo_nb.prompts import InputError, PromptSource
 from ddpo_nb.rewards import jpeg_compressibility
 from ddpo_nb.trainer import make_config, make_trainer, processes
 
-HALF = ["bf16", pytest.param("fp16", marks=pytest.mark.cuda)]
+on_cuda = lambda precision: pytest.param("cuda", precision, marks=pytest.mark.cuda)
+HALF = [("cpu", "bf16"), on_cuda("bf16"), on_cuda("fp16")]  # a CPU knows no fp16
+placed = lambda places: pytest.mark.parametrize("device,precision", places, indirect=["device"])
 
 @pytest.fixture(autouse=True)
 def afterwards():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
-def trainer(precision, lora=True, **kw):
-    c = make_config("ddpo-is", **(dict(mixed_precision=precision, logdir="", sample_num_steps=10, sample_batch_size=4, sample_num_batches_per_epoch=2, train_batch_size=8,
+def trainer(precision, lora=True, algorithm="ddpo-is", **kw):
+    c = make_config(algorithm, **(dict(mixed_precision=precision, logdir="", sample_num_steps=10, sample_batch_size=4, sample_num_batches_per_epoch=2, train_batch_size=8,
                                        train_timestep_fraction=1.0, train_clip_range=1e-4, step_weighting="equal", micro_batch_size=7, train_learning_rate=1e-3 if lora else 1e-5) | kw))
+    pipeline = load_pipeline()
     torch.manual_seed(0)
-    return make_trainer(c, jpeg_compressibility, PromptSource(["cat", "dog"]), StableDiffusionPolicy(load_pipeline(), use_lora=lora))
+    return make_trainer(c, jpeg_compressibility, PromptSource(["cat", "dog"]), StableDiffusionPolicy(pipeline, use_lora=lora))
 
 def ratios(t):
     work = t.collect()
@@ -29,29 +32,30 @@ def ratios(t):
     with t.accelerator.autocast(): return torch.cat([t.objective.loss(t.policy, work.trajectories, p)[1]["ratio"] for p in parts])
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-def test_trap_3_ratio_in_fp32(lora): assert (ratios(trainer("no", lora)) - 1).abs().max() < 1e-6
+def test_trap_3_ratio_in_fp32(device, lora):
+    assert (ratios(trainer("no", lora, allow_tf32=False)) - 1).abs().max() < (1e-6 if device.type == "cpu" else 1e-5)
 
 @pytest.mark.slow
 def test_trap_3_ratio_of_a_compiled_network(): assert (ratios(trainer("no", compile=True, sample_num_steps=4, micro_batch_size=8)) - 1).abs().max() < 1e-6
 
-@pytest.mark.parametrize("precision", HALF)
+@placed(HALF)
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-def test_trap_3_nothing_is_clipped_before_the_first_update(precision, lora):
+def test_trap_3_nothing_is_clipped_before_the_first_update(device, precision, lora):
     r = ratios(trainer(precision, lora))
     assert r.dtype == torch.float32 and (r - 1).abs().max() < 1e-4
 
-@pytest.mark.parametrize("precision", ["no", *HALF])
+@placed([("cpu", "no"), on_cuda("no"), *HALF])
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-def test_trap_6_trained_weights_are_fp32_and_frozen_ones_half(precision, lora):
+def test_trap_6_trained_weights_are_fp32_and_frozen_ones_half(device, precision, lora):
     t = trainer(precision, lora)
     half = dict(no=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[precision]
     unet = t.policy.pipeline.unet
     assert {p.dtype for p in unet.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for m in (unet, t.policy.pipeline.vae, t.policy.pipeline.text_encoder) for p in m.parameters() if not p.requires_grad} == {half}
 
-@pytest.mark.parametrize("precision", HALF)
+@placed(HALF)
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-def test_trap_6_an_epoch_trains(precision, lora):
+def test_trap_6_an_epoch_trains(device, precision, lora):
     t = trainer(precision, lora, sample_num_steps=3)
     before = [p.detach().clone() for p in t.policy.trainable_parameters()]
     row = t.epoch()
@@ -110,10 +114,10 @@ def test_an_apple_gpu_stays_idle(monkeypatch):
     assert processes().device.type == "cpu" and Accelerator().device.type == "cpu"
 
 @pytest.mark.parametrize("setting", ["gradient_checkpointing", "vae_slicing", "offload_trajectories"])
-def test_memory_savers_do_not_change_the_result(setting):
+def test_memory_savers_do_not_change_the_result(device, setting):
     drop = lambda row: {k: v for k, v in row.items() if not k.startswith(("seconds", "images_per", "peak")) and isinstance(v, (int, float))}
     small = dict(sample_num_steps=3, sample_batch_size=4, sample_num_batches_per_epoch=1, train_batch_size=4)
-    plain, saved = drop(trainer("no", **small).epoch()), drop(trainer("no", **small, **{setting: True}).epoch())
+    plain, saved = (drop(trainer("no", allow_tf32=False, **small, **kw).epoch()) for kw in ({}, {setting: True}))
     assert plain.keys() == saved.keys() and all(saved[k] == pytest.approx(v, rel=1e-4, abs=1e-6) for k, v in plain.items())
 
 def test_gradient_checkpointing_keeps_less_for_the_backward_pass():
@@ -131,7 +135,7 @@ def test_schedule_reaches_zero_and_is_logged():
     rates = [r["learning_rate"] for r in t.train(progress=False)]
     assert rates == pytest.approx([0.5e-3, 0], abs=1e-9)
 
-def test_8bit_adam_trains_or_says_what_to_install():
+def test_8bit_adam_trains_or_says_what_to_install(device):
     from ddpo_nb.prompts import InputError
     small = dict(sample_num_steps=2, sample_batch_size=4, sample_num_batches_per_epoch=1, train_batch_size=4, train_use_8bit_adam=True)
     try: import bitsandbytes

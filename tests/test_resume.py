@@ -34,7 +34,7 @@ def stop_after(t, n):
     return count
 
 @pytest.mark.parametrize("algorithm,lora", [(a, True) for a in ALGORITHMS] + [("ddpo-is", False)])
-def test_trap_7_stopped_anywhere_and_resumed_is_the_same_run(tmp_path, algorithm, lora):
+def test_trap_7_stopped_anywhere_and_resumed_is_the_same_run(device, exact, tmp_path, algorithm, lora):
     whole = trainer(tmp_path/"whole", algorithm, lora, train_learning_rate=1e-2 if lora else 1e-4)
     places = stop_after(whole, -1)
     whole.train(progress=False)
@@ -132,7 +132,7 @@ def test_settings_that_do_not_matter_may_change(tmp_path):
     t = trainer(tmp_path, num_epochs=2, micro_batch_size=3, save_freq=7, resume_from=str(tmp_path))
     assert len(t.train(progress=False)) == 2 and t.global_step == 8
 
-def test_8_bit_adam_is_resumed(tmp_path):
+def test_8_bit_adam_is_resumed(device, exact, tmp_path):
     pytest.importorskip("bitsandbytes")
     kw = dict(lora=False, train_use_8bit_adam=True, train_learning_rate=1e-4, num_epochs=2)
     whole = trainer(tmp_path/"whole", **kw)
