@@ -74,8 +74,11 @@ def test_a_small_network_trains_as_on_the_cpu(gpu):
 def same(here, there, keys=("loss", "diversity", "grad_norm", "reward_mean"), rel=1e-4):
     return [there[k] for k in keys] == pytest.approx([here[k] for k in keys], rel=rel)
 
-@pytest.mark.parametrize("algorithm,offload", [("ddpo-is", False), ("ddpo-is", True), ("rwr", True), ("rwr-sparse", False), ("ddpo-sf", True)])
-@pytest.mark.parametrize("kind", KINDS)
+EPOCHS = [("ddpo-is", True), ("rwr", True), ("ddpo-is", False), ("rwr-sparse", False), ("ddpo-sf", True)]
+
+@pytest.mark.parametrize("kind,algorithm,offload", [
+    *(pytest.param("pretended", *o, marks=[pytest.mark.slow] if i > 1 else []) for i, o in enumerate(EPOCHS)),
+    *(pytest.param("cuda", *o, marks=pytest.mark.cuda) for o in EPOCHS)])
 def test_an_epoch_is_the_cpus(kind, algorithm, offload):
     "Rollout, advantages, examples, loss, updates. A GPU's own rounding of the gradient: a thousandth"
     with placed("cpu"): here = trainer(algorithm=algorithm).epoch()
