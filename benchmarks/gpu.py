@@ -166,7 +166,7 @@ def rows_of_speed(found, tiny):
         n = o["settings"]["sample_batch_size"] * o["settings"]["sample_num_batches_per_epoch"]
         where = f"{'Emoji SD' if tiny else 'SD 1.5, LoRA, bf16'}, {name}: {n} pictures of {o['settings']['sample_num_steps']} steps"
         for side, m in o["medians"].items():
-            expected = f", {o['estimate']:.2f} expected" if side == "ours" and o.get("estimate") else ""
+            expected = f", {o['estimate']:.2f} expected" if side == "ours" and o.get("estimate") and not tiny else ""
             memory = "" if side == "floor" else number(m["memory"]) + expected
             rows.append((f"{where}: {side}", f"{number(m['sampling'])} sampling, {number(m['rest'])} training", number(m["seconds"]), memory))
         rows += [(f"{where}: {pair}", "", f"**{number(r['seconds'])}**", "") for pair, r in o["ratios"].items()]
