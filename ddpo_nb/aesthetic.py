@@ -26,7 +26,8 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from .checkpoints import complaints, load_state, newest_whole, publish, save_state, write_atomic
+from .checkpoints import (FolderLock, check_free, complaints, is_trace, load_state, newest_whole, publish, save_state,
+                                 write_atomic)
 from .clip import EMOJI_CLIP, OPENAI_CLIP, Embedder, _unit, load_embedder
 from .loading import EMOJI_SD, _no_bars, _one_line
 from .policy import follow_umask
@@ -650,7 +651,7 @@ def _claim(home, settings, resume):
         except (OSError, ValueError): raise InputError("--resume", f"there is no run in {str(home)!r}", "name its folder with --output, or leave out --resume") from None
         for k in settings:
             if before.get(k) != settings[k]: raise InputError(f"--{k}", f"the run in {str(home)!r} has {before.get(k)!r}, not {settings[k]!r}", "go on with its own setting, or give a new --output")
-    elif home.is_file() or home.is_dir() and any(home.iterdir()): raise InputError("--output", f"{str(home)!r} is there already", "name a new folder, or go on with --resume")
+    elif home.is_file() or home.is_dir() and not all(is_trace(o.name) for o in home.iterdir()): raise InputError("--output", f"{str(home)!r} is there already", "name a new folder, or go on with --resume")
     else: write_atomic(kept, json.dumps(settings, indent=1))
 
 def _enough(argument, n, what):
@@ -676,7 +677,13 @@ def train_aesthetic(
     rated, home = read_ava(ratings), output
     paths = find_images(images, rated.ids)
     _enough("--images", len(paths), f"{str(images)!r} holds only")
-    embedder, new = load_embedder(clip, device), not home.exists()
+    check_free(home)
+    embedder = load_embedder(clip, device)
+    with FolderLock(home):
+        return _train_in(home, embedder, rated, paths, ratings, clip, loss, epochs, seed, validation, cache, resume, progress, device)
+
+def _train_in(home, embedder, rated, paths, ratings, clip, loss, epochs, seed, validation, cache, resume, progress, device):
+    new = not (home/"config.json").exists()
     _claim(home, dict(ratings=hashlib.sha256(Path(ratings).read_bytes()).hexdigest()[:16], clip=clip, loss=loss, epochs=epochs, seed=seed, validation=validation), resume)
     ids, vectors, broken = embed_files(embedder, paths, cache or home, progress=progress)
     try: return _train_on(rated, ids, vectors.to(device), broken, embedder, home, loss, epochs, seed, validation, progress)

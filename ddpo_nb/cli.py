@@ -6,8 +6,8 @@
 __all__ = ['config_fields', 'algorithms', 'make_parser', 'main']
 
 # %% ../nbs/11_cli.ipynb #81bfc041
-import argparse, ast, datetime, io, json, os, re, shlex, signal, sys, traceback, warnings
-from contextlib import contextmanager
+import argparse, ast, codecs, datetime, io, json, os, re, shlex, signal, sys, traceback, warnings
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from importlib import resources
 from pathlib import Path
@@ -79,7 +79,7 @@ class _Switch(argparse.Action):
         setattr(namespace, self.dest, says != flag.startswith("--no-"))
 
 _count = _number(int, "a whole number above 0", lambda v: v > 0)
-_seed = _number(int, "a whole number from 0 on", lambda v: v >= 0)
+_seed = _number(int, "a whole number from 0 to 4294967295", lambda v: 0 <= v < 2**32)
 _not_negative = _number(float, "a number from 0 on", lambda v: 0 <= v < float("inf"))
 def _json_object(text):
     try: value = json.loads(text)
@@ -295,14 +295,51 @@ def _overrides(texts):
             raise InputError("--set", problem, remedy) from None
     return found
 
+def _new_folder(stem):
+    "Make a folder of that name, or of the next: two runs may begin in the same second."
+    for i in range(1, 1000):
+        path = Path(stem if i == 1 else f"{stem}-{i}")
+        try: path.mkdir(parents=True)
+        except FileExistsError: continue
+        except OSError as e: raise InputError("--output", f"cannot make {str(path)!r} ({e.strerror})", "name a folder you may write to") from None
+        return str(path)
+    raise InputError("--output", f"there are a thousand folders {stem!r}", "name another")
+
+def _newest(name):
+    "The latest run of that name that nobody writes to."
+    found = sorted((str(o) for o in Path("runs").glob(name + "*") if (o/"config.json").is_file()), reverse=True)
+    if not found: raise InputError("--resume", f"there is no run named runs/{name}…", "name its folder with --output")
+    from ddpo_nb.checkpoints import check_free
+    for i, o in enumerate(found, 1):
+        try: check_free(o, "--resume", own=True)
+        except InputError:
+            if i == len(found): raise
+        else: return o
+
 def _output(args):
-    "The folder to write; with --resume, one that holds a run."
+    "The folder to write, made if it has no name yet; with --resume, one that holds a run and that nobody writes to."
     name = "-".join([args.command, *([re.sub(r"[^\w.-]+", "_", args.reward.rpartition(":")[2])] if hasattr(args, "reward") else []), ""])  # a sum has signs that folders should not
-    if not args.resume: return args.output or f"runs/{name}{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    found = args.output or max((str(o) for o in Path("runs").glob(name + "*") if (o/"config.json").is_file()), default=None)
-    if found is None: raise InputError("--resume", f"there is no run named runs/{name}…", "name its folder with --output")
+    if not args.resume: return args.output or _new_folder(f"runs/{name}{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    found = args.output or _newest(name)
     if not (Path(found)/"config.json").is_file(): raise InputError("--resume", f"there is no run in {found!r}", "name its folder with --output, or leave out --resume")
     return found
+
+@contextmanager
+def _folder(args):
+    "The folder to write, the same for all processes; what was made for it goes again if it stays empty."
+    new, several, made = not args.output and not args.resume, int(os.environ.get("WORLD_SIZE", 1)) > 1, not Path("runs").exists()
+    main = not several or os.environ.get("RANK", "0") == "0"
+    output = _output(args) if main or args.output else None
+    if several and not args.output:
+        from accelerate.utils import broadcast_object_list
+        from ddpo_nb.trainer import processes
+        processes()  # which tells accelerate how they talk
+        output, = broadcast_object_list([output])
+    try: yield output
+    finally:
+        with suppress(OSError):  # not empty
+            if new and main: Path(output).rmdir()
+            if new and main and made: Path("runs").rmdir()
 
 def _open_json(text):
     "A JSON object without what is secret in it; nothing, if it is none."
@@ -340,7 +377,9 @@ def _race(args, names, seeds, queries, overrides=None):
     "Run `compare` and print its result; the exit status, and the comparison unless it was terminated."
     _check_model(args.model)
     prompt_source(args.prompts)
-    output = _output(args)
+    with _folder(args) as output: return _race_in(output, args, names, seeds, queries, overrides)
+
+def _race_in(output, args, names, seeds, queries, overrides):
     _vlm(args, output)
     words = _words(args, output)
     from ddpo_nb.compare import compare
@@ -488,7 +527,9 @@ def _export(args):
 
 # %% ../nbs/11_cli.ipynb #a3e57e71
 def _train_aesthetic(args):
-    output = _output(args)
+    with _folder(args) as output: return _train_aesthetic_in(output, args)
+
+def _train_aesthetic_in(output, args):
     from ddpo_nb.aesthetic import train_aesthetic
     from ddpo_nb.trainer import processes
     again = _go_on(_words(args, output))
@@ -505,9 +546,29 @@ def _train_aesthetic(args):
 
 
 # %% ../nbs/11_cli.ipynb #db9c8ffa
+_simple = str.maketrans({"−": "-", "±": "+/-", "×": "x", "…": "...", "’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "·": "*", "→": "->"})
+
+def _simpler(error):
+    "What a terminal that knows no such character shows instead."
+    if not isinstance(error, UnicodeEncodeError): raise error
+    text = error.object[error.start:error.end].translate(_simple)
+    return text.encode(error.encoding, "replace").decode(error.encoding), error.end
+
 def main(argv: list|None = None) -> int:
     "Run `ddpo-nb` with the given arguments (the command line's by default); returns the exit status."
     words = [*map(_dashes, sys.argv[1:] if argv is None else argv)]
+    codecs.register_error("ddpo_nb.simpler", _simpler)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="ddpo_nb.simpler")
+    try:
+        status = _main(words, argv is None)
+        if sys.stdout: sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read it has had enough: `| head`
+        with suppress(OSError, ValueError): os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a shell calls it
+
+def _main(words, from_shell):
     for o in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"): os.environ.setdefault(o, "error")  # their advice is for programmers
     try:
         args = make_parser().parse_args(words)
@@ -517,7 +578,7 @@ def main(argv: list|None = None) -> int:
     args.words = words
     given = partial(getattr, args)
     keep_secret(given("hf_user_access_token", None), *address_secrets(given("vlm_url", None) or ""))
-    if argv is None: sys.argv[1:] = _open_words(words)  # trackers write the command down
+    if from_shell: sys.argv[1:] = _open_words(words)  # trackers write the command down
     with _plain_warnings(): return _run(args)
 
 @contextmanager

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from html import escape
 from pathlib import Path
 import numpy as np, torch
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from fastcore.basics import patch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -21,7 +21,8 @@ from PIL import Image
 from scipy.special import stdtrit
 from tqdm.auto import tqdm
 from . import __version__
-from .checkpoints import checkpoints, newest_whole, write_atomic
+from .checkpoints import (CheckpointError, FolderLock, append_line, check_free, check_writable, checkpoints, complaints, flush_tree, is_trace,
+                                 newest_whole, read_lines, write_atomic)
 from .dashboard import write
 from .policy import EMOJI_SD, ModelError, StableDiffusionPolicy, load_pipeline
 from .prompts import PROMPT_SETS, InputError, PromptSource, prompt_source
@@ -29,8 +30,8 @@ from .redact import hide, keep_secret, named_secrets, redact
 from .reward_files import Guarded, RewardError, check_signature, guarded_file
 from .rewards import PromptAlignment, answer, check_rewards, get_reward, reward_name, to_uint8
 from .rollout import rollout, sample_generator
-from .trainer import (ALGORITHMS, RESULT_FREE, DDPOConfig, check_launcher, check_repeats, make_config, make_trainer, processes,
-                             usable_precision, weighed_by_temperature)
+from .trainer import (ALGORITHMS, RESULT_FREE, STATE_FILES, DDPOConfig, check_launcher, check_repeats, make_config, make_trainer,
+                             processes, takes, usable_precision, weighed_by_temperature)
 
 # %% ../nbs/10_compare.ipynb #3843789d
 def t_quantile(
@@ -215,6 +216,7 @@ class Comparison:
 # %% ../nbs/10_compare.ipynb #74293395
 def _interval(by_seed):
     "Mean and half-width over seeds if there are several, over the values of the only one otherwise."
+    if not by_seed: return math.nan, math.nan  # its examination was lost
     return mean_interval([np.mean(o) for o in by_seed] if len(by_seed) > 1 else by_seed[0])
 
 @patch
@@ -273,6 +275,7 @@ def table(self:Comparison) -> Table:
 def headline(self:Comparison) -> str:
     "The result in a sentence or two."
     if not self.names: return "No run is finished yet."
+    if not self.seeds(BASE): return "The examination of the base model is missing."
     label, ranked = lambda n: _labels.get(n, n), sorted(self.names, key=lambda n: -self.summary(n)[0])
     gains = {n: self.summary(n, against=BASE) for n in ranked}
     text = (f"From {self.settings['queries']:,} scored pictures each, " if len(ranked) > 1 else f"From {self.settings['queries']:,} scored pictures, ")
@@ -298,11 +301,15 @@ def _finite(values): return [v if v is not None else math.nan for v in values]
 @patch
 def curve(self:Comparison, name: str) -> tuple:
     "Queries spent (E,), mean reward (E,) and half-width (E,): over seeds if there are several, over each epoch's pictures otherwise."
-    runs = [[r for r in self.rows if r["algorithm"] == name and r["seed"] == s] for s in self.seeds(name)]
-    n = runs[0][0]["queries"]
-    spent, means = np.array([r["queries"] - n for r in runs[0]]), np.array([_finite(r["reward_mean"] for r in run) for run in runs])
+    runs = [{r["queries"]: r for r in self.rows if r["algorithm"] == name and r["seed"] == s} for s in self.seeds(name)]
+    runs = [run for run in runs if run]
+    both = sorted(set.intersection(*map(set, runs))) if runs else []  # rows may have been lost
+    if not both: return np.array([]), np.array([]), np.array([])
+    epochs = self.settings.get("configs", {}).get(name, {}).get("num_epochs")
+    n = self.settings["queries"] // epochs if epochs else both[0]
+    spent, means = np.array(both) - n, np.array([_finite(run[q]["reward_mean"] for q in both) for run in runs])
     if len(runs) > 1: return spent, means.mean(0), t_quantile(len(runs) - 1) * means.std(0, ddof=1) / len(runs)**0.5
-    return spent, means[0], t_quantile(max(1, n - 1)) * np.array(_finite(r["reward_std"] for r in runs[0])) / n**0.5
+    return spent, means[0], t_quantile(max(1, n - 1)) * np.array(_finite(runs[0][q]["reward_std"] for q in both)) / n**0.5
 
 @patch
 def plot(self:Comparison, figsize=(6, 3), ink: str = "#333333", face: str = "white") -> Figure:
@@ -499,12 +506,9 @@ def _page(title, body):
 # %% ../nbs/10_compare.ipynb #687c3947
 def check_output(folder: Path, ours: str = "config.json"):
     "InputError unless `folder` is absent, empty or one of ours, and can be written to."
-    if folder.exists() and not folder.is_dir(): raise InputError("--output", f"{str(folder)!r} is a file", "name a folder")
-    home = next(o for o in [folder, *folder.absolute().parents] if o.exists())
-    try:
-        with tempfile.TemporaryDirectory(dir=home, prefix=".writing-"): pass
-    except OSError as e: raise InputError("--output", f"cannot write to {str(home)!r} ({e.strerror})", "name a folder you may write to") from None
-    if folder.exists() and {o.name for o in folder.iterdir()} - {"vlm_answers.jsonl"} and not (folder/ours).exists():
+    check_writable(folder)
+    found = {o.name for o in folder.iterdir() if not is_trace(o.name)} if folder.exists() else set()
+    if found - {"vlm_answers.jsonl"} and ours not in found:
         raise InputError("--output", f"{str(folder)!r} holds other files", "name a new or an empty folder")
 
 def _json(value): return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
@@ -535,6 +539,12 @@ def write_rows(self:Comparison):
     if self.folder: write_atomic(self.folder/"metrics.jsonl", "".join(json.dumps(r, allow_nan=False) + "\n" for r in self.rows))
 
 @patch
+def add_row(self:Comparison, row: dict):
+    "One more row of metrics, in metrics.jsonl too."
+    self.rows.append(row)
+    if self.folder: append_line(self.folder/"metrics.jsonl", json.dumps(row, allow_nan=False))
+
+@patch
 def report(self:Comparison, path: str|Path) -> Path:
     "Write the report to `path`."
     write_atomic(path := Path(path).expanduser(), self.html())
@@ -553,26 +563,83 @@ def save(self:Comparison):
         write_atomic(self.folder/f"{name}.png", out.getvalue())
 
 # %% ../nbs/10_compare.ipynb #d992bb17
+def _is_number(v): return v is None or isinstance(v, (int, float)) and not isinstance(v, bool)
+
+def _require(ok, what):
+    if not ok: raise ValueError(what)
+
+def _fits(value, kinds):
+    "Is it a dictionary with values of these kinds under these names?"
+    return isinstance(value, dict) and all(k in value and isinstance(value[k], kind) for k, kind in kinds.items())
+
+_evaluation_kinds = dict(name=str, seed=int, rewards=dict, second=dict, diversity=dict, shown=list, seconds=(int, float))
+
 def _load_evaluation(path):
-    e = Evaluation(**json.loads(path.read_text(encoding="utf-8")))
+    "What `keep` wrote. ValueError, or whatever else a damaged file brings about, if it is not."
+    found = json.loads(path.read_text(encoding="utf-8"))
+    _require(_fits(found, _evaluation_kinds) and found.keys() == _evaluation_kinds.keys(), "a part is missing, or of another kind")
+    _require(path.stem == f"{found['name']}-seed{found['seed']}", "it is of another run")
+    rewards, second = found["rewards"], found["second"]
+    _require(rewards and rewards.keys() == second.keys(), "the sets of prompts do not agree")
+    for o in (rewards, second):
+        for key, values in o.items():
+            _require(isinstance(values, list) and values and all(map(_is_number, values)), "a reward is no number")
+            _require(len(values) == len(rewards[key]), "rewards are missing")
+            o[key] = _finite(values)
+    _require(found["diversity"] and all(map(_is_number, found["diversity"].values())), "the variety is no number")
+    found["diversity"] = dict(zip(found["diversity"], _finite(found["diversity"].values())))
+    for o in found["shown"]: _require(isinstance(o[2], str) and 0 <= o[1] < len(rewards[o[0]]), "a picture is of no prompt")
+    e = Evaluation(**found)
     with Image.open(path.with_suffix(".png")) as strip: strip = strip.convert("RGB")
     width = strip.width // len(e.shown)
+    _require(width > 0 and strip.width == width * len(e.shown), "pictures are missing")
     e.pictures = [strip.crop((i * width, 0, (i + 1) * width, strip.height)) for i in range(len(e.shown))]
     return e
 
+def _evaluations(folder):
+    "All that are whole; a warning names each that is not."
+    for o in sorted((folder/"results").glob("*.json")):
+        try: yield _load_evaluation(o)
+        except Exception as e:  # what is damaged may raise anything
+            why = (str(e).splitlines() or [type(e).__name__])[0][:200]
+            warnings.warn(f"{o} or its picture is damaged ({why}), and left out: that run is examined again when it is taken up")
+
+_row_kinds = dict(algorithm=str, seed=int, epoch=int, queries=int, seconds_sampling=(int, float), seconds_reward=(int, float),
+                  seconds_training=(int, float))
+
+def _is_row(o): return _fits(o, _row_kinds) and all(_is_number(o.get(k)) for k in ("reward_mean", "reward_std"))
+
+def _rows(folder, reward_name):
+    "Rows of metrics; what is missing in metrics.jsonl may still stand in a run's own."
+    rows = read_lines(folder/"metrics.jsonl", _is_row)
+    have = {(r["algorithm"], r["seed"], r["epoch"]) for r in rows}
+    for o in sorted((folder/"runs").glob("*/metrics.jsonl")):
+        own = [_clean(dict(algorithm=r["algorithm"], seed=r["seed"], reward=reward_name) | r) for r in read_lines(o, _is_row)]
+        rows += [r for r in own if (r["algorithm"], r["seed"], r["epoch"]) not in have]
+    first = {(r["algorithm"], r["seed"]): i for i, r in reversed([*enumerate(rows)])}
+    return sorted(rows, key=lambda r: (first[r["algorithm"], r["seed"]], r["epoch"]))
+
+_setting_kinds = dict(model=str, reward=str, reward_name=str, queries=int, algorithms=list, seeds=list, configs=dict, notes=list,
+                      machine=str, versions=str)
+
+def _settings(folder):
+    "What config.json says; InputError if it is no comparison's."
+    try: found = json.loads((folder/"config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError): found = None
+    if not _fits(found, _setting_kinds) or not {*map(str, found["algorithms"])} <= {*found["configs"]} \
+            or not all(_fits(c, dict(algorithm=str)) for c in found["configs"].values()) or not all(type(s) is int for s in found["seeds"]):
+        raise InputError("folder", f"{str(folder)!r} holds no comparison (config.json is missing or damaged)",
+                         "name a folder that `compare` or `train` wrote, or a new one")
+    return found
+
 @patch(cls_method=True)
 def load(cls:Comparison, folder: str|Path) -> Comparison:
-    "The comparison that is kept in `folder`, with the runs that are finished; InputError if there is none."
+    "The comparison that is kept in `folder`, with the runs that are finished; InputError if there is none, a warning for each damaged file."
     folder = Path(folder).expanduser()
-    try: settings = json.loads((folder/"config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError): settings = {}
-    if "configs" not in settings: raise InputError("folder", f"{str(folder)!r} holds no comparison", "name a folder that `compare` or `train` wrote")
-    done = [_load_evaluation(o) for o in sorted((folder/"results").glob("*.json"))]
+    settings = _settings(folder)
     order = {a: i for i, a in enumerate([BASE, *settings["algorithms"]])}
-    done = {(e.name, e.seed): e for e in sorted(done, key=lambda e: (e.seed, order.get(e.name, 99)))}
-    metrics = folder/"metrics.jsonl"
-    rows = [json.loads(l) for l in metrics.read_text(encoding="utf-8").splitlines()] if metrics.exists() else []
-    return cls(settings, rows, done, folder)
+    done = sorted(_evaluations(folder), key=lambda e: (e.seed, order.get(e.name, 99)))
+    return cls(settings, _rows(folder, settings["reward_name"]), {(e.name, e.seed): e for e in done}, folder)
 
 # %% ../nbs/10_compare.ipynb #4f3c177d
 def load_reward(reward, model: str = EMOJI_SD) -> tuple:
@@ -612,6 +679,16 @@ def _configs(algorithms, model, lora, common, overrides):
     for a in overrides or {}:
         if a not in algorithms: raise InputError("overrides", f"{a!r} does not take part", f"choose from {', '.join(algorithms)}")
     for name in {k for o in given.values() for k in o} - known: raise InputError(name, "there is no such setting", f"see the fields of DDPOConfig: {', '.join(sorted(known))}")
+    usual = {f.name: f.default for f in fields(DDPOConfig)}
+    for name, value in common.items():  # each of the others leaves it out
+        if value != usual[name] and not any(takes(a, name) for a in algorithms):
+            raise InputError(name, f"{' and '.join(algorithms)} {'do' if algorithms[1:] else 'does'} nothing with it", "leave it out, or add another algorithm")
+    for a, own in (overrides or {}).items():
+        for name in own:
+            if not takes(a, name): raise InputError(name, f"{a} does nothing with it", "leave it out, or set it for another algorithm")
+    if not lora and "lora_rank" in common: raise InputError("lora_rank", "no adapters are trained", "leave it out, or train a LoRA")
+    if any(isinstance(p := o.get("project_kwargs"), dict) and p.get("project_dir") for o in given.values()):
+        raise InputError("project_kwargs", "a comparison has a folder of its own, and no project_dir", "set output instead")
     configs = {a: make_config(a, model, lora, **o, logdir="") for a, o in given.items()}
     for c in configs.values(): check_launcher(c)
     usable = {p: usable_precision(p) for p in {c.mixed_precision for c in configs.values()}}
@@ -677,7 +754,7 @@ def _trainer(self:Comparison, name, seed, make_prompts, reward):
     s = self.settings | self.given | dict(configs=self.settings["configs"] | self.given.get("configs", {}))
     if self.output is not None:
         home = Path(self.output)/"runs"/f"{name}-seed{seed}"
-        found = newest_whole(home/"checkpoints")
+        found = newest_whole(home/"checkpoints", STATE_FILES)
         if checkpoints(home/"checkpoints") and found is None:
             warnings.warn(f"no checkpoint in {str(home)!r} is whole: {name}, seed {seed}, begins again")
             shutil.rmtree(home)
@@ -689,13 +766,25 @@ def _trainer(self:Comparison, name, seed, make_prompts, reward):
     return make_trainer(config, reward, make_prompts(seed), policy)
 
 @patch
-def _run(self:Comparison, name, seed, make_prompts, reward, examiner, place, progress):
-    "Train one algorithm with one seed, then examine what came out."
-    s, own = self.settings, (name, seed)
-    trainer, share = self._trainer(name, seed, make_prompts, reward), 0.5
+def _take_weights(self:Comparison, trainer, name, seed) -> bool:
+    "Take the weights of a run that was trained to its end, and whose examination is missing; False if there are none that are whole."
+    s, own = self.settings, [r["queries"] for r in self.rows if (r["algorithm"], r["seed"]) == (name, seed)]
+    home = Path(self.output)/"weights"/f"{name}-seed{seed}" if self.output is not None else None
+    if trainer.rows or home is None or not home.is_dir() or max(own, default=0) != s["queries"]: return False
+    try: trainer.policy.restore(home)
+    except Exception as e:  # what is damaged may raise anything
+        warnings.warn(f"the weights in {str(home)!r} are damaged ({(str(e).splitlines() or [type(e).__name__])[0][:200]}): trained again")
+        return False
+    return True
+
+@patch
+def _fit(self:Comparison, trainer, name, seed, place, progress):
+    "Train what is left of one run, and keep its weights."
+    s, own, share = self.settings, (name, seed), 0.5
     per_epoch = s["queries"] // trainer.config.num_epochs
     whole = lambda row: _clean(dict(algorithm=name, seed=seed, reward=s["reward_name"]) | row)
     self.rows = [r for r in self.rows if (r["algorithm"], r["seed"]) != own] + [whole(r) for r in trainer.rows]
+    self.write_rows()
     with tqdm(total=s["queries"], desc=f"{_labels[name]}, seed {seed} ({place})", unit="query", disable=not progress, dynamic_ncols=True, initial=trainer.queries) as bar:
         def advance(stage, done, total):
             part = share * done / total if stage == "sampling" else share + (1 - share) * done / total
@@ -703,13 +792,20 @@ def _run(self:Comparison, name, seed, make_prompts, reward, examiner, place, pro
         def on_row(row):
             nonlocal share
             share = row["seconds_sampling"] / max(1e-9, row["seconds_sampling"] + row["seconds_training"])
-            self.rows.append(whole(row)); self.write_rows()
+            self.add_row(whole(row))
             bar.update(trainer.queries - bar.n); bar.set_postfix(reward=f"{row['reward_mean']:.3f}")
         trainer.on_progress = advance
         trainer.train(on_row=on_row)
-    for tracker in trainer.accelerator.trackers: tracker.finish()  # or the next run's numbers would go to this one
-    if trainer.queries != s["queries"] and not trainer._past_its_best(): raise RuntimeError(f"{name} used {trainer.queries} queries, not {s['queries']}")  # equal budgets are the point
+    if trainer.queries != s["queries"] and not trainer._past_its_best():
+        raise RuntimeError(f"{name} used {trainer.queries} queries, not {s['queries']}")  # equal budgets are the point
     self._keep_weights(trainer.policy, f"{name}-seed{seed}")
+
+@patch
+def _run(self:Comparison, name, seed, make_prompts, reward, examiner, place, progress):
+    "Train one algorithm with one seed, then examine what came out."
+    trainer = self._trainer(name, seed, make_prompts, reward)
+    if not self._take_weights(trainer, name, seed): self._fit(trainer, name, seed, place, progress)
+    for tracker in trainer.accelerator.trackers: tracker.finish()  # or the next run's numbers would go to this one
     self._examine(examiner, trainer.policy, name, seed, progress)
     if self.folder is not None and not self.keep_checkpoints: shutil.rmtree(self.folder/"runs", ignore_errors=True)
 
@@ -726,11 +822,14 @@ def _keep_weights(self:Comparison, policy, name):
     "Write trained weights to a folder that is whole or absent."
     if self.folder is None: return
     home = self.folder/"weights"
-    home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home, prefix=".writing-") as tmp:
-        policy.save_pretrained(Path(tmp)/"w")
-        shutil.rmtree(home/name, ignore_errors=True)
-        os.replace(Path(tmp)/"w", home/name)
+    with complaints(f"the weights of {name}", "what is finished is kept"):
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=home, prefix=".writing-") as tmp:
+            policy.save_pretrained(Path(tmp)/"w")
+            flush_tree(Path(tmp)/"w")
+            shutil.rmtree(home/name, ignore_errors=True)
+            os.replace(Path(tmp)/"w", home/name)
+        flush_tree(home)
 
 # %% ../nbs/10_compare.ipynb #14bfd19d
 def compare(
@@ -753,7 +852,8 @@ def compare(
     "Fine-tune `model` by each algorithm and seed on one budget of reward queries, and examine them alike. InputError or ModelError before anything is written."
     keep_secret(*named_secrets([settings, overrides]))
     algorithms = _listed("algorithms", algorithms, lambda a: a in ALGORITHMS, f"choose from {', '.join(ALGORITHMS)}")
-    seeds = _listed("seeds", seeds, lambda s: isinstance(s, int) and not isinstance(s, bool) and s >= 0, "give whole numbers from 0 on, each once, such as 0,1,2")
+    seeds = _listed("seeds", seeds, lambda s: isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 2**32,
+                    "give whole numbers from 0 to 4294967295, each once, such as 0,1,2")
     if not isinstance(queries, int) or queries < 1: raise InputError("queries", f"{queries!r} is not a positive whole number", f"give {QUERIES}, say")
     if evaluation_samples is not None and (not isinstance(evaluation_samples, int) or evaluation_samples < 2):
         raise InputError("evaluation_samples", f"{evaluation_samples!r} is too few", "give at least 2")
@@ -763,6 +863,7 @@ def compare(
     configs, budget, notes = fit_budget(_configs(algorithms, model, lora, settings, overrides), queries, processes().num_processes)
     base = _base(model, init_lora)
     if init_lora and lora: configs = _with_its_rank(configs, init_lora, base, settings, overrides)
+    if output is not None and processes().is_main_process: check_free(output, "output")
     function, reward_name, spec, digest = load_reward(reward, str(model))
     plan = dict(model=str(model), reward=spec, reward_name=reward_name, reward_digest=digest, prompts=str(prompts) if isinstance(prompts, (str, Path)) else f"{len(items)} prompts",
                 prompts_digest=_digest(items), queries=budget, algorithms=algorithms, seeds=seeds, lora=lora, evaluation_samples=evaluation_samples, init_lora=init_lora,
@@ -776,12 +877,7 @@ def compare(
     folder = Path(output) if output is not None and processes().is_main_process else None
     c = Comparison(plan, folder=folder, output=output, extra=extra, given=given,
                    keep_checkpoints=keep_checkpoints)
-    if c.folder is not None:
-        check_output(c.folder)
-        if (c.folder/"config.json").exists():
-            old = Comparison.load(c.folder)
-            c.settings, c.evaluations = _join(plan, old.settings), old.evaluations
-            c.rows = [r for r in old.rows if (r["algorithm"], r["seed"]) in c.evaluations]
+    if c.folder is not None: check_output(c.folder)
     first = next(iter(configs.values()))
     base = StableDiffusionPolicy(base, use_lora=False)
     if first.sample_num_steps > base.num_train_timesteps:
@@ -790,7 +886,17 @@ def compare(
     base.warn_cut([*(p for p, _ in items), first.negative_prompts])
     c.told_cut = base.told_cut
     examiner = Examiner(base, function, reward_name, items, evaluation_samples, max(x.sample_batch_size for x in configs.values()), first.mixed_precision)
-    return c._race(examiner, base, make_prompts, function, progress)
+    with FolderLock(c.folder, "output") if c.folder is not None else contextlib.nullcontext():
+        c._go_on()
+        return c._race(examiner, base, make_prompts, function, progress)
+
+@patch
+def _go_on(self:Comparison):
+    "Take up what an earlier call has left in the folder; all processes get to know it."
+    if self.folder is not None and os.path.lexists(self.folder/"config.json"):
+        old = Comparison.load(self.folder)
+        self.settings, self.evaluations, self.rows = _join(self.settings, old.settings), old.evaluations, old.rows
+    self.settings, self.evaluations, self.rows = broadcast_object_list([self.settings, self.evaluations, self.rows])
 
 @patch
 def _race(self:Comparison, examiner, base, make_prompts, reward, progress):
@@ -803,6 +909,12 @@ def _race(self:Comparison, examiner, base, make_prompts, reward, progress):
             self._run(name, seed, make_prompts, reward, examiner, f"{i + 1} of {len(todo)}", progress)
             self.save()
     except KeyboardInterrupt: self.interrupted = True
-    finally:
-        if any(n == BASE for n, _ in self.evaluations): self.save()
+    except BaseException:
+        with contextlib.suppress(CheckpointError): self._save_some()  # what ends the run is said, and not what follows from it
+        raise
+    self._save_some()
     return self
+
+@patch
+def _save_some(self:Comparison):
+    if any(n == BASE for n, _ in self.evaluations): self.save()

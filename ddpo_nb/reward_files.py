@@ -146,6 +146,13 @@ class Guarded:
     ):
         self.function, self.__name__, self.file, self.module = function, name, file, module
 
+    @property
+    def identity(self) -> dict:
+        "What a checkpoint knows it by: its name, and a digest of its file."
+        if self.file is None: return dict(name=None if "<lambda>" in self.__name__ else self.__name__, digest=None)
+        digest = hashlib.sha256(self.file.read_bytes()).hexdigest()[:16]
+        return dict(name=f"{self.file.name}:{self.__name__}", digest=digest)
+
     def __reduce__(self):
         if self.file: return guarded_file, (self.file.absolute(), self.__name__, self.module)
         return Guarded, (self.function, self.__name__)

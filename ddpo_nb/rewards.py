@@ -8,7 +8,7 @@ __all__ = ['REWARDS', 'to_uint8', 'jpeg_size', 'jpeg_incompressibility', 'jpeg_c
            'WeightedSum', 'ParallelReward', 'join_info', 'PromptAlignment', 'prompt_alignment']
 
 # %% ../nbs/05_rewards.ipynb #5ce11a5e
-import io, multiprocessing, os, pickle, re, signal, traceback
+import io, multiprocessing, os, pickle, re, signal, threading, traceback
 from copy import copy, deepcopy
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -287,6 +287,12 @@ def _begin(reward):
     global _own
     _own = reward
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+def _end_with_parent():
+    "A main process that is killed tells nobody: without this, its workers would wait for work for ever."
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 def _work(job):
     "In a worker process: (what the reward returned, error, traceback), as bytes."

@@ -284,3 +284,50 @@ def test_a_sum_of_rewards_is_trained_on_watched_and_kept_in_a_folder_with_a_plai
 def test_what_cannot_be_watched_or_summed(run, tmp_path, flags, says):
     status, out, err = run(f"train {flags} --output {tmp_path/'run'}")
     assert status == 2 and says in err and err.count("\n") == 1 and not (tmp_path/"run").exists()
+
+# Terminals
+
+def terminal(code, **env):
+    import os
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, env={k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG", "PYTHONUTF8"))} | env)
+
+def test_a_terminal_that_knows_ascii_only():
+    code = "import sys; from ddpo_nb import cli; cli._main = lambda *a: print('−0.5 ± 0.1, 64×64 … “ä” \\ud800 α') or 3; sys.exit(cli.main(['x']))"
+    out = terminal(code, PYTHONIOENCODING="ascii", LANG="C")
+    assert out.returncode == 3 and out.stderr == b"" and out.stdout == b'-0.5 +/- 0.1, 64x64 ... "?" ? ?\n'
+    assert terminal(code, PYTHONIOENCODING="utf-8").stdout.decode() == "−0.5 ± 0.1, 64×64 … “ä” ? α\n"
+
+def test_help_and_errors_on_such_a_terminal():
+    code = "import sys; from ddpo_nb.cli import main; main(['train', '--help']); main(['train', '--queries', '−1']); main(['compare', '--algorithms', '€'])"
+    out = terminal(code, PYTHONIOENCODING="ascii", LANG="C", LC_ALL="C")
+    assert out.returncode == 0 and b"Traceback" not in out.stderr and out.stderr.count(b"\n") == 2
+
+def test_a_reader_that_has_had_enough():
+    code = "import sys, time; from ddpo_nb import cli; cli._main = lambda *a: [print('x' * 9999) for i in range(99)] and 0; sys.exit(cli.main(['x']))"
+    out = subprocess.run(f'{sys.executable} -c "{code}" | head -c 1; echo ${{PIPESTATUS[0]}}', shell=True, executable="/bin/bash", capture_output=True, text=True)
+    assert out.stderr == "" and out.stdout == "x141\n"
+
+# A full disk
+
+@pytest.mark.parametrize("where", ["weights", "results", "report.html", "metrics.jsonl"])
+def test_a_full_disk_is_one_line_and_what_is_finished_stays(run, scratch, monkeypatch, where):
+    import os
+    from safetensors import SafetensorError
+    from ddpo_nb import checkpoints
+    from ddpo_nb.policy import StableDiffusionPolicy
+    replace = os.replace
+    def full(source, target):
+        if f"out/{where}" in str(target): raise OSError(28, "No space left on device")
+        replace(source, target)
+    def full_for_weights(self, folder): raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    if where == "weights":
+        save = StableDiffusionPolicy.save_pretrained
+        monkeypatch.setattr(StableDiffusionPolicy, "save_pretrained", lambda self, folder: (full_for_weights if "out/weights" in str(folder) else save)(self, folder))
+    monkeypatch.setattr(checkpoints.os, "replace", full)
+    status, out, err = run(f"train {tiny} --reward r.py:good --output out")
+    assert status == 1 and out == "" and err.count("\n") == 1 and "No space left on device" in err and "kept" in err, err
+    assert not list((scratch/"out").rglob(".writing-*")) and not (scratch/"out/.lock").exists()
+    if where != "results": assert (scratch/"out/results/base-seed0.json").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(scratch)
+    assert run(f"train {tiny} --reward r.py:good --output out")[0] == 0  # there is room again

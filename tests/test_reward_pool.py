@@ -201,3 +201,25 @@ def test_a_reward_that_is_exchanged_gets_its_own_pool():
     one = t.ask().__self__
     t.reward_function = jpeg_compressibility
     assert t.ask().__self__.reward.reward is jpeg_compressibility and t.ask().__self__ is t.ask().__self__ and one.pool is None
+
+def test_a_worker_ends_with_a_parent_that_is_killed():
+    import multiprocessing, signal
+    from ddpo_nb.rewards import _begin
+    def work(): _begin(b""); time.sleep(60)
+    reader, writer = os.pipe()
+    if (parent := os.fork()) == 0:
+        worker = multiprocessing.get_context("fork").Process(target=work)
+        worker.start()
+        os.write(writer, str(worker.pid).encode())
+        time.sleep(60); os._exit(0)
+    worker = int(os.read(reader, 20))
+    time.sleep(0.3)
+    os.kill(worker, 0)  # it lives
+    os.kill(parent, signal.SIGKILL); os.waitpid(parent, 0)
+    def gone():
+        try: return Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        except FileNotFoundError: return True
+    for _ in range(100):
+        if gone(): break
+        time.sleep(0.1)
+    else: os.kill(worker, signal.SIGKILL); pytest.fail("the worker lives on")

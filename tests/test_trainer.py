@@ -9,7 +9,7 @@ from ddpo_nb.policy import EMOJI_SD, StableDiffusionPolicy, load_pipeline
 from ddpo_nb.prompts import InputError, PromptSource
 from ddpo_nb.rewards import jpeg_compressibility
 from ddpo_nb.rwr import rwr_weights
-from ddpo_nb.trainer import (ALGORITHMS, DDPOConfig, RWRConfig, RWRTrainer, check_repeats, make_config, make_objective, make_trainer,
+from ddpo_nb.trainer import (ALGORITHMS, DDPOConfig, DDPOTrainer, RWRConfig, RWRTrainer, check_repeats, make_config, make_objective, make_trainer,
                              split_updates)
 
 SMALL = dict(sample_num_steps=3, sample_batch_size=4, sample_num_batches_per_epoch=2, train_batch_size=8, micro_batch_size=5, train_learning_rate=1e-2, rwr_fraction=0.5)
@@ -283,3 +283,51 @@ def test_rwr_trains_on_deterministic_samples():
     t = trainer("rwr", sample_eta=0.)
     before, row = weights(t).clone(), t.epoch()
     assert (weights(t) != before).any() and not t.policy.stochastic.any() and np.isfinite(row["loss"])
+
+# Settings that cannot work, or would do nothing
+
+IDLE = [(dict(lr_warmup_updates=5), "lr_warmup_updates: .*constant_with_warmup"), (dict(reward_pool="process"), "reward_pool: .*async_reward_computation"),
+        (dict(rwr_beta=0.5), "rwr_beta: ddpo-is does nothing"), (dict(rwr_draws=3), "rwr_draws: ddpo-is"), (dict(algorithm="rwr", rwr_fraction=0.5), "rwr_fraction: rwr does"),
+        (dict(algorithm="rwr", train_clip_range=0.1), "train_clip_range: rwr"), (dict(algorithm="rwr", step_weighting="variance"), "step_weighting: rwr"),
+        (dict(algorithm="rwr", train_timestep_fraction=0.5), "train_timestep_fraction: rwr"), (dict(algorithm="ddpo-sf", train_batch_size=2, train_clip_range=0.1), "train_clip_range: ddpo-sf"),
+        (dict(seed=2**32), "seed: .*2³²"), (dict(run_name="../x"), "run_name: .*leads out"), (dict(run_name="/x"), "run_name: .*leads out"),
+        (dict(project_kwargs=dict(total_limits=3)), r"project_kwargs\['total_limits'\]: .*total_limit"), (dict(tracker_kwargs=dict(wandbb={})), r"tracker_kwargs\['wandbb'\]: .*wandb"),
+        (dict(tracker_kwargs=dict(wandb=3)), r"tracker_kwargs\['wandb'\]: 3 is not a dictionary"), (dict(tracker_kwargs=dict(tensorboard=dict(max_que=1))), r"tracker_kwargs\['tensorboard'\]\['max_que'\]: .*max_queue")]
+
+@pytest.mark.parametrize("settings,message", IDLE, ids=[str(o[0]) for o in IDLE])
+def test_a_setting_that_would_fail_later_or_do_nothing_is_refused_at_once(settings, message):
+    if "tensorboard" in str(settings): pytest.importorskip("tensorboard")
+    with pytest.raises(InputError, match=f"^{message}") as e: DDPOConfig(**settings)
+    assert "\n" not in str(e.value)
+
+def test_no_algorithms_own_settings_do_nothing():
+    from ddpo_nb.trainer import PAPER_SETTINGS, idle_notes
+    for a in ALGORITHMS:
+        for c in (make_config(a), make_config(a, "another/model"), make_config(a, lora=False), make_config(a, rwr_beta=0.7, rwr_fraction=0.3, train_clip_range=0.2)): assert idle_notes(c) == []
+    assert idle_notes(DDPOConfig()) == []
+    assert make_config("rwr", rwr_beta=0.7).rwr_beta == 0.7 and make_config("ddpo-is", rwr_beta=0.7).rwr_beta == DDPOConfig().rwr_beta
+
+@pytest.mark.parametrize("settings,note", [(dict(max_workers=4), "max_workers does nothing without async"), (dict(per_prompt_stat_tracking_min_count=2), "per_prompt_stat_tracking_min_count does nothing without per_prompt"),
+                                           (dict(per_prompt_stat_tracking=True, per_prompt_stat_tracking_min_count=32), "per_prompt_stat_tracking does nothing: no prompt's buffer"),
+                                           (dict(negative_prompts="ugly", sample_guidance_scale=1.0), "negative_prompts does nothing"), (dict(tracker_kwargs=dict(wandb=dict(entity="ada"))), r"tracker_kwargs\['wandb'\] does nothing")])
+def test_trls_settings_that_do_nothing_are_named_and_run(settings, note):
+    import re
+    from ddpo_nb.trainer import idle_notes
+    (found,) = idle_notes(DDPOConfig(**settings))
+    assert re.match(note, found)
+
+def test_what_the_machine_or_the_model_lacks_is_said_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    (tmp_path/"file").write_text("")
+    make = lambda **kw: DDPOTrainer(DDPOConfig(mixed_precision="no", **dict(logdir=str(tmp_path/"run")) | kw), jpeg_compressibility, lambda: ("cat", {}), StableDiffusionPolicy(load_pipeline()))
+    with pytest.raises(InputError, match="logdir: "): make(logdir=str(tmp_path/"file/x"))
+    with pytest.raises(InputError, match="logdir: "): make(project_kwargs=dict(project_dir=str(tmp_path/"file")))
+    with pytest.raises(InputError, match="sample_num_steps: 1001 is more than the model's 1000"): make(sample_num_steps=1001)
+    monkeypatch.setattr("shutil.which", lambda *a, **k: None)
+    with pytest.raises(InputError, match=r"compile: there is no C(\+\+)? compiler"): make(compile=True)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "compile", lambda net: net)
+    monkeypatch.setattr("ddpo_nb.trainer._check_compiler", lambda: None)
+    make(compile=True, max_workers=3)
+    err = capsys.readouterr().err
+    assert "compile: the network is compiled at its first passes" in err and "max_workers does nothing" in err
+    assert [o.name for o in tmp_path.iterdir()] == ["file"]
