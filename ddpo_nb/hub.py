@@ -57,7 +57,7 @@ def public(
 # %% ../nbs/10b_hub.ipynb #51b2d77f
 PROJECT = "https://github.com/ddpo-nb/ddpo_nb"
 
-def _on_hub(base_model): return bool(re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", base_model)) and base_model != "emoji-sd" and not Path(base_model).is_dir()
+def _on_hub(base_model): return bool(re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", base_model)) and base_model != "emoji-sd" and not Path(base_model).exists()
 
 def _loading(base_model, repo_id, lora, prompt, config):
     "Python lines that draw a picture with the uploaded weights."
@@ -65,7 +65,7 @@ def _loading(base_model, repo_id, lora, prompt, config):
     base = base_model if _on_hub(base_model) else f"path/to/{Path(base_model).name}"
     lines = [] if emoji and lora else [f"from diffusers import {', '.join(parts if emoji else ['DDIMScheduler', 'StableDiffusionPipeline', *parts])}"]
     if emoji: lines += [f"from ddpo_nb import emoji_sd  # pip install git+{PROJECT}", "", "pipe = emoji_sd.load()"]
-    else: lines += ["", f"pipe = StableDiffusionPipeline.from_pretrained({base!r})", "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"]
+    else: lines += ["", f"pipe = StableDiffusionPipeline.from_{'single_file' if base.endswith('.safetensors') else 'pretrained'}({base!r})", "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"]
     lines.append(f"pipe.load_lora_weights({repo_id!r})" if lora else f"pipe.unet = UNet2DConditionModel.from_pretrained({repo_id!r}, subfolder='unet')")
     given = dict(num_inference_steps="sample_num_steps", guidance_scale="sample_guidance_scale", eta="sample_eta")
     options = "".join(f", {k}={config[v]!r}" for k, v in given.items() if isinstance(config.get(v), (int, float)))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EMOJI_SD', 'LORA_FILES', 'ModelError', 'is_hub_id', 'lora_file', 'LoraLayer', 'read_lora', 'adapter_tensors',
-           'load_lora', 'fuse_lora', 'load_pipeline']
+           'load_lora', 'fuse_lora', 'check_pipeline', 'config_beside', 'load_pipeline']
 
 # %% ../nbs/01b_loading.ipynb #dace5226
 import json, math, os, re, warnings
@@ -324,22 +324,143 @@ def fuse_lora(pipe: StableDiffusionPipeline):
 
 # %% ../nbs/01b_loading.ipynb #7e1596b4
 def _ddim(config):
-    "A DDIM scheduler of the same noise schedule; latents have no natural range, so DDIM's default of clipping must not sneak in."
+    "A DDIM scheduler of the same noise schedule, without DDIM's default of clipping: latents have no natural range."
     return DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
 
+_WANTS = dict(time_cond_proj_dim="the guidance scale (a latent consistency model)", class_embed_type="a class",
+              num_class_embeds="a class", encoder_hid_dim_type="embeddings of another kind",
+              addition_embed_type="more than a text (Stable Diffusion XL, its refiner, or the like)")
+_CHANNELS = {9: "inpaints: it wants a mask and a picture", 8: "edits a picture that it is given", 5: "wants a depth map",
+             7: "enlarges a picture that it is given"}
+
+def check_pipeline(pipe):
+    "ValueError unless a pipeline draws from a latent, a timestep and a text alone, and its noise leaves something to learn."
+    unet, vae, noise = pipe.unet.config, pipe.vae.config, pipe.scheduler.config
+    def no(reason): raise ValueError(f"it is not a text-to-image model of the Stable Diffusion 1.x or 2.x family: {reason}")
+    for name, what in _WANTS.items():
+        if unet.get(name) is not None: no(f"its UNet also wants {what}")
+    if str(unet.get("attention_type", "default")) != "default": no("its UNet also wants boxes (GLIGEN)")
+    if unet.in_channels != vae.latent_channels:
+        no(f"its UNet {_CHANNELS.get(unet.in_channels, f'takes {unet.in_channels} channels, its VAE has {vae.latent_channels}')}")
+    if unet.out_channels != unet.in_channels: no("its UNet also predicts a variance")
+    if vae.get("shift_factor") or vae.get("latents_mean"): no("its VAE moves the latents")
+    width, text = unet.get("cross_attention_dim"), getattr(pipe.text_encoder, "config", None)
+    if text is not None and {width} != {text.hidden_size} and {*(width if isinstance(width, (list, tuple)) else [])} != {text.hidden_size}:
+        no(f"its UNet reads texts of width {width}, its text encoder writes {text.hidden_size}")
+    if "beta_schedule" not in noise: no(f"its scheduler, {type(pipe.scheduler).__name__}, is not one of DDPM's kind")
+    kind = noise.get("prediction_type", "epsilon")
+    if kind not in ("epsilon", "sample", "v_prediction"): no(f"its network predicts {kind!r}")
+    if kind == "epsilon" and _ddim(noise).alphas_cumprod.min() < 1e-10:
+        raise ValueError("its noise ends with nothing of the picture left (zero terminal SNR), where a network that predicts the noise "
+                         "says nothing about the picture: the step divides by zero. Such a model has to predict v")
+
+_STEMS = dict(unet="diffusion_pytorch_model", vae="diffusion_pytorch_model", text_encoder="model")
+_CONFIGS = dict(unet="config.json", vae="config.json", text_encoder="config.json", scheduler="scheduler_config.json",
+                tokenizer="tokenizer_config.json")
+_PIPELINES = "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"
+
+def _forms(folder, part):
+    "In which forms a part's weights are there: None for the plain one, or a variant's name, such as fp16."
+    names, stem = {o.name for o in folder.iterdir()}, _STEMS[part]
+    whole = {n[len(stem)+1:-len(".safetensors")].strip(".") or None for n in names
+             if n.startswith(stem + ".") and n.endswith(".safetensors") and "-of-" not in n}
+    cut = {n: n.removeprefix(f"{stem}.safetensors.index.").removesuffix("json").strip(".") or None for n in names
+           if n.startswith(f"{stem}.safetensors.index.")}
+    for index in cut:
+        try: shards = {*json.loads((folder/index).read_text(encoding="utf-8"))["weight_map"].values()}
+        except (ValueError, KeyError, AttributeError): raise ValueError(f"{part}/{index} is damaged") from None
+        if lost := sorted(map(str, shards - names)): raise ValueError(f"{part}/{lost[0]} is missing")
+    if found := whole | {*cut.values()}: return found
+    if pickles := sorted(n for n in names if n.endswith(_PICKLES)):
+        raise ValueError(f"its {part} holds {pickles[0]}, {_no_pickle}, with `StableDiffusionPipeline.from_pretrained(FOLDER, "
+                         "use_safetensors=False).save_pretrained(NEW)`")
+    raise ValueError(f"its {part} has no weights: there is no {part}/{stem}.safetensors")
+
+def _variant(forms):
+    "The variant to ask for, so that every part has its weights."
+    lacking = [f for f in forms if None not in f]
+    if not lacking: return None
+    if not (common := set.intersection(*lacking)):
+        raise ValueError(f"its parts are there in different variants alone ({', '.join(sorted(set.union(*lacking)))})")
+    return "fp16" if "fp16" in common else min(common)
+
+def _check_configs(folder):
+    "ValueError names what a folder in diffusers' format lacks, or which other kind it is of."
+    if not (folder/"model_index.json").is_file(): raise ValueError("it holds no model_index.json")
+    kind = _loads((folder/"model_index.json").read_text(encoding="utf-8", errors="replace"), "its model_index.json").get("_class_name")
+    if isinstance(kind, str) and kind not in _PIPELINES:
+        raise ValueError(f"it is a {kind[:60]}, not a model of the Stable Diffusion 1.x or 2.x family")
+    for part, config in _CONFIGS.items():
+        if not (folder/part/config).is_file(): raise ValueError(f"there is no {part}/{config}")
+
+def _check_folder(folder):
+    "The variant of a folder's weights. ValueError names what is missing or of another kind."
+    _check_configs(folder)
+    return _variant([_forms(folder/part, part) for part in _STEMS])
+
+def _check_text_encoder(folder, text_encoder):
+    "ValueError if the files lack weights of the text encoder: transformers makes up what it does not find."
+    bare, found = (lambda k: k.removeprefix("text_model.")), set()
+    for file in (folder/"text_encoder").glob("model*.safetensors"):
+        with safe_open(file, "pt") as f: found |= {bare(k) for k in f.keys()}
+    if lost := sorted({bare(n) for n, _ in text_encoder.named_parameters()} - found):
+        raise ValueError(f"its text encoder's files lack {len(lost)} of its weights, such as {lost[0]}")
+
+def _from_parts(model, revision, variant):
+    return StableDiffusionPipeline.from_pretrained(
+        model, revision=revision, variant=variant, safety_checker=None, requires_safety_checker=False, use_safetensors=True,
+        trust_remote_code=False)
+
 def _load_base(model, revision):
+    "The pipeline of that name, before it is known whether it is of a kind that we can train."
     if model == EMOJI_SD:
         from ddpo_nb import emoji_sd
         return emoji_sd.load()
-    model = os.path.expanduser(model)
-    if not Path(model).exists() and (Path(model).is_absolute() or str(model).startswith((".", "~"))): raise OSError("there is no such folder")
-    pipe = StableDiffusionPipeline.from_pretrained(model, revision=revision, safety_checker=None, requires_safety_checker=False,
-                                                   use_safetensors=True, trust_remote_code=False)
-    unet, vae = pipe.unet.config, pipe.vae.config
-    if unet.in_channels != vae.latent_channels or unet.addition_embed_type is not None:
-        raise ValueError("it is not a text-to-image model of the Stable Diffusion 1.x or 2.x family")
-    if any(p.is_meta for p in pipe.unet.parameters()): raise ValueError("its UNet was saved with a LoRA's layers inside, which nothing can load")
-    return pipe
+    path = Path(model).expanduser()
+    if path.is_dir():
+        pipe = _from_parts(str(path), None, _check_folder(path))
+        _check_text_encoder(path, pipe.text_encoder)
+        return pipe
+    if path.exists(): return _from_single_file(path)
+    if not is_hub_id(model) and ("/" in str(model) or "\\" in str(model)): raise OSError("there is no such file or folder")
+    try: return _from_parts(model, revision, None)
+    except Exception as first:
+        try: return _from_parts(model, revision, "fp16")   # some repositories have nothing else
+        except Exception: raise first
+
+
+# %% ../nbs/01b_loading.ipynb #8dffb49f
+def config_beside(
+    file: Path,  # a checkpoint in one file
+) -> Path|None:
+    "The folder with such a checkpoint's configuration: that of its name beside it, or the one that it lies in."
+    return next((o for o in (file.with_suffix(""), file.parent) if (o/"model_index.json").is_file()), None)
+
+def _check_single_file(path):
+    "ValueError unless a file could be a checkpoint of Stable Diffusion 1.x or 2.x."
+    if path.suffix in _PICKLES: raise ValueError(f"it is {_no_pickle}")
+    if not path.is_file() or path.suffix != ".safetensors": raise ValueError("it is neither a folder nor a .safetensors file")
+    with safe_open(path, "pt") as f: keys = list(f.keys())
+    def has(*starts): return any(k.startswith(starts) for k in keys)
+    if any("lora" in k for k in keys): raise ValueError("it is a LoRA, not a model: give it as --lora")
+    if "conv_in.weight" in keys: raise ValueError("it is one part of a model: give its folder in diffusers' format, or as --unet")
+    if has("conditioner.", "model.diffusion_model.joint_blocks", "model.diffusion_model.double_blocks", "double_blocks."):
+        raise ValueError("it is a checkpoint of another family, not of Stable Diffusion 1.x or 2.x")
+    for start, part in {"model.diffusion_model.": "UNet", "first_stage_model.": "VAE", "cond_stage_model.": "text encoder"}.items():
+        if not has(start): raise ValueError(f"it is no checkpoint of Stable Diffusion 1.x or 2.x: it holds no {part} ({start}…)")
+
+def _from_single_file(path):
+    _check_single_file(path)
+    beside = config_beside(path)
+    if beside: _check_configs(beside)
+    try: return StableDiffusionPipeline.from_single_file(
+        str(path), config=str(beside) if beside else None, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        local_files_only=bool(beside))
+    except Exception as e:
+        if beside: raise
+        raise ValueError(f"its configuration is not at hand, neither in a folder {path.stem!r} beside it nor on the hub: put that of a "
+                         "model of its kind there, or convert it where there is a network, with `StableDiffusionPipeline."
+                         "from_single_file(FILE).save_pretrained(FOLDER)`") from e
 
 # %% ../nbs/01b_loading.ipynb #488afddb
 def _folder(path, inner=None):
@@ -348,19 +469,33 @@ def _folder(path, inner=None):
     if not path.is_dir(): raise OSError("there is no such folder")
     return str(path)
 
+def _check_whole(network, part):
+    "ValueError if the files had no weights for some of the layers: diffusers leaves these without memory, and says little."
+    if empty := [n for n, p in network.named_parameters() if p.is_meta]:
+        why = ": it was saved with a LoRA's layers inside, which nothing can load" if any("base_layer" in n for n in empty) else ""
+        raise ValueError(f"its {part}'s files lack {len(empty)} of its weights, such as {empty[0]}{why}")
+
 def load_pipeline(
-    model: str = EMOJI_SD,      # "emoji-sd" (bundled), a folder in diffusers' format, or a hub id
+    model: str = EMOJI_SD,      # "emoji-sd" (bundled), a folder in diffusers' format, a .safetensors file, or a hub id
     lora: str|None = None,      # a LoRA: a .safetensors file, a folder that holds one, or a hub id
     unet: str|None = None,      # a folder with a whole fine-tuned UNet in diffusers' format, or one that holds it as `unet/`
     revision: str|None = None,  # branch, tag or commit on the hub
     dtype: torch.dtype = torch.float32,
 ) -> StableDiffusionPipeline:
     "A Stable Diffusion pipeline with a DDIM scheduler; reads safetensors only. ModelError says what could not be loaded."
-    with _no_bars() if model == EMOJI_SD or Path(model).is_dir() else nullcontext():
-        with _one_line("--model", model, f"give {EMOJI_SD!r}, a folder in diffusers' format with safetensors files, or a hub id"):
+    with _no_bars() if model == EMOJI_SD or Path(model).expanduser().exists() else nullcontext():
+        with _one_line("--model", model, f"give {EMOJI_SD!r}, a folder in diffusers' format, a .safetensors file, or a hub id"):
             pipe = _load_base(model, revision)
+            check_pipeline(pipe)
+            _check_whole(pipe.unet, "UNet")
+            _check_whole(pipe.vae, "VAE")
         with _one_line("--unet", unet, "give a folder that `save_pretrained` wrote"):
-            if unet is not None: pipe.unet = UNet2DConditionModel.from_pretrained(_folder(unet, "unet"), use_safetensors=True)
+            if unet is not None:
+                place = _folder(unet, "unet")
+                pipe.unet = UNet2DConditionModel.from_pretrained(
+                    place, use_safetensors=True, variant=_variant([_forms(Path(place), "unet")]))
+                check_pipeline(pipe)
+                _check_whole(pipe.unet, "UNet")
         with _one_line("--lora", lora, "give a folder or a file of LoRA weights for this model"):
             if lora is not None: load_lora(pipe, lora)
     if not isinstance(pipe.scheduler, DDIMScheduler): pipe.scheduler = _ddim(pipe.scheduler.config)

@@ -24,6 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from .batches import Cost, device_memory, example_cost, micro_batch, resident
 from .compare import Table
 from .mdp import Trajectories, step_std
+from .loading import config_beside
 from .policy import EMOJI_SD, Conditioning, StableDiffusionPolicy
 from .prompts import InputError
 from .trainer import DDPOConfig, check_repeats, denoised_together, make_config, make_objective
@@ -130,6 +131,10 @@ class ModelNumbers:
 _remedy = f"give {EMOJI_SD}, a folder in diffusers' format, or the hub id of a text-to-image model that can be reached"
 
 def _read_configs(model):
+    if Path(model).is_file():
+        beside = config_beside(Path(model))
+        if beside is None: raise InputError("--model", f"there is no configuration beside {model!r}, a folder of its name", _remedy)
+        model = str(beside)
     if not Path(model).is_dir() and (model.count("/") != 1 or model.startswith((".", "/", "~")) or model.endswith("/")):
         raise InputError("--model", f"there is no folder {model!r}", _remedy)
     load = dict(unet=UNet2DConditionModel, vae=AutoencoderKL, scheduler=DDIMScheduler)
