@@ -7,7 +7,7 @@ __all__ = ['EMOJI_SD', 'LORA_FILES', 'ModelError', 'is_hub_id', 'lora_file', 'Lo
            'load_lora', 'fuse_lora', 'check_pipeline', 'config_beside', 'load_pipeline']
 
 # %% ../nbs/01b_loading.ipynb #dace5226
-import json, math, os, re, warnings
+import json, math, re, warnings
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
