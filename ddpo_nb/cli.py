@@ -102,7 +102,9 @@ def _once(text, values):
     return values
 
 # %% ../nbs/11_cli.ipynb #d2ed763a
-def _add_model(p): p.add_argument("--model", default="emoji-sd", metavar="DIR_OR_ID", help="emoji-sd (bundled), a folder in diffusers' format, or a hub id")
+def _add_model(p):
+    p.add_argument("--model", default="emoji-sd", metavar="DIR_OR_ID",
+                   help="emoji-sd (bundled), a folder in diffusers' format, a .safetensors file (01b_loading), or a hub id")
 def _add_reward(p):
     p.add_argument("--reward", default="jpeg_compressibility", metavar="NAME", help="a name (see 05_rewards), a weighted sum such as clip_alignment+0.5*jpeg_compressibility, or path/to/file.py:function")
     p.add_argument("--vlm-url", metavar="URL", help="of an OpenAI-compatible server, for vlm_alignment and vlm_questions (DDPO_VLM_URL); its key is read from OPENAI_API_KEY")
@@ -209,10 +211,17 @@ def make_parser(
 def _check_model(model):
     "InputError if `model` can be neither the bundled one, nor a folder with a pipeline, nor a hub id."
     if model == "emoji-sd": return
-    path, remedy = Path(model).expanduser(), "give emoji-sd, a folder in diffusers' format, or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5"
+    path = Path(model).expanduser()
+    remedy = ("give emoji-sd, a folder in diffusers' format, a .safetensors file, or a hub id such as "
+              "stable-diffusion-v1-5/stable-diffusion-v1-5")
     if path.is_dir():
         if not (path/"model_index.json").is_file(): raise InputError("--model", f"the folder {model!r} holds no model_index.json", remedy)
-    elif model.count("/") != 1 or model.startswith((".", "~", "/")) or model.endswith("/"): raise InputError("--model", f"there is no folder {model!r}", remedy)
+    elif path.is_file():
+        if path.suffix in (".ckpt", ".bin", ".pt", ".pth"):
+            raise InputError("--model", f"{model!r} is a pickle, which can run code and is never opened", "save it as safetensors where you trust it")
+        if path.suffix != ".safetensors": raise InputError("--model", f"{model!r} is no .safetensors file", remedy)
+    elif model.count("/") != 1 or model.startswith((".", "~", "/")) or model.endswith("/"):
+        raise InputError("--model", f"there is no file or folder {model!r}", remedy)
 
 def _check_lora(flag, place):
     "InputError if a LoRA can be neither a file, nor a folder, nor on the hub."

@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from peft import LoraConfig
 from peft.tuners import lora
 from safetensors.torch import load_file
-from .loading import EMOJI_SD, ModelError, _ddim, _quiet, adapter_tensors, fuse_lora, load_pipeline
+from .loading import EMOJI_SD, ModelError, adapter_tensors, check_pipeline, fuse_lora, load_pipeline, _ddim, _quiet
 from .mdp import DDIMStep, ddim_step, draw_noise, step_std
 
 # %% ../nbs/02_policy.ipynb #ea4a76e9
@@ -101,6 +101,8 @@ class StableDiffusionPolicy:
     ):
         self.pipeline, self.use_lora, self._embeddings = pipeline, use_lora, {}
         self.told_cut = False  # that prompts are longer than what the text encoder reads
+        try: check_pipeline(pipeline)
+        except ValueError as e: raise ModelError(str(e)) from None
         for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet): part.requires_grad_(False)
         if use_lora: _train_lora(pipeline, lora_rank)
         else: _train_whole(pipeline)

@@ -377,7 +377,9 @@ class PromptAlignment:
 def _embeddings(pipeline, prompts):
     "Text embeddings (N, L, D); each distinct prompt is encoded once."
     distinct = sorted(set(prompts))
-    tokens = pipeline.tokenizer(distinct, padding="max_length", truncation=True, max_length=pipeline.tokenizer.model_max_length, return_tensors="pt")
+    texts = pipeline.maybe_convert_prompt(distinct, pipeline.tokenizer)  # a textual inversion's word may stand for several
+    tokens = pipeline.tokenizer(texts, padding="max_length", truncation=True, max_length=pipeline.tokenizer.model_max_length,
+                                return_tensors="pt")
     states = pipeline.text_encoder(tokens.input_ids.to(pipeline.text_encoder.device))[0]
     return states[[distinct.index(p) for p in prompts]]
 
