@@ -9,7 +9,7 @@ __all__ = ['ALGORITHMS', 'RESULT_FREE', 'STATE_FILES', 'EMOJI_SETTINGS', 'PAPER_
            'weighed_by_temperature', 'RWRTrainer', 'make_trainer', 'make_config']
 
 # %% ../nbs/09_trainer.ipynb #8222ca9a
-import atexit, hashlib, inspect, json, math, os, resource, shutil, sys, tempfile, time, warnings
+import atexit, hashlib, inspect, json, math, os, resource, shutil, sys, tempfile, threading, time, warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from copy import copy
@@ -34,7 +34,8 @@ from .mdp import Trajectories
 from .policy import EMOJI_SD, ModelError, StableDiffusionPolicy, load_pipeline
 from .prompts import InputError, prompt_flaw
 from .redact import hide
-from .rewards import ParallelReward, _numbers, answer, check_name, check_rewards, get_reward, reward_name, to_uint8
+from .rewards import (ParallelReward, Stopped, _numbers, answer, check_name, check_rewards, get_reward,
+                             reward_name, stopping, to_uint8)
 from .rollout import rollout, sample_generator
 from .rwr import NORMALIZERS, REWARDS, RWR, RWRSparse
 
@@ -448,6 +449,7 @@ class DDPOTrainer:
         self.best = None          # the weights that the watched reward liked best
         self.on_progress = None   # (stage, done, total), for progress bars within an epoch
         self.paused, self.stopping, self.resumed = False, None, False
+        self.asking = None        # the thread that waits for a reward
         self.pool = None          # of async_reward_computation
         self.before = None        # while an epoch is being sampled: what it takes to begin it again
         if config.resume_from: self.load_checkpoint(config.resume_from)
@@ -465,12 +467,14 @@ class DDPOTrainer:
         if self.on_progress: self.on_progress(stage, done, total)
 
 # %% ../nbs/09_trainer.ipynb #52437f93
-class _Stopped(Exception): "The run was asked to stop, and its state is in order."
-
 @patch
 def stop(self:DDPOTrainer, signum: int = 0):
-    "Ask the run to stop at the next place where its state is in order, and to save a checkpoint there."
+    """Ask the run to stop at the next place where its state is in order, and to save a checkpoint there.
+    A reward that is being waited for is such a place, unless other processes wait with us."""
     self.stopping = signum
+    if self.accelerator.num_processes > 1: return
+    stopping.set()
+    if self.asking is threading.current_thread(): raise Stopped  # from a signal's handler
 
 @patch
 def _breathe(self:DDPOTrainer):
@@ -480,7 +484,7 @@ def _breathe(self:DDPOTrainer):
     if self.accelerator.num_processes > 1: asked = int(self.accelerator.gather(torch.tensor([asked], device=self.accelerator.device)).max())
     if asked >= 0:
         self.stopping = asked
-        raise _Stopped
+        raise Stopped
 
 # %% ../nbs/09_trainer.ipynb #b12923d0
 def denoised_together(c, micro_batch_size):
@@ -529,10 +533,18 @@ def ask(self:DDPOTrainer):
     "What a batch's images, prompts and metadata are given to; it returns a function that waits for the judges' answer."
     c, judges = self.config, _Judges(self.reward_function, self.watched)
     if not c.async_reward_computation:  # later; pictures that wait in the CPU's memory come back for it
-        return lambda images, *about: lambda: judges(images.to(self.accelerator.device), *about)
+        late = lambda images, *about: judges(images.to(self.accelerator.device), *about)
+        return lambda *batch: partial(self._heard, partial(late, *batch))
     if self.pool and self.pool.reward.reward is not self.reward_function: self.pool = self.pool.close()
     self.pool = self.pool or ParallelReward(judges, c.max_workers, c.reward_pool)
-    return self.pool.submit
+    return lambda *batch: partial(self._heard, self.pool.submit(*batch))
+
+@patch
+def _heard(self:DDPOTrainer, wait):
+    "The judges' answer. Whoever stops the run meanwhile does not wait for it."
+    self.asking = threading.current_thread()
+    try: return wait()
+    finally: self.asking = None
 
 @patch
 def checked(self:DDPOTrainer, answer, n):
@@ -996,9 +1008,10 @@ def train(self:DDPOTrainer,
                 if self.epochs_done % c.save_freq == 0 or self.epochs_done == total or self._past_its_best(): self.save_checkpoint()
             self._take_best()
             if c.push_to_hub: self.push_to_hub(c.hub_model_id)
-        except _Stopped: self._end()
+        except Stopped: self._end()
         finally:
             if self.pool: self.pool.close()
+            stopping.clear()
     return self.rows
 
 @patch

@@ -3,6 +3,8 @@ import base64
 import io
 import json
 import pickle
+import socket
+import struct
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -38,6 +40,7 @@ class Server(ThreadingHTTPServer):
         self.see, self.gone, self.plan, self.requests, self.pause = see, False, [], [], 0.
         self.trap, self.says, self.answers_left, self.in_flight, self.most, self.lock = "", "", None, 0, 0, threading.Lock()
         self.doom = lambda picture, question: None  # an act for these, whatever the plan says
+        self.refuse = lambda asked: None            # (status, what is said) to requests that it does not like
         super().__init__(("127.0.0.1", port), Handler)
     @property
     def url(self): return f"http://127.0.0.1:{self.server_port}/v1"
@@ -92,7 +95,8 @@ class Handler(BaseHTTPRequestHandler):
         if asked["model"] != MODEL: return self.send(dict(error=dict(message=f"The model `{asked['model']}` does not exist.", code=404)), 404)
         text, picture = (part[part["type"]] for part in asked["messages"][0]["content"])
         kind, _, data = picture["url"].partition(",")
-        assert kind == "data:image/png;base64"
+        assert kind in ("data:image/png;base64", "data:image/jpeg;base64")
+        if refused := s.refuse(asked): return self.send(refused[1], refused[0])
         picture = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
         good = dict(id="1", object="chat.completion", model=MODEL, choices=[dict(index=0, finish_reason="stop", message=dict(role="assistant", content=s.see(picture, text)))])
         act = s.doom(picture, text) or act
@@ -119,6 +123,17 @@ class Handler(BaseHTTPRequestHandler):
         if name == "json": return self.send(json.loads(value))
         if name == "moved": return self.send(b"", int("307"), Location=value)
         if name == "huge": return self.send(b" " * (2 << 20) + whole)
+        if name == "reset":  # in the middle of the body, and rudely
+            self.send_response(200); self.send_header("Content-Length", str(len(whole))); self.end_headers()
+            self.wfile.write(whole[:20]); self.wfile.flush()
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.close_connection = True
+            return self.connection.close()
+        if name == "drip":  # a header that never ends
+            self.close_connection = True
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Drip: ")
+            for _ in range(400): self.wfile.write(b"."); self.wfile.flush(); time.sleep(.02)
+            return
         if name in ("endless", "dribble"):
             self.close_connection = True
             self.send_response(200); self.send_header("Content-Length", "1000000000"); self.end_headers()
