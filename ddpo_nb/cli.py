@@ -12,7 +12,7 @@ from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from .prompts import PROMPT_SETS, InputError, prompt_flaw, prompt_source
-from .redact import address_secrets, hide, hide_address, keep_secret, without_secrets
+from .redact import SECRET_NAME, address_secrets, hide, hide_address, keep_secret, without_secrets
 
 # %% ../nbs/11_cli.ipynb #1d48d93f
 @cache
@@ -87,6 +87,15 @@ def _json_object(text):
     if isinstance(value, dict): return value
     problem = "this is not a JSON object"  # and is not repeated: it may hold secrets
     raise argparse.ArgumentTypeError(f"{problem}; give something like '{{\"key\": 1}}'")
+def _option(text):
+    "(field, value) of FIELD=VALUE: JSON if it is some, none for nothing, else a text."
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError("this is not FIELD=VALUE; give something like temperature=none")
+    if value.lower() in ("none", "null"): return name, None
+    try: return name, json.loads(value)
+    except (ValueError, RecursionError): return name, value
+_seconds = _number(float, "a number above 0", lambda v: 0 < v < float("inf"))
 _types = {int: _number(int, "a whole number", lambda v: True), float: _number(float, "a number", lambda v: v == v), str: str, dict: _json_object}
 _of_a_run = ("seed", "num_epochs", "algorithm", "run_name", "logdir", "resume_from", "push_to_hub", "hub_model_id")  # say what to run and where, and not how
 
@@ -109,6 +118,12 @@ def _add_reward(p):
     p.add_argument("--reward", default="jpeg_compressibility", metavar="NAME", help="a name (see 05_rewards), a weighted sum such as clip_alignment+0.5*jpeg_compressibility, or path/to/file.py:function")
     p.add_argument("--vlm-url", metavar="URL", help="of an OpenAI-compatible server, for vlm_alignment and vlm_questions (DDPO_VLM_URL); its key is read from OPENAI_API_KEY")
     p.add_argument("--vlm-model", metavar="NAME", help="as that server calls it (DDPO_VLM_MODEL)")
+    p.add_argument("--vlm-max-tokens", type=_count, metavar="N",
+                   help="the longest answer, a thinking model's thoughts included (64; DDPO_VLM_MAX_TOKENS)")
+    p.add_argument("--vlm-timeout", type=_seconds, metavar="S", help="for one try (60; DDPO_VLM_TIMEOUT)")
+    p.add_argument("--vlm-set", type=_option, action="append", metavar="FIELD=VALUE",
+                   help="another field of the request, such as reasoning_effort=low; none leaves one out: "
+                        "temperature=none (DDPO_VLM_SET, a JSON object)")
     p.add_argument("--vlm-similarity", metavar="NAME", help="how an answer is compared with the prompt; see 05c_vlm (DDPO_VLM_SIMILARITY)")
 def _add_prompts(p, what=""):
     p.add_argument("--prompts", default="simple_animals", metavar="NAME_OR_FILE", help=f"{', '.join(PROMPT_SETS)}, or a file with one prompt a line{what}")
@@ -236,6 +251,9 @@ def _vlm(args, output=None):
     if args.vlm_url:
         from ddpo_nb.vlm import _address
         _address(args.vlm_url)  # even if nobody asks it: what is wrong with it may be a password
+    if args.vlm_set: os.environ["DDPO_VLM_SET"] = json.dumps(dict(args.vlm_set))
+    for name in ("vlm_max_tokens", "vlm_timeout"):
+        if getattr(args, name): os.environ[f"DDPO_{name.upper()}"] = str(getattr(args, name))
     for name in ("vlm_url", "vlm_model", "vlm_similarity"):
         if getattr(args, name): os.environ[f"DDPO_{name.upper()}"] = getattr(args, name)
 
@@ -362,10 +380,17 @@ def _open_setting(text):
     place, equals, value = text.partition("=")
     return place + equals + (_open_json(value) if place.endswith("kwargs") else hide(value))
 
+def _open_option(text):
+    "What `--vlm-set` was given, without what is secret in it."
+    name, equals, value = text.partition("=")
+    secret = SECRET_NAME.search(name) and not name.endswith("_tokens")
+    return name + equals + ("***" if secret else _open_json(value) if value.startswith("{") else hide(value))
+
 def _open_words(words):
     "The words of a command line, without tokens, without what is secret in a JSON object or in an address."
     cleaned = {"--" + n.replace("_", "-"): _open_json for n, kind, *_ in config_fields() if kind is dict}
-    cleaned |= {"--set": _open_setting, "--vlm-url": partial(hide_address, strict=True)}
+    cleaned |= {"--set": _open_setting, "--vlm-set": _open_option}
+    cleaned["--vlm-url"] = partial(hide_address, strict=True)
     words, kept = iter(words), []
     for w in words:
         flag, equals, value = w.partition("=")
