@@ -8,7 +8,7 @@ __all__ = ['CheckpointError', 'save_state', 'load_state', 'rng_state', 'set_rng_
            'read_lines', 'FolderLock', 'check_writable', 'is_trace', 'check_free']
 
 # %% ../nbs/08a_checkpoints.ipynb #ba6f19d6
-import datetime, errno, hashlib, json, os, random, shutil, signal, socket, tempfile, threading, time, warnings
+import datetime, errno, hashlib, json, math, os, random, shutil, signal, socket, tempfile, threading, time, warnings
 from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +32,7 @@ def _pack(value, arrays):
     if isinstance(value, torch.Tensor): return put("tensor", value)
     if isinstance(value, np.ndarray): return put("array", torch.from_numpy(np.ascontiguousarray(value)))
     if isinstance(value, np.generic): value = value.item()
+    if isinstance(value, float) and not math.isfinite(value): return {"float": repr(value)}  # JSON has no such number
     if value is None or isinstance(value, (bool, int, float, str)): return value
     if isinstance(value, (list, deque)): return [_pack(v, arrays) for v in value]
     if isinstance(value, tuple): return {"tuple": [_pack(v, arrays) for v in value]}
@@ -45,11 +46,12 @@ def _unpack(value, arrays):
     if kind == "tensor": return arrays[held]
     if kind == "array": return arrays[held].numpy()
     if kind == "tuple": return tuple(_unpack(held, arrays))
+    if kind == "float": return float(held)
     return {_unpack(k, arrays): _unpack(v, arrays) for k, v in held}
 
 def save_state(stem: Path, value):
     "Write plain values, containers and arrays to `stem`.json and `stem`.safetensors. TypeError for other objects."
-    text = json.dumps(_pack(value, arrays := {}))
+    text = json.dumps(_pack(value, arrays := {}), allow_nan=False)
     save_file(arrays, f"{stem}.safetensors")
     follow_umask(f"{stem}.safetensors")
     Path(f"{stem}.json").write_text(text, encoding="utf-8")

@@ -30,8 +30,8 @@ from .redact import hide, keep_secret, named_secrets, redact
 from .reward_files import Guarded, RewardError, check_signature, guarded_file
 from .rewards import PromptAlignment, answer, check_rewards, get_reward, reward_name, to_uint8
 from .rollout import rollout, sample_generator
-from .trainer import (ALGORITHMS, RESULT_FREE, STATE_FILES, DDPOConfig, check_launcher, check_repeats, make_config, make_trainer,
-                             processes, takes, usable_precision, weighed_by_temperature)
+from .trainer import (ALGORITHMS, RESULT_FREE, STATE_FILES, DDPOConfig, _plain, check_launcher, check_repeats, make_config,
+                             make_trainer, processes, takes, usable_precision, weighed_by_temperature)
 
 # %% ../nbs/10_compare.ipynb #3843789d
 def t_quantile(
@@ -512,12 +512,6 @@ def check_output(folder: Path, ours: str = "config.json"):
         raise InputError("--output", f"{str(folder)!r} holds other files", "name a new or an empty folder")
 
 def _json(value): return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
-def _clean(value):
-    "Something that JSON can hold: numpy's numbers as Python's, NaN and infinity as null."
-    if isinstance(value, dict): return {k: _clean(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return [_clean(v) for v in value]
-    if hasattr(value, "item"): value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 # %% ../nbs/10_compare.ipynb #766fc723
 @patch
@@ -531,7 +525,7 @@ def keep(self:Comparison, e: Evaluation):
     for i, o in enumerate(e.pictures): strip.paste(o, (sum(p.width for p in e.pictures[:i]), 0))
     strip.save(out := io.BytesIO(), "PNG")
     write_atomic(place.with_suffix(".png"), out.getvalue())
-    write_atomic(place.with_suffix(".json"), _json(_clean(e.json())))
+    write_atomic(place.with_suffix(".json"), _json(_plain(e.json())))
 
 @patch
 def write_rows(self:Comparison):
@@ -745,7 +739,6 @@ def _with_its_rank(configs, init_lora, pipe, settings, overrides):
             raise InputError("lora_rank", f"{c.lora_rank} has no effect on {init_lora!r}, whose rank is {rank}", "leave it out")
     return {a: replace(c, lora_rank=rank) for a, c in configs.items()}
 
-
 # %% ../nbs/10_compare.ipynb #05985ae2
 @patch
 def _trainer(self:Comparison, name, seed, make_prompts, reward):
@@ -782,7 +775,7 @@ def _fit(self:Comparison, trainer, name, seed, place, progress):
     "Train what is left of one run, and keep its weights."
     s, own, share = self.settings, (name, seed), 0.5
     per_epoch = s["queries"] // trainer.config.num_epochs
-    whole = lambda row: _clean(dict(algorithm=name, seed=seed, reward=s["reward_name"]) | row)
+    whole = lambda row: _plain(dict(algorithm=name, seed=seed, reward=s["reward_name"]) | row)
     self.rows = [r for r in self.rows if (r["algorithm"], r["seed"]) != own] + [whole(r) for r in trainer.rows]
     self.write_rows()
     with tqdm(total=s["queries"], desc=f"{_labels[name]}, seed {seed} ({place})", unit="query", disable=not progress, dynamic_ncols=True, initial=trainer.queries) as bar:
