@@ -673,7 +673,8 @@ def _per_image(scored):
 def _means(found):
     "Means over all processes."
     parts = gather_object([found])
-    return {k: float(np.mean([v for p in parts for v in p.get(k, [])])) for k in sorted({k for p in parts for k in p})}
+    with np.errstate(invalid="ignore", over="ignore"):  # a reward may say infinity of a picture, and less than that of another
+        return {k: float(np.mean([v for p in parts for v in p.get(k, [])])) for k in sorted({k for p in parts for k in p})}
 
 def _diversity(latents):
     "Root mean square distance of latents (n, ...) from their mean, over all processes and dimensions."
@@ -749,7 +750,12 @@ def _write_state(self:DDPOTrainer, folder):
                                       recent=self.recent, best=self.best, optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(), scaler=a.scaler.state_dict() if a.scaler else None,
                                       processes=a.num_processes, config=_plain(_identity(self.config)), task=self.task))
 
-def _plain(value): return json.loads(json.dumps(value, default=lambda o: o.item()))
+def _plain(value):
+    "As JSON has it: numbers of NumPy and PyTorch as Python's, tuples as lists, NaN and infinity as null."
+    if isinstance(value, dict): return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
+    if hasattr(value, "item"): value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 RESULT_FREE = ("exp_name", "run_name", "log_with", "tracker_kwargs", "accelerator_kwargs", "project_kwargs", "tracker_project_name", "logdir", "num_epochs", "save_freq",
          "num_checkpoint_limit", "allow_tf32", "resume_from", "async_reward_computation", "max_workers", "reward_pool", "push_to_hub", "hub_model_id", "micro_batch_size",
