@@ -608,7 +608,7 @@ def _rows(folder, reward_name):
     rows = read_lines(folder/"metrics.jsonl", _is_row)
     have = {(r["algorithm"], r["seed"], r["epoch"]) for r in rows}
     for o in sorted((folder/"runs").glob("*/metrics.jsonl")):
-        own = [_clean(dict(algorithm=r["algorithm"], seed=r["seed"], reward=reward_name) | r) for r in read_lines(o, _is_row)]
+        own = [_plain(dict(algorithm=r["algorithm"], seed=r["seed"], reward=reward_name) | r) for r in read_lines(o, _is_row)]
         rows += [r for r in own if (r["algorithm"], r["seed"], r["epoch"]) not in have]
     first = {(r["algorithm"], r["seed"]): i for i, r in reversed([*enumerate(rows)])}
     return sorted(rows, key=lambda r: (first[r["algorithm"], r["seed"]], r["epoch"]))
