@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from .checkpoints import (FolderLock, check_free, complaints, is_trace, load_state, newest_whole, publish, save_state,
+from .checkpoints import (CheckpointError, FolderLock, check_free, complaints, is_trace, load_state, newest_whole, publish, save_state,
                                  write_atomic)
 from .clip import EMOJI_CLIP, OPENAI_CLIP, Embedder, _unit, load_embedder
 from .loading import EMOJI_SD, _no_bars, _one_line
@@ -687,8 +687,8 @@ def _train_in(home, embedder, rated, paths, ratings, clip, loss, epochs, seed, v
     _claim(home, dict(ratings=hashlib.sha256(Path(ratings).read_bytes()).hexdigest()[:16], clip=clip, loss=loss, epochs=epochs, seed=seed, validation=validation), resume)
     ids, vectors, broken = embed_files(embedder, paths, cache or home, progress=progress)
     try: return _train_on(rated, ids, vectors.to(device), broken, embedder, home, loss, epochs, seed, validation, progress)
-    except InputError:
-        if new: shutil.rmtree(home, ignore_errors=True)
+    except InputError as e:
+        if new and not isinstance(e, CheckpointError): shutil.rmtree(home, ignore_errors=True)
         raise
 
 def _train_on(rated, ids, vectors, broken, embedder, home, loss, epochs, seed, validation, progress):

@@ -1,5 +1,6 @@
 "Rewards in threads and processes: the same numbers as alone, and the same errors."
 import os, sys, threading, time, traceback
+from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from ddpo_nb.prompts import InputError
