@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CheckpointError', 'save_state', 'load_state', 'rng_state', 'set_rng_state', 'seal', 'flush_tree', 'check_whole',
-           'complaints', 'checkpoints', 'publish', 'newest_whole', 'stop_signals', 'write_atomic', 'append_line',
-           'read_lines', 'FolderLock', 'check_writable', 'is_trace', 'check_free']
+           'complaints', 'checkpoints', 'publish', 'newest_whole', 'stop_signals', 'DiskFull', 'write_atomic',
+           'append_line', 'read_lines', 'FolderLock', 'check_writable', 'is_trace', 'check_free']
 
 # %% ../nbs/08a_checkpoints.ipynb #ba6f19d6
 import datetime, errno, hashlib, json, math, os, random, shutil, signal, socket, tempfile, threading, time, warnings
@@ -177,18 +177,22 @@ def stop_signals(on_stop):
 # %% ../nbs/08a_checkpoints.ipynb #cf82255a
 _full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # what a disk says that has no room, or is ill
 
+class DiskFull(CheckpointError, InputError):
+    "No setting is wrong, and the next file would not fit either."
+    def __init__(self, path, why):
+        InputError.__init__(self, "--output", f"cannot write {str(path)!r} ({why})", "make room; what was finished before is kept")
+
 @contextmanager
 def _writing(path):
-    "CheckpointError if the disk is full, InputError for anything else that keeps a file from being written."
+    "DiskFull, or InputError for anything else that keeps a file from being written."
     try: yield
     except OSError as e:
-        if e.errno in _full:
-            raise CheckpointError(f"cannot write {str(path)!r}: {e.strerror}; what was finished before is kept") from None
+        if e.errno in _full: raise DiskFull(path, e.strerror) from None
         raise InputError("--output", f"cannot write {str(path)!r} ({e.strerror})", "name a folder you may write to") from None
 
 def write_atomic(path: str|Path, data: str|bytes):
     """Write a file so that it is never seen half-written; makes its folder. On the disk when this returns.
-    InputError if that is not possible, CheckpointError if the disk is full."""
+    InputError if that is not possible, DiskFull if there is no room."""
     path = Path(path)
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -204,7 +208,7 @@ def write_atomic(path: str|Path, data: str|bytes):
 
 # %% ../nbs/08a_checkpoints.ipynb #f5adbb1a
 def append_line(path: str|Path, line: str):
-    "Add a line to a file. On the disk when this returns; InputError if that is not possible, CheckpointError if the disk is full."
+    "Add a line to a file. On the disk when this returns; InputError if that is not possible, DiskFull if there is no room."
     with _writing(path), open(path, "ab") as f:
         f.write(line.encode() + b"\n")
         f.flush()

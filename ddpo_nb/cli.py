@@ -630,7 +630,11 @@ def _run(args):
     except ValueError: usual = None  # not the main thread
     try: return args.run(args)
     except KeyboardInterrupt: print("\nInterrupted.", file=sys.stderr); return 130
-    except InputError as e: message = f"{_flag(args, e.argument)}: {e.problem}; {e.remedy}"
+    except InputError as e:
+        message = f"{_flag(args, e.argument)}: {e.problem}; {e.remedy}"
+        if type(e).__name__ == "DiskFull":
+            print(f"{_prog(args)}: {_line(message)}", file=sys.stderr)
+            return 1
     except ValueError as e:
         if type(e).__name__ != "ModelError": raise
         message = str(e)
