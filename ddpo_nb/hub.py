@@ -216,10 +216,14 @@ def check_access(
     return me["name"]
 
 # %% ../nbs/10b_hub.ipynb #769031dd
+_WEIGHTS = re.compile(r"pytorch_lora_weights\.safetensors|(unet|transformer)/"
+                      r"(config\.json|diffusion_pytorch_model[\w.-]*\.safetensors(\.index\.json)?)")
+
 def _contents(weights, card, files):
     "Name in the repository -> bytes, or the file to read."
     folder = Path(weights).expanduser()
-    found = {o.relative_to(folder).as_posix(): o for o in sorted(folder.rglob("*")) if o.is_file() and o.suffix in (".safetensors", ".json")}
+    known = {o.relative_to(folder).as_posix(): o for o in sorted(folder.rglob("*")) if o.is_file()}
+    found = {k: o for k, o in known.items() if _WEIGHTS.fullmatch(k)}  # no checkpoints, no caches, nothing hidden
     if not any(o.endswith(".safetensors") for o in found): raise InputError("weights", f"{str(weights)!r} holds no safetensors files", "give a folder that `save_pretrained` wrote")
     return {k: v.encode() if isinstance(v, str) else bytes(v) for k, v in ((files or {}) | {"README.md": card}).items()} | found
 

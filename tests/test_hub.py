@@ -137,6 +137,15 @@ def test_a_name_that_starts_like_a_known_model_elsewhere_is_not_taken_for_it(tmp
 
 def test_the_project_is_named_as_in_its_own_files(): assert f'Repository = "{hub.PROJECT}"' in (root/"pyproject.toml").read_text()
 
+def test_only_weights_are_uploaded(server, weights):
+    for name in ("vlm_answers.jsonl", "config.json", "checkpoints/checkpoint_1/trainer.json", "unet/notes.json",
+                 "checkpoints/checkpoint_1/trainer.safetensors", ".writing-x/pytorch_lora_weights.safetensors",
+                 ".hidden.safetensors", "results/base-seed0.json", "unet/.secret.json"):
+        (weights/name).parent.mkdir(parents=True, exist_ok=True)
+        (weights/name).write_text("{}")
+    push(weights, "ada/tidy", card(), token=TOKEN)
+    assert {*server.files("ada/tidy")} == {"README.md", "pytorch_lora_weights.safetensors"}
+
 # Secrets
 
 secret_names = ("token", "hf_user_access_token", "HF_TOKEN", "api_key", "apikey", "wandb-api-key", "password", "db_passwd", "client_secret", "credentials", "key", "Authorization", "accessKey")
