@@ -55,7 +55,8 @@ class Recipe:
 # %% ../nbs/10a_recipes.ipynb #05b8cef6
 _blog = dict(sample_num_steps=50, sample_batch_size=6, sample_num_batches_per_epoch=4, train_batch_size=3, train_gradient_accumulation_steps=1,
              per_prompt_stat_tracking=True, per_prompt_stat_tracking_buffer_size=32, micro_batch_size=3)
-_tracked = dict(mixed_precision="fp16", micro_batch_size=4, per_prompt_stat_tracking=True)  # 256 samples, 4 updates: the defaults for any big model
+_tracked = dict(mixed_precision="fp16", micro_batch_size=4, per_prompt_stat_tracking=True,
+                per_prompt_stat_tracking_buffer_size=16)  # 256 samples, 4 updates: the defaults for any big model
 _harder = _tracked | dict(train_batch_size=128, per_prompt_stat_tracking_buffer_size=32)
 _emoji = dict(model=EMOJI_SD, needs="a CPU, minutes", settings=dict(mixed_precision="no"))
 _quick = _emoji | dict(settings=dict(mixed_precision="no", baseline="leave-one-out", samples_per_prompt=4))
