@@ -23,30 +23,34 @@ def _full_name(layer, part):
     last = dict(to_q="q_proj", to_k="k_proj", to_v="v_proj", to_out="out_proj").get(last, last)
     return f"text_model.{head.removeprefix('text_model.')}.{last}"
 
-_FAMILIES = {768: "sd_v1", 1024: "sd_v2"}   # by the width of the text that attention looks at, as kohya names them
+_FAMILIES = {768: "sd_v1", 1024: "sd_v2"}   # kohya's names, by the width of the text that attention looks at
 
 def _metadata(ranks, alpha, widths):
     "What other programs show about the file."
     family = _FAMILIES.get(widths.pop()) if len(widths) == 1 else None
     about = dict(ss_network_module="networks.lora", ss_network_alpha=f"{alpha:g}",
-                 ss_network_dim=str(ranks.pop()) if len(ranks) == 1 else "Dynamic", software=f"ddpo_nb {__version__}")
+                 ss_network_dim=str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+                 software=f"ddpo_nb {__version__}")
     return about | (dict(ss_base_model_version=family) if family else {})
 
 def kohya_lora(
     place: str|Path,  # a LoRA: a folder, a .safetensors file, or a hub id
 ) -> bytes:           # a .safetensors file
-    "A LoRA in the form of kohya's scripts, which ComfyUI, A1111 and `pipe.load_lora_weights` read. ModelError if it is none."
-    with _one_line("--lora", place, "give a folder such as runs/x/weights/ddpo-is-seed0, or a file of LoRA weights"):
+    "A LoRA in the form that ComfyUI, A1111 and `pipe.load_lora_weights` read. ModelError if it is none."
+    with _one_line("--lora", place, "give a folder such as runs/x/weights/ddpo-is-seed0, or a LoRA's file"):
         lora, alphas = read_lora(place)
         layers = {(part, _full_name(n, part)): o for part, found in lora.items() for n, o in found.items()}
         for (part, name), o in layers.items():
             if o.bias is not None or o.magnitude is not None:
-                raise ValueError(f"{name[:80]} has what kohya's form has no place for (DoRA, or a bias): fuse it instead")
+                raise ValueError(f"{name[:80]} has what kohya's form has no place for (DoRA, or a bias): "
+                                 "fuse it instead")
             if o.alpha is None: o.alpha = alphas[part](name, len(o.down))
         alpha = Counter(o.alpha for o in layers.values()).most_common(1)[0][0]
         plain = {f"{part}.{n}.lora_A.weight": o.down for (part, n), o in layers.items()}
         plain |= {f"{part}.{n}.lora_B.weight": o.up * (o.alpha / alpha) for (part, n), o in layers.items()}
-        found = {k.replace("lora_te1_", "lora_te_", 1): v for k, v in convert_state_dict_to_kohya(plain).items()}
-        found = {k: torch.tensor(alpha) if k.endswith(".alpha") else v.contiguous() for k, v in sorted(found.items())}
-        widths = {o.down.shape[1] for (_, n), o in layers.items() if n.replace("_", ".").endswith("attn2.to.k")}
+        found = sorted(convert_state_dict_to_kohya(plain).items())
+        found = {k: torch.tensor(alpha) if k.endswith(".alpha") else v.contiguous() for k, v in found}
+        found = {k.replace("lora_te1_", "lora_te_", 1): v for k, v in found.items()}
+        reads_text = lambda n: n.replace("_", ".").endswith("attn2.to.k")
+        widths = {o.down.shape[1] for (_, n), o in layers.items() if reads_text(n)}
         return save(found, _metadata({len(o.down) for o in layers.values()}, alpha, widths))

@@ -67,7 +67,8 @@ def is_hub_id(
     name: str,  # what a user gave
 ) -> bool:
     "Could this be USER/NAME on the hub, rather than a path?"
-    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", str(name))) and not str(name).endswith(_PICKLES)
+    part = r"[A-Za-z0-9][\w.-]{0,95}"
+    return bool(re.fullmatch(f"{part}/{part}", str(name))) and not str(name).endswith(_PICKLES)
 
 def _pick(names):
     "Which of the files of a folder holds a LoRA."
@@ -78,7 +79,8 @@ def _pick(names):
     found = sorted(o for o in names if o.endswith(".safetensors"))
     if len(found) == 1: return found[0]
     if found: raise ValueError(f"it holds several files: name one of {', '.join(map(_shown, found[:5]))}")
-    if pickles := [o for o in names if o.endswith(_PICKLES)]: raise ValueError(f"it holds {_shown(pickles[0])}, {_no_pickle}")
+    if pickles := [o for o in names if o.endswith(_PICKLES)]:
+        raise ValueError(f"it holds {_shown(pickles[0])}, {_no_pickle}")
     raise ValueError("it holds no .safetensors file")
 
 def _lora_on_hub(repo_id):
@@ -88,8 +90,9 @@ def _lora_on_hub(repo_id):
         try: return snapshot_download(repo_id, local_files_only=True)
         except Exception: pass
         why = str(e).strip().splitlines() or [type(e).__name__]
-        raise OSError(f"there is no such file or folder, and the hub does not give it ({why[0][:120]})") from e
-    return snapshot_download(repo_id, allow_patterns=[_pick([o for o in names if "/" not in o]), "adapter_config.json"])
+        raise OSError(f"there is no such file or folder, and the hub does not give it ({why[0][:99]})") from e
+    name = _pick([o for o in names if "/" not in o])
+    return snapshot_download(repo_id, allow_patterns=[name, "adapter_config.json"])
 
 def lora_file(
     place: str|Path,  # a .safetensors file, a folder that holds one, or a hub id
@@ -106,19 +109,23 @@ def lora_file(
     return lora_file(_lora_on_hub(str(place)))
 
 # %% ../nbs/01b_loading.ipynb #7efafb6c
-_ENDS = {".lora.down.weight": "down", ".lora.up.weight": "up", "_lora.down.weight": "down", "_lora.up.weight": "up",
+_ENDS = {".lora.down.weight": "down", ".lora.up.weight": "up",
+         "_lora.down.weight": "down", "_lora.up.weight": "up",
          ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up",
-         ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_down.weight": "down", ".lora_up.weight": "up",
-         ".alpha": "alpha", ".lora_B.bias": "bias", ".lora.up.bias": "bias", ".lora_magnitude_vector": "magnitude",
-         ".lora_magnitude_vector.weight": "magnitude"}
-_WRAPPERS = "base_model.model.", "module.", "_orig_mod."   # of peft, of DistributedDataParallel, of torch.compile
+         ".lora_A.weight": "down", ".lora_B.weight": "up",
+         ".lora_down.weight": "down", ".lora_up.weight": "up", ".alpha": "alpha",
+         ".lora_B.bias": "bias", ".lora.up.bias": "bias",
+         ".lora_magnitude_vector": "magnitude", ".lora_magnitude_vector.weight": "magnitude"}
+_WRAPPERS = "base_model.model.", "module.", "_orig_mod."   # peft's, DDP's, torch.compile's
 _PARTS = {"unet.": "unet", "text_encoder.": "text_encoder", "lora_unet_": "unet", "lora_te_": "text_encoder",
           "lora_te1_": "text_encoder"}
-_STRANGERS = {"text_encoder_2.": "Stable Diffusion XL", "lora_te2_": "Stable Diffusion XL", "lora_te3_": "Stable Diffusion 3",
+_STRANGERS = {"text_encoder_2.": "Stable Diffusion XL", "lora_te2_": "Stable Diffusion XL",
+              "lora_te3_": "Stable Diffusion 3",
               "transformer.": "a diffusion transformer", "lora_transformer_": "a diffusion transformer",
               "diffusion_model.": "a diffusion transformer"}
-_OTHER_KINDS = {"hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "lora_mid": "LoCon with a Tucker decomposition",
-                "dora_scale": "DoRA in kohya's form", ".diff": "differences of whole weights", "glora_": "GLoRA"}
+_OTHER_KINDS = {"hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "glora_": "GLoRA",
+                "lora_mid": "LoCon with a Tucker decomposition", "dora_scale": "DoRA in kohya's form",
+                ".diff": "differences of whole weights"}
 
 @dataclass
 class LoraLayer:
@@ -132,13 +139,15 @@ class LoraLayer:
 def _split(key):
     "A tensor's name as (part of the model, layer, which matrix)."
     name = key
-    while wrapper := next((o for o in _WRAPPERS if name.startswith(o)), None): name = name.removeprefix(wrapper)
+    while wrapper := next((o for o in _WRAPPERS if name.startswith(o)), None):
+        name = name.removeprefix(wrapper)
     for start, model in _STRANGERS.items():
-        if name.startswith(start): raise ValueError(f"its layer {_shown(name)} belongs to a model of another kind, {model}")
+        if name.startswith(start):
+            raise ValueError(f"its layer {_shown(name)} belongs to a model of another kind, {model}")
     start = next((o for o in _PARTS if name.startswith(o)), "")
     part, name = _PARTS.get(start, "unet"), name.removeprefix(start)
     if not start and name.startswith(("text_model.", "encoder.layers.")): part = "text_encoder"
-    for mark in (".lora_A.", ".lora_B.", ".lora_magnitude_vector."):   # an adapter's own name may stand behind it
+    for mark in (".lora_A.", ".lora_B.", ".lora_magnitude_vector."):   # an adapter's name may follow
         layer, found, rest = name.partition(mark)
         if found and rest.endswith(".weight"): name = f"{layer}{mark}weight"
     end = next((o for o in _ENDS if name.endswith(o)), None)
@@ -149,12 +158,14 @@ def _no_lora(keys):
     if not keys: raise ValueError("it holds no tensors")
     for mark, kind in _OTHER_KINDS.items():
         if any(f".{mark}" in k or mark[0] == "." and k.endswith(mark) for k in keys):
-            raise ValueError(f"it is an adapter of another kind ({kind}): fuse it into the UNet, and give that as --unet")
+            raise ValueError(f"it is an adapter of another kind ({kind}): "
+                             "fuse it into the UNet, and give that as --unet")
     if any("lora" in k for k in keys): return
     if any(k.startswith(("model.diffusion_model.", "cond_stage_model.")) for k in keys):
         raise ValueError("it is a whole model, not a LoRA: give it as --model")
-    if {"conv_in.weight", "conv_out.weight"} <= {*keys}: raise ValueError("it is a whole UNet, not a LoRA: give it as --unet")
-    if any(k in ("emb_params", "string_to_param") for k in keys) or len(keys) == 1 and keys[0].startswith("<"):
+    if {"conv_in.weight", "conv_out.weight"} <= {*keys}:
+        raise ValueError("it is a whole UNet, not a LoRA: give it as --unet")
+    if {"emb_params", "string_to_param"} & {*keys} or len(keys) == 1 and keys[0].startswith("<"):
         raise ValueError("it is a textual inversion, not a LoRA")
 
 # %% ../nbs/01b_loading.ipynb #9dae4530
@@ -175,9 +186,11 @@ def _read_settings(file, header, keys):
     if not any(k.startswith("base_model.model.") for k in keys): return {}
     beside = file.with_name("adapter_config.json")
     if not beside.is_file():
-        raise ValueError("peft's adapter_config.json is not beside it, and with it the strength of its layers, lora_alpha")
+        raise ValueError("peft's adapter_config.json is not beside it, and so the strength of its layers, "
+                         "lora_alpha, cannot be known")
     config = _loads(beside.read_text(encoding="utf-8", errors="replace"), "its adapter_config.json")
-    if (kind := config.get("peft_type", "LORA")) != "LORA": raise ValueError(f"it is an adapter of another kind ({_shown(str(kind))})")
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA": raise ValueError(f"it is an adapter of another kind ({_shown(str(kind))})")
     return config
 
 def _number(value, what):
@@ -186,14 +199,15 @@ def _number(value, what):
     return float(value)
 
 def _alphas(settings):
-    "A function (layer, rank) -> α. peft's rules, with patterns for what they nearly always are: a layer's name, or its end."
+    "A function (layer, rank) -> α, by peft's rules, where a pattern is a layer's name or its end."
     pattern = settings.get("alpha_pattern") or {}
     if not isinstance(pattern, dict): raise ValueError("its alpha_pattern is no JSON object")
     places = {}
     for i, (key, value) in enumerate(pattern.items()):
         name = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
         if not all(c.isalnum() or c in "._" for c in name):
-            raise ValueError(f"its alpha_pattern {_shown(key)} is no layer's name: how strong its layers are cannot be known")
+            raise ValueError(f"its alpha_pattern {_shown(key)} is no layer's name: "
+                             "how strong its layers are cannot be known")
         places.setdefault(("^" if key[:1] == "^" else "") + name, (i, _number(value, "alpha_pattern")))
     usual = _number(settings.get("lora_alpha", 8), "lora_alpha") if settings else None   # 8: peft's default
     def alpha(layer, rank):
@@ -206,7 +220,7 @@ def _alphas(settings):
 
 def read_lora(
     place: str|Path,  # a .safetensors file, a folder that holds one, or a hub id
-) -> tuple:           # {part: {layer: LoraLayer}} as the file spells the layers, and {part: function (layer, rank) -> α}
+) -> tuple:           # {part: {layer: LoraLayer}} and {part: function (layer, rank) -> α}
     "Read a LoRA of any of the usual forms. ValueError says what is wrong with it."
     file, lora = lora_file(place), {}
     with safe_open(file, "pt") as f:
@@ -216,16 +230,21 @@ def read_lora(
             part, layer, what = _split(key)
             if what is None: raise ValueError(f"its tensor {_shown(key)} is no part of a LoRA")
             value = f.get_tensor(key)
-            if not value.is_floating_point(): raise ValueError(f"its tensor {_shown(key)} holds {str(value.dtype)[6:]}")
-            if not torch.isfinite(value := value.float()).all(): raise ValueError(f"not all numbers of {_shown(key)} are finite")
+            if not value.is_floating_point():
+                raise ValueError(f"its tensor {_shown(key)} holds {str(value.dtype)[6:]}")
+            if not torch.isfinite(value := value.float()).all():
+                raise ValueError(f"not all numbers of {_shown(key)} are finite")
             found = lora.setdefault(part, {}).setdefault(layer, LoraLayer())
-            if getattr(found, what) is not None: raise ValueError(f"{what} of its layer {_shown(layer)} is there twice")
-            if what == "alpha": value = _number(value.item() if value.numel() == 1 else None, f"{_shown(layer)}.alpha")
+            if getattr(found, what) is not None:
+                raise ValueError(f"{what} of its layer {_shown(layer)} is there twice")
+            if what == "alpha":
+                value = _number(value.item() if value.numel() == 1 else None, f"{_shown(layer)}.alpha")
             setattr(found, what, value)
     settings = _read_settings(file, header, keys)
     for layers in lora.values():
         for name, o in layers.items():
-            if o.down is None or o.up is None: raise ValueError(f"its layer {_shown(name)} has only one of its two matrices")
+            if o.down is None or o.up is None:
+                raise ValueError(f"its layer {_shown(name)} has only one of its two matrices")
             if not 0 < len(o.down) == o.up.shape[1 if o.up.ndim > 1 else 0]:
                 raise ValueError(f"the two matrices of its layer {_shown(name)} do not fit together")
     return lora, {part: _alphas(_settings(settings, part)) for part in lora}
@@ -249,19 +268,21 @@ def _shaped(value, shape):
     return value.reshape(shape) if value.ndim > 1 and bare(value.shape) == bare(shape) else None
 
 def _fitted(layers, network, part, alpha):
-    "The layers under the model's own names, in its shapes, with their α. ValueError if they are not of this model."
+    "The layers under the model's names, in its shapes, with their α. ValueError if they are not its own."
     own = {n: m for n, m in network.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
     places, fitted = {o: n for n in own for o in _spellings(n, part)}, {}
     if unknown := [n for n in layers if n not in places]:
         more = f" (and {len(unknown) - 1} more)" if unknown[1:] else ""
-        raise ValueError(f"its layer {_shown(unknown[0])}{more} is not in the model's {part}: it was made for another model")
+        raise ValueError(f"its layer {_shown(unknown[0])}{more} is not in the model's {part}: "
+                         "it was made for another model")
     for spelling, o in layers.items():
         name, w, r = places[spelling], own[places[spelling]].weight, len(o.down)
         if name in fitted: raise ValueError(f"its layer {_shown(name)} is there twice")
-        down, up = _shaped(o.down, (r, *w.shape[1:])), _shaped(o.up, (w.shape[0], r, *(1 for _ in w.shape[2:])))
+        down = _shaped(o.down, (r, *w.shape[1:]))
+        up = _shaped(o.up, (w.shape[0], r, *(1 for _ in w.shape[2:])))
         if down is None or up is None:
-            raise ValueError(f"its layer {_shown(name)} has {o.down[0].numel()} inputs and {len(o.up)} outputs, the model's "
-                             f"{w[0].numel()} and {len(w)}: it was made for another model")
+            raise ValueError(f"its layer {_shown(name)} has {o.down[0].numel()} inputs and "
+                             f"{len(o.up)} outputs, the model's {w[0].numel()} and {len(w)}: it was made for another model")
         fitted[name] = LoraLayer(down, up, o.alpha or alpha(name, r), o.bias, o.magnitude)
     return fitted
 
@@ -276,11 +297,12 @@ def _lora_config(layers):
     extras = {k: {getattr(o, v) is not None for o in layers.values()} for k, v in extras.items()}
     for k, v in extras.items():
         if len(v) > 1: raise ValueError(f"only some of its layers have what {k} adds")
-    return dict(r=r, lora_alpha=alpha, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern, target_modules=sorted(layers),
-                **{k: v.pop() for k, v in extras.items()})
+    return dict(r=r, lora_alpha=alpha, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern,
+                target_modules=sorted(layers), **{k: v.pop() for k, v in extras.items()})
 
 def _tensors(layers):
-    names = dict(down="lora_A.weight", up="lora_B.weight", bias="lora_B.bias", magnitude="lora_magnitude_vector")
+    names = dict(down="lora_A.weight", up="lora_B.weight", bias="lora_B.bias",
+                 magnitude="lora_magnitude_vector")
     found = {f"{n}.{end}": getattr(o, k) for n, o in layers.items() for k, end in names.items()}
     return {k: v.contiguous() for k, v in found.items() if v is not None}
 
@@ -290,16 +312,18 @@ def adapter_tensors(
 ) -> dict:                # tensors by their layer's name; they share the network's memory
     "The weights of an adapter."
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*invalid shape")  # peft takes a bias for a part of a matrix
+        warnings.filterwarnings("ignore", message=".*invalid shape")  # peft takes a bias for a matrix
         return get_peft_model_state_dict(network, adapter_name=name)
 
 def _check_applied(network, layers, tensors):
-    "ValueError unless every tensor is in the network's adapter, and no other, at the strength that it should have."
+    "ValueError unless every tensor is in the network's adapter, and no other, at its own strength."
     there = adapter_tensors(network)
     wrong = [k for k in there.keys() | tensors.keys()
-             if k not in there or k not in tensors or not torch.equal(there[k].cpu(), tensors[k].to(there[k].dtype))]
+             if k not in there or k not in tensors
+             or not torch.equal(there[k].cpu(), tensors[k].to(there[k].dtype))]
+    strength = {n: network.get_submodule(n).scaling["default"] for n in layers}
     wrong += [n for n, o in layers.items()
-              if not math.isclose(network.get_submodule(n).scaling["default"], o.alpha / len(o.down), rel_tol=1e-6)]
+              if not math.isclose(strength[n], o.alpha / len(o.down), rel_tol=1e-6)]
     if wrong: raise ValueError(f"its tensor {_shown(min(wrong))} did not find its place in the model")
 
 def load_lora(
@@ -311,8 +335,11 @@ def load_lora(
     fitted = {part: _fitted(layers, getattr(pipe, part), part, alphas[part]) for part, layers in lora.items()}
     for part, layers in fitted.items():
         network, config, tensors = getattr(pipe, part), _lora_config(layers), _tensors(layers)
-        if part == "unet": network.load_lora_adapter(tensors, prefix=None, adapter_name="default", metadata=config)
-        else: network.load_adapter(adapter_name="default", adapter_state_dict=tensors, peft_config=LoraConfig(**config))
+        if part == "unet":
+            network.load_lora_adapter(tensors, prefix=None, adapter_name="default", metadata=config)
+        else:
+            network.load_adapter(adapter_name="default", adapter_state_dict=tensors,
+                                 peft_config=LoraConfig(**config))
         _check_applied(network, layers, tensors)
 
 def fuse_lora(pipe: StableDiffusionPipeline):
@@ -324,39 +351,45 @@ def fuse_lora(pipe: StableDiffusionPipeline):
 
 # %% ../nbs/01b_loading.ipynb #7e1596b4
 def _ddim(config):
-    "A DDIM scheduler of the same noise schedule, without DDIM's default of clipping: latents have no natural range."
+    "A DDIM scheduler of the same noise, without DDIM's default of clipping: latents have no natural range."
     return DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
 
-_WANTS = dict(time_cond_proj_dim="the guidance scale (a latent consistency model)", class_embed_type="a class",
-              num_class_embeds="a class", encoder_hid_dim_type="embeddings of another kind",
+_WANTS = dict(time_cond_proj_dim="the guidance scale (a latent consistency model)",
+              class_embed_type="a class", num_class_embeds="a class",
+              encoder_hid_dim_type="embeddings of another kind",
               addition_embed_type="more than a text (Stable Diffusion XL, its refiner, or the like)")
-_CHANNELS = {9: "inpaints: it wants a mask and a picture", 8: "edits a picture that it is given", 5: "wants a depth map",
-             7: "enlarges a picture that it is given"}
+_CHANNELS = {9: "inpaints: it wants a mask and a picture", 8: "edits a picture that it is given",
+             5: "wants a depth map", 7: "enlarges a picture that it is given"}
 
 def check_pipeline(pipe):
-    "ValueError unless a pipeline draws from a latent, a timestep and a text alone, and its noise leaves something to learn."
+    "ValueError unless a pipeline draws from a latent, a timestep and a text, by noise that can be undone."
     unet, vae, noise = pipe.unet.config, pipe.vae.config, pipe.scheduler.config
-    def no(reason): raise ValueError(f"it is not a text-to-image model of the Stable Diffusion 1.x or 2.x family: {reason}")
+    def no(reason):
+        raise ValueError("it is not a text-to-image model of the Stable Diffusion 1.x or 2.x family: " + reason)
     for name, what in _WANTS.items():
         if unet.get(name) is not None: no(f"its UNet also wants {what}")
     if str(unet.get("attention_type", "default")) != "default": no("its UNet also wants boxes (GLIGEN)")
     if unet.in_channels != vae.latent_channels:
-        no(f"its UNet {_CHANNELS.get(unet.in_channels, f'takes {unet.in_channels} channels, its VAE has {vae.latent_channels}')}")
+        other = f"takes {unet.in_channels} channels, its VAE has {vae.latent_channels}"
+        no(f"its UNet {_CHANNELS.get(unet.in_channels, other)}")
     if unet.out_channels != unet.in_channels: no("its UNet also predicts a variance")
     if vae.get("shift_factor") or vae.get("latents_mean"): no("its VAE moves the latents")
     width, text = unet.get("cross_attention_dim"), getattr(pipe.text_encoder, "config", None)
-    if text is not None and {width} != {text.hidden_size} and {*(width if isinstance(width, (list, tuple)) else [])} != {text.hidden_size}:
+    widths = {*width} if isinstance(width, (list, tuple)) else {width}
+    if text is not None and widths != {text.hidden_size}:
         no(f"its UNet reads texts of width {width}, its text encoder writes {text.hidden_size}")
-    if "beta_schedule" not in noise: no(f"its scheduler, {type(pipe.scheduler).__name__}, is not one of DDPM's kind")
+    if "beta_schedule" not in noise:
+        no(f"its scheduler, {type(pipe.scheduler).__name__}, is not one of DDPM's kind")
     kind = noise.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "sample", "v_prediction"): no(f"its network predicts {kind!r}")
     if kind == "epsilon" and _ddim(noise).alphas_cumprod.min() < 1e-10:
-        raise ValueError("its noise ends with nothing of the picture left (zero terminal SNR), where a network that predicts the noise "
-                         "says nothing about the picture: the step divides by zero. Such a model has to predict v")
+        raise ValueError("its noise ends with nothing of the picture left (zero terminal SNR), where a network "
+                         "that predicts the noise says nothing about the picture: the step divides by zero. "
+                         "Such a model has to predict v")
 
 _STEMS = dict(unet="diffusion_pytorch_model", vae="diffusion_pytorch_model", text_encoder="model")
-_CONFIGS = dict(unet="config.json", vae="config.json", text_encoder="config.json", scheduler="scheduler_config.json",
-                tokenizer="tokenizer_config.json")
+_CONFIGS = dict(unet="config.json", vae="config.json", text_encoder="config.json",
+                scheduler="scheduler_config.json", tokenizer="tokenizer_config.json")
 _PIPELINES = "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"
 
 def _forms(folder, part):
@@ -364,16 +397,18 @@ def _forms(folder, part):
     names, stem = {o.name for o in folder.iterdir()}, _STEMS[part]
     whole = {n[len(stem)+1:-len(".safetensors")].strip(".") or None for n in names
              if n.startswith(stem + ".") and n.endswith(".safetensors") and "-of-" not in n}
-    cut = {n: n.removeprefix(f"{stem}.safetensors.index.").removesuffix("json").strip(".") or None for n in names
-           if n.startswith(f"{stem}.safetensors.index.")}
+    index_of = f"{stem}.safetensors.index."
+    cut = {n: n.removeprefix(index_of).removesuffix("json").strip(".") or None
+           for n in names if n.startswith(index_of)}
     for index in cut:
         try: shards = {*json.loads((folder/index).read_text(encoding="utf-8"))["weight_map"].values()}
-        except (ValueError, KeyError, AttributeError): raise ValueError(f"{part}/{index} is damaged") from None
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise ValueError(f"{part}/{index} is damaged") from None
         if lost := sorted(map(str, shards - names)): raise ValueError(f"{part}/{lost[0]} is missing")
     if found := whole | {*cut.values()}: return found
     if pickles := sorted(n for n in names if n.endswith(_PICKLES)):
-        raise ValueError(f"its {part} holds {pickles[0]}, {_no_pickle}, with `StableDiffusionPipeline.from_pretrained(FOLDER, "
-                         "use_safetensors=False).save_pretrained(NEW)`")
+        raise ValueError(f"its {part} holds {pickles[0]}, {_no_pickle}, with `StableDiffusionPipeline."
+                         "from_pretrained(FOLDER, use_safetensors=False).save_pretrained(NEW)`")
     raise ValueError(f"its {part} has no weights: there is no {part}/{stem}.safetensors")
 
 def _variant(forms):
@@ -381,13 +416,15 @@ def _variant(forms):
     lacking = [f for f in forms if None not in f]
     if not lacking: return None
     if not (common := set.intersection(*lacking)):
-        raise ValueError(f"its parts are there in different variants alone ({', '.join(sorted(set.union(*lacking)))})")
+        every = ", ".join(sorted(set.union(*lacking)))
+        raise ValueError(f"its parts are there in different variants alone ({every})")
     return "fp16" if "fp16" in common else min(common)
 
 def _check_configs(folder):
     "ValueError names what a folder in diffusers' format lacks, or which other kind it is of."
     if not (folder/"model_index.json").is_file(): raise ValueError("it holds no model_index.json")
-    kind = _loads((folder/"model_index.json").read_text(encoding="utf-8", errors="replace"), "its model_index.json").get("_class_name")
+    index = (folder/"model_index.json").read_text(encoding="utf-8", errors="replace")
+    kind = _loads(index, "its model_index.json").get("_class_name")
     if isinstance(kind, str) and kind not in _PIPELINES:
         raise ValueError(f"it is a {kind[:60]}, not a model of the Stable Diffusion 1.x or 2.x family")
     for part, config in _CONFIGS.items():
@@ -408,8 +445,8 @@ def _check_text_encoder(folder, text_encoder):
 
 def _from_parts(model, revision, variant):
     return StableDiffusionPipeline.from_pretrained(
-        model, revision=revision, variant=variant, safety_checker=None, requires_safety_checker=False, use_safetensors=True,
-        trust_remote_code=False)
+        model, revision=revision, variant=variant, safety_checker=None, requires_safety_checker=False,
+        use_safetensors=True, trust_remote_code=False)
 
 def _load_base(model, revision):
     "The pipeline of that name, before it is known whether it is of a kind that we can train."
@@ -422,7 +459,7 @@ def _load_base(model, revision):
         _check_text_encoder(path, pipe.text_encoder)
         return pipe
     if path.exists(): return _from_single_file(path)
-    if not is_hub_id(model) and ("/" in str(model) or "\\" in str(model)): raise OSError("there is no such file or folder")
+    if not is_hub_id(model) and {"/", "\\"} & {*str(model)}: raise OSError("there is no such file or folder")
     try: return _from_parts(model, revision, None)
     except Exception as first:
         try: return _from_parts(model, revision, "fp16")   # some repositories have nothing else
@@ -433,34 +470,40 @@ def _load_base(model, revision):
 def config_beside(
     file: Path,  # a checkpoint in one file
 ) -> Path|None:
-    "The folder with such a checkpoint's configuration: that of its name beside it, or the one that it lies in."
+    "The folder with such a checkpoint's configuration: that of its name beside it, or the one it lies in."
     return next((o for o in (file.with_suffix(""), file.parent) if (o/"model_index.json").is_file()), None)
 
 def _check_single_file(path):
     "ValueError unless a file could be a checkpoint of Stable Diffusion 1.x or 2.x."
     if path.suffix in _PICKLES: raise ValueError(f"it is {_no_pickle}")
-    if not path.is_file() or path.suffix != ".safetensors": raise ValueError("it is neither a folder nor a .safetensors file")
+    if not path.is_file() or path.suffix != ".safetensors":
+        raise ValueError("it is neither a folder nor a .safetensors file")
     with safe_open(path, "pt") as f: keys = list(f.keys())
     def has(*starts): return any(k.startswith(starts) for k in keys)
     if any("lora" in k for k in keys): raise ValueError("it is a LoRA, not a model: give it as --lora")
-    if "conv_in.weight" in keys: raise ValueError("it is one part of a model: give its folder in diffusers' format, or as --unet")
-    if has("conditioner.", "model.diffusion_model.joint_blocks", "model.diffusion_model.double_blocks", "double_blocks."):
+    if "conv_in.weight" in keys:
+        raise ValueError("it is one part of a model: give its folder in diffusers' format, or as --unet")
+    inside = "model.diffusion_model."
+    if has("conditioner.", "double_blocks.", f"{inside}joint_blocks", f"{inside}double_blocks"):
         raise ValueError("it is a checkpoint of another family, not of Stable Diffusion 1.x or 2.x")
-    for start, part in {"model.diffusion_model.": "UNet", "first_stage_model.": "VAE", "cond_stage_model.": "text encoder"}.items():
-        if not has(start): raise ValueError(f"it is no checkpoint of Stable Diffusion 1.x or 2.x: it holds no {part} ({start}…)")
+    parts = {inside: "UNet", "first_stage_model.": "VAE", "cond_stage_model.": "text encoder"}
+    for start, part in parts.items():
+        if not has(start):
+            raise ValueError("it is no checkpoint of Stable Diffusion 1.x or 2.x: "
+                             f"it holds no {part} ({start}…)")
 
 def _from_single_file(path):
     _check_single_file(path)
     beside = config_beside(path)
     if beside: _check_configs(beside)
     try: return StableDiffusionPipeline.from_single_file(
-        str(path), config=str(beside) if beside else None, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-        local_files_only=bool(beside))
+        str(path), config=str(beside) if beside else None, local_files_only=bool(beside),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     except Exception as e:
         if beside: raise
-        raise ValueError(f"its configuration is not at hand, neither in a folder {path.stem!r} beside it nor on the hub: put that of a "
-                         "model of its kind there, or convert it where there is a network, with `StableDiffusionPipeline."
-                         "from_single_file(FILE).save_pretrained(FOLDER)`") from e
+        raise ValueError(f"its configuration is not at hand, neither in a folder {path.stem!r} beside it "
+                         "nor on the hub: put that of a model of its kind there, or convert it where there is "
+                         "a network, with `StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)`") from e
 
 # %% ../nbs/01b_loading.ipynb #488afddb
 def _folder(path, inner=None):
@@ -470,21 +513,23 @@ def _folder(path, inner=None):
     return str(path)
 
 def _check_whole(network, part):
-    "ValueError if the files had no weights for some of the layers: diffusers leaves these without memory, and says little."
+    "ValueError if the files had no weights for some layers: diffusers leaves these without memory."
     if empty := [n for n, p in network.named_parameters() if p.is_meta]:
-        why = ": it was saved with a LoRA's layers inside, which nothing can load" if any("base_layer" in n for n in empty) else ""
+        inside = any("base_layer" in n or "lora" in n for n in empty)
+        why = ": it was saved with a LoRA's layers inside, which nothing can load" if inside else ""
         raise ValueError(f"its {part}'s files lack {len(empty)} of its weights, such as {empty[0]}{why}")
 
 def load_pipeline(
-    model: str = EMOJI_SD,      # "emoji-sd" (bundled), a folder in diffusers' format, a .safetensors file, or a hub id
+    model: str = EMOJI_SD,      # "emoji-sd", a folder in diffusers' format, a .safetensors file, or a hub id
     lora: str|None = None,      # a LoRA: a .safetensors file, a folder that holds one, or a hub id
-    unet: str|None = None,      # a folder with a whole fine-tuned UNet in diffusers' format, or one that holds it as `unet/`
+    unet: str|None = None,      # a folder with a whole fine-tuned UNet, or one that holds it as `unet/`
     revision: str|None = None,  # branch, tag or commit on the hub
     dtype: torch.dtype = torch.float32,
 ) -> StableDiffusionPipeline:
-    "A Stable Diffusion pipeline with a DDIM scheduler; reads safetensors only. ModelError says what could not be loaded."
+    "A Stable Diffusion pipeline with a DDIM scheduler, from safetensors. ModelError says what is wrong."
     with _no_bars() if model == EMOJI_SD or Path(model).expanduser().exists() else nullcontext():
-        with _one_line("--model", model, f"give {EMOJI_SD!r}, a folder in diffusers' format, a .safetensors file, or a hub id"):
+        remedy = f"give {EMOJI_SD!r}, a folder in diffusers' format, a .safetensors file, or a hub id"
+        with _one_line("--model", model, remedy):
             pipe = _load_base(model, revision)
             check_pipeline(pipe)
             _check_whole(pipe.unet, "UNet")
