@@ -10,11 +10,13 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .policy import DefaultDDPOStableDiffusionPipeline
+    from .models.modeling_sd_base import (DDPOPipelineOutput, DDPOSchedulerOutput, DDPOStableDiffusionPipeline,
+                                          DefaultDDPOStableDiffusionPipeline)
     from .trainer import DDPOConfig, DDPOTrainer, RWRConfig, RWRTrainer
 
-_home = dict(DDPOConfig="trainer", DDPOTrainer="trainer", RWRConfig="trainer", RWRTrainer="trainer",
-             DefaultDDPOStableDiffusionPipeline="policy")
+_home = dict(DDPOConfig="trainer", DDPOTrainer="trainer", RWRConfig="trainer", RWRTrainer="trainer")
+_home |= dict.fromkeys(("DDPOPipelineOutput", "DDPOSchedulerOutput", "DDPOStableDiffusionPipeline", "DefaultDDPOStableDiffusionPipeline"),
+                       "models.modeling_sd_base")
 __all__ = [*_home]
 
 def __getattr__(name):

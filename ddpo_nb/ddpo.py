@@ -82,16 +82,30 @@ def loss(
     examples: dict,              # some of what `examples` returned
 ) -> tuple:  # loss (M,), and figures to log, (M,) each: ratio, approx_kl, kl_step, clip_fraction, and kl_pretrained if it has a price
     "What each transition costs under today's weights; its mean over transitions is minus the policy-gradient surrogate over T."
-    x, t, prev, old = trajectories.transitions(examples["sample"], examples["step"])
-    step = policy.step(x, t, trajectories.conditioning[examples["sample"]], prev_sample=prev, guidance=self.guidance)
+    i = examples["sample"]
+    return self.cost(policy, *trajectories.transitions(i, examples["step"]), trajectories.conditioning[i], examples["advantage"])
+
+@patch
+def cost(
+    self: DDPO,
+    policy,
+    x: Tensor,          # x_t, (M, C, H, W)
+    t: Tensor,          # (M,)
+    prev: Tensor,       # x_{t-1}, (M, C, H, W)
+    old: Tensor,        # its log-probability under the policy that sampled, (M,)
+    conditioning,       # of M samples
+    advantage: Tensor,  # (M,)
+) -> tuple:             # as `loss`
+    "The loss of transitions that are given one by one."
+    step = policy.step(x, t, conditioning, prev_sample=prev, guidance=self.guidance)
     weight, new = step.std**2 if self.step_weighting == "variance" else 1, step.log_prob
     ratio = torch.exp(weight * (new - old))
     squared, n = 0.5 * (new - old)**2, x[0].numel() if policy.reduction == "mean" else 1
     clipped = ((ratio - 1).abs() > self.clip_range).float()
     figures = dict(ratio=ratio, approx_kl=squared, kl_step=n**2 * squared, clip_fraction=clipped)
-    loss = self.objective(examples["advantage"], ratio, weight * new)
+    loss = self.objective(advantage, ratio, weight * new)
     if self.kl_coef:
-        kl = self.divergence(policy, step, x, t, trajectories.conditioning[examples["sample"]])
+        kl = self.divergence(policy, step, x, t, conditioning)
         loss, figures = loss + self.kl_coef * weight * kl, figures | dict(kl_pretrained=kl)
     return loss, {k: v.detach() for k, v in figures.items()}
 

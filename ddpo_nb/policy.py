@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EMBEDDINGS_KEPT', 'SmallLora', 'KeepingAttention', 'let_attention_keep', 'StableDiffusionPolicy', 'Conditioning',
-           'follow_umask', 'DefaultDDPOStableDiffusionPipeline']
+           'follow_umask']
 
 # %% ../nbs/02_policy.ipynb #1656e4a4
 import copy, os, threading, warnings
@@ -99,22 +99,60 @@ class StableDiffusionPolicy:
         negative_prompt: str = "",   # what to steer away from
         reduction: str = "mean",     # of log-densities, see `gaussian_log_prob`
     ):
-        self.pipeline, self.use_lora, self._embeddings = pipeline, use_lora, {}
-        self.told_cut = False  # that prompts are longer than what the text encoder reads
+        self.use_lora = use_lora
         try: check_pipeline(pipeline)
         except ValueError as e: raise ModelError(str(e)) from None
-        for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet): part.requires_grad_(False)
-        if use_lora: _train_lora(pipeline, lora_rank)
-        else: _train_whole(pipeline)
-        for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet): part.eval()  # dropout would change what was scored
-        pipeline.unet.to(memory_format=torch.channels_last)  # convolutions are faster so
-        self.unet = pipeline.unet  # every forward goes through this name: `accelerator.prepare` may wrap it
-        self._keeps, self._kept = let_attention_keep(pipeline.unet), None
-        if not isinstance(pipeline.scheduler, DDIMScheduler): pipeline.scheduler = _ddim(pipeline.scheduler.config)
-        self.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        self.hold(pipeline)
+        self.freeze()
+        self.thaw(lora_rank)
         self.configure(num_steps, eta, guidance_scale, negative_prompt, reduction)
 
-    def trainable_parameters(self) -> list: return [p for p in self.pipeline.unet.parameters() if p.requires_grad]
+    def hold(self, pipeline):
+        "Take a pipeline's parts as they are."
+        self.pipeline, self._embeddings, self._layers = pipeline, {}, None
+        self.told_cut = False  # that prompts are longer than what the text encoder reads
+        self.unet = pipeline.unet  # every forward goes through this name: `accelerator.prepare` may wrap it
+        self._keeps, self._kept = False, None
+        if not isinstance(pipeline.scheduler, DDIMScheduler): pipeline.scheduler = _ddim(pipeline.scheduler.config)
+        self.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+
+    @property
+    def parts(self): return self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.unet
+
+    in_training = False  # set by the trainer
+
+    @classmethod
+    def view(cls, pipeline):
+        "A policy around a pipeline that is only to be drawn from: no weight is touched, none is made trainable."
+        policy = cls.__new__(cls)
+        policy.use_lora = True
+        policy.hold(pipeline)
+        return policy
+
+    def freeze(self):
+        for part in self.parts: part.requires_grad_(False)
+
+    def thaw(self, lora_rank: int = 4):
+        "Make the adapters trainable, or the whole UNet, and the rest ready for it. A second time changes nothing."
+        if self.use_lora: _train_lora(self.pipeline, lora_rank)
+        else: _train_whole(self.pipeline)
+        self.settle()
+
+    def settle(self):
+        for part in self.parts: part.eval()  # dropout would change what was scored
+        self.pipeline.unet.to(memory_format=torch.channels_last)  # convolutions are faster so
+        self._keeps = let_attention_keep(self.pipeline.unet)
+
+    def get_trainable_layers(self): return self.pipeline.unet
+
+    def train_layers(self, layers):
+        "Take what `get_trainable_layers` returned, a module or a list of weights, for what is trained. ModelError if there is nothing in it."
+        self._layers = layers if isinstance(layers, torch.nn.Module) else list(layers)
+        if not self.trainable_parameters(): raise ModelError("get_trainable_layers: nothing in it requires a gradient; return a module or weights that do")
+
+    def trainable_parameters(self) -> list:
+        layers = self.pipeline.unet if self._layers is None else self._layers
+        return [p for p in (layers if isinstance(layers, list) else layers.parameters()) if p.requires_grad]
 
 # %% ../nbs/02_policy.ipynb #01e86ccd
 @patch
@@ -196,6 +234,11 @@ def warn_cut(self: StableDiffusionPolicy, prompts: list):
 EMBEDDINGS_KEPT = 2**28  # bytes: of Stable Diffusion 1.5, a thousand prompts; what was asked for longest ago goes first
 
 @patch
+def embed(self: StableDiffusionPolicy, texts: list) -> Tensor:
+    "The text encoder's view of `texts`, (N, L, D)."
+    with _quiet(): return self.pipeline.encode_prompt(texts, self.pipeline.text_encoder.device, 1, False)[0]
+
+@patch
 @torch.no_grad()
 def encode(self: StableDiffusionPolicy, prompts: list) -> Conditioning:
     "Text embeddings of `prompts`; a distinct prompt goes through the text encoder once, as long as `EMBEDDINGS_KEPT` has room for all."
@@ -203,8 +246,7 @@ def encode(self: StableDiffusionPolicy, prompts: list) -> Conditioning:
     new = [p for p in asked if p not in known]
     if new:
         self.warn_cut(new)
-        with _quiet(): found = self.pipeline.encode_prompt(new, self.pipeline.text_encoder.device, 1, False)[0]
-        known |= {p: o.clone() for p, o in zip(new, found)}  # a view would hold on to all of them
+        known |= {p: o.clone() for p, o in zip(new, self.embed(new))}  # a view would hold on to all of them
     for p in (*asked, self.negative_prompt): known[p] = known.pop(p)  # to the end
     negative, prompt = known[self.negative_prompt], torch.stack([known[p] for p in prompts]).to(self.device)
     for p in list(known)[:max(0, len(known) - EMBEDDINGS_KEPT // negative.nbytes)]: del known[p]
@@ -280,12 +322,17 @@ def initial_latents(self: StableDiffusionPolicy, generators: list) -> Tensor:
     return draw_noise(shape, generators, self.device) * self.scheduler.init_noise_sigma
 
 @patch
-@torch.no_grad()
-def decode(self: StableDiffusionPolicy, latents: Tensor) -> Tensor:
-    "Images in [0, 1], (N, 3, H, W), fp32, from x_0."
+def paint(self: StableDiffusionPolicy, latents: Tensor) -> Tensor:
+    "Images in [0, 1], (N, 3, H, W), fp32, from x_0; differentiable."
     vae = self.pipeline.vae
     images = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
     return (images.float() / 2 + 0.5).clamp(0, 1)
+
+@patch
+@torch.no_grad()
+def decode(self: StableDiffusionPolicy, latents: Tensor) -> Tensor:
+    "`paint`, without a graph."
+    return self.paint(latents)
 
 # %% ../nbs/02_policy.ipynb #7e1688e2
 @patch
@@ -329,49 +376,35 @@ def follow_umask(*places):
     for o in places: os.chmod(o, (0o777 if os.path.isdir(o) else 0o666) & ~mask)
 
 # %% ../nbs/02_policy.ipynb #8f2742a0
+def _lora_layers(unet):
+    "The adapter's weights under diffusers' names; they share their memory with the UNet."
+    layers = convert_state_dict_to_diffusers(adapter_tensors(unet, next(iter(unet.peft_config))))
+    return {k.removeprefix("base_model.model."): v for k, v in layers.items()}  # peft's own wrapper puts that before
+
 @patch
-def save_pretrained(self: StableDiffusionPolicy, folder: str|Path):
+def save_weights(self: StableDiffusionPolicy, folder: str|Path):
     "Write the trained weights in diffusers' format: `pytorch_lora_weights.safetensors`, or a `unet/` folder."
     folder = Path(folder).expanduser()
     unet = self.pipeline.unet
     if not self.use_lora:
         unet.save_pretrained(Path(folder)/"unet")
         return follow_umask(*Path(folder).glob("unet/*.safetensors"))
-    (name, config), = unet.peft_config.items()
-    layers = convert_state_dict_to_diffusers(adapter_tensors(unet, name))
-    self.pipeline.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=config.to_dict())
+    config, = unet.peft_config.values()
+    self.pipeline.save_lora_weights(folder, unet_lora_layers=_lora_layers(unet), unet_lora_adapter_metadata=config.to_dict())
     follow_umask(Path(folder)/"pytorch_lora_weights.safetensors")
 
 @patch
+def save_pretrained(self: StableDiffusionPolicy, folder: str|Path): self.save_weights(folder)
+
+@patch
 def restore(self: StableDiffusionPolicy, folder: str|Path):
-    "Set the trained weights to those that `save_pretrained` wrote, to the last bit. ModelError if they are not of this policy's shape."
+    "Set the trained weights to those that `save_weights` wrote, to the last bit. ModelError if they are not of this policy's shape."
     unet = self.pipeline.unet
     if self.use_lora:
         kept = load_file(Path(folder)/"pytorch_lora_weights.safetensors")
-        layers = convert_state_dict_to_diffusers(adapter_tensors(unet, next(iter(unet.peft_config))))
-        own = {f"unet.{k}": v for k, v in layers.items()}
+        own = {f"unet.{k}": v for k, v in _lora_layers(unet).items()}
     else: kept, own = load_file(Path(folder)/"unet/diffusion_pytorch_model.safetensors"), unet.state_dict()
     if {k: v.shape for k, v in kept.items()} != {k: v.shape for k, v in own.items()}:
         raise ModelError(f"the weights in {str(folder)!r} are not of this policy's shape: take the same model, and LoRA of the same rank")
     with torch.no_grad():
         for k, v in kept.items(): own[k].copy_(v)  # `own` shares its memory with the UNet
-
-# %% ../nbs/02_policy.ipynb #ff341c84
-class DefaultDDPOStableDiffusionPipeline(StableDiffusionPolicy):
-    "`StableDiffusionPolicy` made from a model's name, with TRL 0.23's constructor; further arguments are the policy's. ModelError if there is no such model."
-    def __init__(self,
-        pretrained_model_name: str,               # "emoji-sd", a folder in diffusers' format, or a hub id
-        *,
-        pretrained_model_revision: str = "main",  # branch, tag or commit on the hub
-        use_lora: bool = True,                    # train low-rank adapters; False: the whole UNet
-        **kwargs,
-    ):
-        lora = pretrained_model_name if use_lora and (Path(pretrained_model_name)/"pytorch_lora_weights.safetensors").is_file() else None
-        super().__init__(load_pipeline(pretrained_model_name, lora, revision=pretrained_model_revision), use_lora=use_lora, **kwargs)
-
-    sd_pipeline = property(lambda self: self.pipeline)  # TRL's names
-    vae = property(lambda self: self.pipeline.vae)
-    tokenizer = property(lambda self: self.pipeline.tokenizer)
-    text_encoder = property(lambda self: self.pipeline.text_encoder)
-    def get_trainable_layers(self): return self.pipeline.unet
-    def set_progress_bar_config(self, **kwargs): self.pipeline.set_progress_bar_config(**kwargs)

@@ -105,9 +105,10 @@ def reward(
 def _numbers(rewards):
     if isinstance(rewards, Tensor):
         if rewards.is_complex(): raise TypeError("complex numbers have no order")
-        return rewards.detach().to("cpu", torch.float64).numpy()
+        rewards = rewards.detach().to("cpu", torch.float64)  # numpy does not know bfloat16
     if isinstance(rewards, (list, tuple)): rewards = [o.item() if isinstance(o, Tensor) and o.numel() == 1 else o for o in rewards]
     values = np.asarray(rewards)
+    if values.ndim == 2 and values.shape[1] == 1: values = values[:, 0]  # what a network's last layer returns
     if values.dtype.kind not in "fiub": raise TypeError(f"{values.dtype} is not a numeric type")
     return values.astype(np.float64)
 

@@ -11,7 +11,7 @@ __all__ = ['ALGORITHMS', 'RESULT_FREE', 'STATE_FILES', 'EMOJI_SETTINGS', 'PAPER_
 # %% ../nbs/09_trainer.ipynb #8222ca9a
 import atexit, hashlib, inspect, json, math, os, resource, shutil, sys, tempfile, threading, time, warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np, torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.tracking import get_available_trackers
+from accelerate.tracking import GeneralTracker, get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 from diffusers.optimization import SchedulerType, get_scheduler
 from fastcore.basics import patch
@@ -37,7 +37,10 @@ from .redact import hide
 from .rewards import (ParallelReward, Stopped, _numbers, answer, check_name, check_rewards, get_reward,
                              reward_name, stopping, to_uint8)
 from .rollout import rollout, sample_generator
+from . import trl
+from .models.modeling_sd_base import PipelinePolicy, as_policy
 from .rwr import NORMALIZERS, REWARDS, RWR, RWRSparse
+from .trl import TrlTrainer, by_sample, shuffled
 
 # %% ../nbs/09_trainer.ipynb #6c3fdb05
 ALGORITHMS = ("ddpo-is", "ddpo-sf", "rwr", "rwr-sparse")
@@ -86,7 +89,7 @@ class DDPOConfig:
     async_reward_computation: bool = False # score a batch in a thread, or process, while the next is sampled
     max_workers: int = 2                   # such threads, or processes
     negative_prompts: str = ""             # what to steer away from
-    push_to_hub: bool = False              # upload the weights to `hub_model_id` at the end
+    push_to_hub: bool = False              # upload the weights to `hub_model_id` at the end; whether that can work is asked before the run
     algorithm: str = "ddpo-is"             # one of ALGORITHMS
     micro_batch_size: int = 0              # examples in one forward and backward pass: speed and memory, never the result; 0: as many as fill the hardware and fit (notebook 03a)
     log_prob_reduction: str = "mean"       # "mean" over the latent's dimensions, or the exact "sum"
@@ -110,7 +113,7 @@ class DDPOConfig:
     offload_trajectories: bool = False     # keep sampled latents in the CPU's memory
     compile: bool = False                  # torch.compile the UNet
     reward_pool: str = "thread"            # what async_reward_computation takes: "thread", or "process" for rewards in pure Python
-    hub_model_id: str = ""                 # USER/NAME on the hub
+    hub_model_id: str = ""                 # USER/NAME on the hub; a bare name is the token owner's, and without one it is the run's folder's, or exp_name
 
     def __post_init__(self): check_config(self)
     @property
@@ -205,7 +208,6 @@ def check_config(c):
     if flaw := prompt_flaw(c.negative_prompts or ""): raise InputError("negative_prompts", f"it {flaw}", "give a short text")
     if c.watch_reward: check_name(c.watch_reward, "watch_reward")
     elif c.stop_patience: raise InputError("stop_patience", "no reward is watched", "name one with watch_reward")
-    if c.push_to_hub and not c.hub_model_id: raise InputError("push_to_hub", "there is no repository to push to", "set hub_model_id to USER/NAME")
     _check_accelerator_kwargs(c.accelerator_kwargs)
     _check_names("project_kwargs", c.project_kwargs, [f.name for f in fields(ProjectConfiguration)])
     _check_tracker_kwargs(c.tracker_kwargs)
@@ -279,6 +281,14 @@ def _home(c):
     place = c.project_kwargs.get("project_dir") or c.logdir
     return Path(place).expanduser()/c.run_name if place else None
 
+def _used(home): return bool(checkpoints(home/"checkpoints")) or (home/"metrics.jsonl").exists()
+
+def _free(home):
+    "A folder that holds no run: the one asked for, or its next neighbour with a number."
+    place, k = home, 1
+    while _used(place): k, place = k + 1, home.with_name(f"{home.name}-{k + 1}") if home.name else home/f"run-{k + 1}"
+    return place
+
 def _part():
     "Close the processes' connections: an interpreter that ends while gloo's threads still run is aborted."
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
@@ -346,6 +356,23 @@ def _tf32(allowed):
     "May a GPU round fp32's factors to 11 bits, in matrix products and in convolutions?"
     torch.set_float32_matmul_precision("high" if allowed else "highest")
     torch.backends.cudnn.allow_tf32 = allowed
+class _Silence:
+    "Whatever is called on it does nothing."
+    def __getattr__(self, name):
+        if name.startswith("__"): raise AttributeError(name)
+        return self
+    def __call__(self, *args, **kwargs): return self
+
+class _NoTracker(GeneralTracker):
+    "What hooks get where TRL hands them a tracker, and none was asked for."
+    name, requires_logging_directory = "none", False
+    def __init__(self): super().__init__(_blank=True); self.silence = _Silence()
+    @property
+    def tracker(self): return self.silence
+    def store_init_configuration(self, values): pass
+    def log(self, values, step=None, **kwargs): pass
+    def log_images(self, values, step=None, **kwargs): pass
+    def finish(self): pass
 
 def _accelerator(c, home):
     "An `Accelerator` with the config's precision, trackers and folders; it can also log images."
@@ -355,16 +382,19 @@ def _accelerator(c, home):
     precision = usable_precision(c.mixed_precision)
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision: AcceleratorState._reset_state()  # an earlier trainer's, in this process
     a = Accelerator(mixed_precision=precision, log_with=c.log_with, project_config=ProjectConfiguration(**project), **c.accelerator_kwargs)
-    a.gradient_accumulation_steps = 1  # the loop divides by itself; accelerate would do so again, by what its launcher was told
+    # TRL's, for code of one's own
+    a.gradient_accumulation_steps = c.train_gradient_accumulation_steps * max(1, int(c.sample_num_steps * c.train_timestep_fraction))
     if a.device.type == "cuda": _tf32(c.allow_tf32)
     if c.log_with:
         theirs = ("tracker_kwargs", "accelerator_kwargs")
         plain = {k: hide(v) if isinstance(v, str) else v for k, v in c.to_dict().items()
                  if isinstance(v, (int, float, str)) and not k.startswith(theirs)}
         a.init_trackers(c.tracker_project_name, config=plain, init_kwargs=_tracker_kwargs(c))
-    def log_images(images, step=None):
+    def log_images(images, step=None, **_):
         for t in a.trackers: _log_images(t, images, step)
-    a.log_images = log_images  # as TRL's hooks call it on their third argument
+    a.log_images = log_images  # as TRL's hooks call it on their third argument, which is a tracker there and the accelerator in older versions
+    a.trackers = a.trackers or [_NoTracker()]
+    a.tracker, a.name = a.trackers[0].tracker, a.trackers[0].name
     return a
 
 def _lighten(c, policy, accelerator):
@@ -399,7 +429,7 @@ def _adamw(c, parameters):
     return kind(parameters, **fused, lr=c.train_learning_rate, betas=(c.train_adam_beta1, c.train_adam_beta2), eps=c.train_adam_epsilon, weight_decay=c.train_adam_weight_decay)
 
 # %% ../nbs/09_trainer.ipynb #20426af9
-class DDPOTrainer:
+class DDPOTrainer(TrlTrainer):
     "Fine-tunes a policy against a reward: DDPO-IS by default, or the algorithm that the config names."
     def __init__(
         self,
@@ -409,25 +439,32 @@ class DDPOTrainer:
         sd_pipeline,              # the policy, e.g. a `DefaultDDPOStableDiffusionPipeline`
         image_samples_hook=None,  # (batches, global step, accelerator), called after each epoch's sampling; a batch is [images, prompts, metadata, rewards, reward metadata]
     ):
-        self.config, self.reward_function, self.prompt_function, self.hook, self.policy = config, reward_function, prompt_function, image_samples_hook, sd_pipeline
+        self.config, self.reward_function, self.prompt_function, self.hook = config, reward_function, prompt_function, image_samples_hook
         if not getattr(sd_pipeline, "use_lora", True) and config.train_learning_rate > 1e-4:
             warnings.warn(f"train_learning_rate: {config.train_learning_rate:g} is a LoRA's; the whole UNet tends to collapse to black pictures at it; 1e-5 is usual", stacklevel=2)
         check_config(config)      # it may have been changed since it was made
         check_launcher(config)
-        self.home = _home(config)
-        self.lock = FolderLock(self.home, "logdir") if self.home else nullcontext()  # of the main process, while it writes
-        if self.home and processes().is_main_process:
-            check_free(self.home, "logdir")
-            check_writable(self.home, "logdir")
+        self.sd_pipeline, self.policy = sd_pipeline, as_policy(sd_pipeline)
+        self.objective, self._trained_steps, self._found = make_objective(config), None, None
+        self._check_overrides()
+        if isinstance(self.objective, DDPO): self._objective_of_own()
+        self.wished = self.home = _home(config)  # a used folder gets a numbered neighbour, unless it is gone on with
+        self._told, self._saving, self._on_row, self._until = False, None, None, config.num_epochs
+        if self.home is not None and not self._goes_on(): self.home = self._free_home()
+        self._lock_home()
         if config.compile: _check_compiler()
         _check_steps(config, self.policy)
+        self.hub_model_id = self._repository() if config.push_to_hub else None
         self.accelerator = _accelerator(config, self.home)
         check_repeats(config, self.accelerator.num_processes)
+        fine, why = self._config_check()
+        if not fine: raise InputError("config", why.rstrip("."), "change the settings that it names")
         for note in idle_notes(config): self.accelerator.print(note, file=sys.stderr)
         set_seed(config.seed)     # for prompt and reward functions that draw from the global generators
         self.policy.configure(config.sample_num_steps, config.sample_eta, config.sample_guidance_scale, config.negative_prompts, config.log_prob_reduction)
         known = getattr(prompt_function, "prompts", None)
         if isinstance(known, list) and hasattr(self.policy, "warn_cut"): self.policy.warn_cut([*known, config.negative_prompts])
+        self._thaw()
         self.task = _task(self.policy, reward_function, prompt_function)  # in the weights' own precision
         _lighten(config, self.policy, self.accelerator)
         self.micro_batch_size = config.micro_batch_size or self._fitting_micro_batch()
@@ -437,10 +474,11 @@ class DDPOTrainer:
         if config.kl_coef: self.policy.keep_reference()
         self.watched = get_reward(config.watch_reward, _base_name(self.policy.pipeline)) if config.watch_reward else None
         if hasattr(self.watched, "to"): self.watched.to(self.accelerator.device)
-        optimizer = _adamw(config, self.policy.trainable_parameters())
+        optimizer = self._setup_optimizer(self.policy.trainable_parameters())
         self.policy.unet, self.optimizer = self.accelerator.prepare(self.policy.unet, optimizer)
+        self.accelerator.register_save_state_pre_hook(self._save_model_hook)  # of code of one's own that calls accelerate's save_state
+        self.accelerator.register_load_state_pre_hook(self._load_model_hook)
         self.schedule = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_updates, num_training_steps=config.num_epochs * self.updates_per_epoch)
-        self.objective = make_objective(config)
         self.tracker = PerPromptStatTracker(config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count, config.advantage_min_std)
         self.epochs_done = self.queries = self.global_step = 0
         self.rows, self.work = [], None  # metrics of each epoch; the epoch under way
@@ -453,6 +491,22 @@ class DDPOTrainer:
         self.pool = None          # of async_reward_computation
         self.before = None        # while an epoch is being sampled: what it takes to begin it again
         if config.resume_from: self.load_checkpoint(config.resume_from)
+
+    def _thaw(self):
+        "Ask the pipeline what is to be trained."
+        policy, own = self.policy, self.sd_pipeline
+        if getattr(policy, "lora_rank", 0) is None: policy.lora_rank = self.config.lora_rank
+        if not hasattr(policy, "train_layers"): return  # a policy of another kind knows its own weights
+        policy.train_layers(policy.get_trainable_layers())
+        policy.settle()
+        policy.in_training = True
+        known = {id(p) for p in policy.pipeline.unet.parameters()}
+        if any(id(p) not in known for p in policy.trainable_parameters()) and not (self._unbroken or self.overrides("calculate_loss")):
+            raise InputError("get_trainable_layers", "some of its weights are not the UNet's, and have no gradient in this loop", "return the UNet, or some of its weights")
+        if self._pipeline_overrides("set_progress_bar_config") or (isinstance(policy, PipelinePolicy) and policy.has("set_progress_bar_config")):
+            own.set_progress_bar_config(position=1, disable=not self.accelerator.is_local_main_process, leave=False, desc="Timestep", dynamic_ncols=True)
+
+    def _adamw(self, parameters): return _adamw(self.config, parameters)
 
     @property
     def updates_per_epoch(self): return self.config.train_num_inner_epochs * (self.config.samples_per_epoch // self.config.samples_per_update)
@@ -477,8 +531,9 @@ def stop(self:DDPOTrainer, signum: int = 0):
     if self.asking is threading.current_thread(): raise Stopped  # from a signal's handler
 
 @patch
-def _breathe(self:DDPOTrainer):
+def _breathe(self:DDPOTrainer, between=False):
     "A place to pause or to stop. All processes come by equally often, and stop together."
+    if self._unbroken and not between: return
     while self.paused and self.stopping is None: time.sleep(0.05)
     asked = -1 if self.stopping is None else self.stopping
     if self.accelerator.num_processes > 1: asked = int(self.accelerator.gather(torch.tensor([asked], device=self.accelerator.device)).max())
@@ -517,7 +572,7 @@ def sample(self:DDPOTrainer, on_batch=None):
     def on_decoded(*batch):
         if on_batch: on_batch(*batch)
         if self.accelerator.num_processes > 1: self._breathe()  # an agreement makes everybody wait: not at every step
-    with self.accelerator.autocast():
+    with self.autocast():
         return rollout(self.policy, prompts, generators, metadata, c.sample_batch_size, on_step, on_decoded, "cpu" if c.offload_trajectories else None, together)
 
 # %% ../nbs/09_trainer.ipynb #04fad1a3
@@ -529,10 +584,10 @@ class _Judges:
         return rewards, info, answer(self.watched, images, prompts, metadata)[0] if self.watched else None
 
 @patch
-def ask(self:DDPOTrainer):
+def ask(self:DDPOTrainer, is_async=None):
     "What a batch's images, prompts and metadata are given to; it returns a function that waits for the judges' answer."
     c, judges = self.config, _Judges(self.reward_function, self.watched)
-    if not c.async_reward_computation:  # later; pictures that wait in the CPU's memory come back for it
+    if not (c.async_reward_computation if is_async is None else is_async):  # later; pictures that wait in the CPU's memory come back for it
         late = lambda images, *about: judges(images.to(self.accelerator.device), *about)
         return lambda *batch: partial(self._heard, partial(late, *batch))
     if self.pool and self.pool.reward.reward is not self.reward_function: self.pool = self.pool.close()
@@ -552,11 +607,25 @@ def checked(self:DDPOTrainer, answer, n):
     rewards, info, watched = answer
     return check_rewards(rewards, n, getattr(self.reward_function, "__name__", type(self.reward_function).__name__)), info, None if watched is None else check_rewards(watched, n, self.config.watch_reward)
 
+@patch
+def judge(self:DDPOTrainer, batches, waits):
+    "Checked answers, one a batch: those that are waited for, or what an overridden `compute_rewards` says."
+    if not self.overrides("compute_rewards"): return [self.checked(wait(), len(b[1])) for wait, b in zip(waits, batches)]
+    found = self.compute_rewards([[b[0].to(self.accelerator.device), *b[1:]] for b in batches], is_async=self.config.async_reward_computation)
+    try: rewards, infos = map(list, found)
+    except (TypeError, ValueError): raise InputError("compute_rewards", f"it returned {type(found).__name__}", "return two tuples: rewards and metadata, one entry a batch") from None
+    if not len(rewards) == len(infos) == len(batches):
+        raise InputError("compute_rewards", f"it returned {len(rewards)} rewards and {len(infos)} metadata for {len(batches)} batches", "return one entry a batch")
+    watched = [answer(self.watched, *b)[0] if self.watched else None for b in batches]
+    return [self.checked(o, len(b[1])) for o, b in zip(zip(rewards, infos, watched), batches)]
+
+
 # %% ../nbs/09_trainer.ipynb #003e9012
 @patch
 def advantages(self:DDPOTrainer, prompts, rewards):
     "What this process's samples count, (n,), from the rewards (N,) and prompts (N,) of all: DDPO's advantages, or RWR's weights."
-    c, n, a = self.config, self.config.samples_per_epoch, self.accelerator
+    c, a = self.config, self.accelerator
+    n = len(prompts) // a.num_processes
     of_all = (self.tracker.update(prompts, rewards) if c.per_prompt_stat_tracking
               else BASELINES[c.baseline](prompts, rewards, min_std=c.advantage_min_std))
     counts = self.objective.weigh(prompts, rewards, of_all, a.num_processes)
@@ -569,14 +638,27 @@ def split_updates(sample, n, updates, generator):
     return [i for i in place.argsort(stable=True).to(sample.device).tensor_split(updates) if len(i)]
 
 @patch
-def gradient(self:DDPOTrainer, trajectories, examples):
+@contextmanager
+def _undivided(self:DDPOTrainer):
+    "The loop divides by itself; code of one's own may rely on accelerate's division."
+    a, steps = self.accelerator, self.accelerator.gradient_accumulation_steps
+    a.gradient_accumulation_steps = 1
+    try: yield
+    finally: a.gradient_accumulation_steps = steps
+
+@patch
+def gradient(self:DDPOTrainer, trajectories, examples, advantages=None):
     "Accumulate the gradient of the mean loss over `examples`; returns the sums of the figures to log, and the largest ratio."
-    m, sums = len(examples["sample"]), {}
-    cuts = np.linspace(0, m, -(-m // self.micro_batch_size) + 1).astype(int).tolist()  # equal parts: a small rest would take nearly as long as a whole one
+    m, sums, size, own = len(examples["sample"]), {}, self.micro_batch_size, self.overrides("calculate_loss")
+    if own:  # as TRL calls it, unless another size is asked for
+        examples, size = by_sample(examples, self.config.train_batch_size), self.config.micro_batch_size or self.config.train_batch_size
+    cuts = np.linspace(0, m, -(-m // size) + 1).astype(int).tolist()  # equal parts: a small rest would take nearly as long as a whole one
     for i, j in zip(cuts, cuts[1:]):
-        with nullcontext() if j == m else self.accelerator.no_sync(self.policy.unet):  # processes exchange gradients once an update
-            with self.accelerator.autocast():
-                loss, figures = self.objective.loss(self.policy, trajectories, {k: v[i:j] for k, v in examples.items()})
+        part = {k: v[i:j] for k, v in examples.items()}
+        with nullcontext() if j == m else self.accelerator.no_sync(self.policy.unet), self._undivided():  # processes exchange gradients once an update
+            if own: loss, figures = self._own_loss(trajectories, part, advantages)
+            else:
+                with self.autocast(): loss, figures = self.objective.loss(self.policy, trajectories, part)
             self.accelerator.backward(loss.sum() / m)
         for k, v in dict(loss=loss.detach(), **figures).items(): sums[k] = sums.get(k, 0) + v.double().sum()
         if "ratio" in figures: sums["ratio_max"] = torch.maximum(figures["ratio"].max().double(), sums.get("ratio_max", torch.zeros((), device=loss.device, dtype=torch.double)))
@@ -587,7 +669,7 @@ def gradient(self:DDPOTrainer, trajectories, examples):
 @dataclass
 class Work:
     "An epoch under way: what was sampled and scored, and how far its updates have come."
-    trajectories: Trajectories
+    trajectories: Trajectories|dict  # or TRL's samples, if sampling or training is overridden
     advantages: torch.Tensor  # what each sample counts: DDPO's advantages, or RWR's weights, (n,)
     row: dict                 # figures known so far
     done: int = 0             # updates taken
@@ -601,56 +683,112 @@ class Work:
         return dict(zip(self.totals, values)), values[len(self.totals):]
 
 @patch
+def descend(self:DDPOTrainer, work: Work, trajectories, examples, advantages):
+    "One update, on all of `examples`."
+    for k, v in self.gradient(trajectories, examples, advantages).items():
+        seen = work.totals.get(k, torch.zeros_like(v))
+        work.totals[k] = torch.maximum(v, seen) if k == "ratio_max" else v + seen
+    work.norms.append(self.accelerator.clip_grad_norm_(self.policy.trainable_parameters(), self.config.train_max_grad_norm))
+    self.optimizer.step(); self.optimizer.zero_grad(); self.schedule.step()  # which counts updates that fp16 skips, too: a fused optimizer tells nobody
+    work.done, work.count, self.global_step = work.done + 1, work.count + len(examples["sample"]), self.global_step + 1
+    self._progress("training", work.done, self.updates_per_epoch)
+    self._breathe()
+
+@patch
+def _current_work(self:DDPOTrainer) -> Work:
+    "The epoch under way; a method of one's own may train without one."
+    if self.work is None: self.work = Work({}, torch.zeros(0), {})
+    return self.work
+
+@patch
+def _descend_by_dictionary(self:DDPOTrainer, work, generator):
+    "An epoch's updates as TRL makes them: samples and their steps shuffled, cut into batches."
+    c, samples = self.config, work.trajectories | dict(advantages=work.advantages)
+    samples.pop("prompt_ids", None)
+    for inner in range(c.train_num_inner_epochs):
+        mixed = shuffled(samples, generator)
+        batches = [{k: v[i:i + c.train_batch_size] for k, v in mixed.items()} for i in range(0, len(work.advantages), c.train_batch_size)]
+        before = self.global_step
+        self.global_step = self._train_batched_samples(inner, self.epochs_done, before, batches)
+        if not isinstance(self.global_step, int):
+            got, self.global_step = self.global_step, before
+            raise InputError("_train_batched_samples", f"it returned {got!r}", "return the number of updates so far, global_step")
+
+@patch
 def update(self:DDPOTrainer, work: Work) -> dict:
     "The updates that an epoch still needs; returns the means of the figures to log."
     c, trajectories, n, taken = self.config, work.trajectories, self.config.samples_per_epoch, 0
     generator = sample_generator(c.seed, self.epochs_done, 2**31 + self.accelerator.process_index)
     if c.train_fresh_optimizer and work.done == 0: self.optimizer.state.clear()
+    if isinstance(trajectories, dict):
+        self._descend_by_dictionary(work, generator)
+        return self.figures(work)
     for inner in range(c.train_num_inner_epochs):
         examples = self.objective.examples(self.policy, trajectories, work.advantages, generator)
         for i in split_updates(examples["sample"], n, n // c.samples_per_update, generator):
             taken += 1
             if taken <= work.done: continue  # before the run was taken up again
-            for k, v in self.gradient(trajectories, {k: v[i] for k, v in examples.items()}).items():
-                seen = work.totals.get(k, torch.zeros_like(v))
-                work.totals[k] = torch.maximum(v, seen) if k == "ratio_max" else v + seen
-            work.norms.append(self.accelerator.clip_grad_norm_(self.policy.trainable_parameters(), c.train_max_grad_norm))
-            self.optimizer.step(); self.optimizer.zero_grad(); self.schedule.step()  # which counts updates that fp16 skips, too: a fused optimizer tells nobody
-            work.done, work.count, self.global_step = taken, work.count + len(i), self.global_step + 1
-            self._progress("training", work.done, self.updates_per_epoch)
-            self._breathe()
+            self.descend(work, trajectories, {k: v[i] for k, v in examples.items()}, work.advantages)
+    return self.figures(work)
+
+@patch
+def figures(self:DDPOTrainer, work: Work) -> dict:
+    "Means of the figures to log; InputError if the weights are lost."
     totals, norms = work.numbers()
     finite = [o for o in norms if math.isfinite(o)]
     if len(finite) < len(norms) and not self.accelerator.scaler:  # fp16 skips such a step, and scales the loss down; nothing else does
         raise InputError("train_learning_rate", f"a gradient of epoch {self.epochs_done + 1} is not finite, and the weights are lost", "lower it, and go on from the last checkpoint; if that does not help, look at the rewards")
-    return {k: v if k == "ratio_max" else v / work.count for k, v in totals.items()} | dict(grad_norm=float(np.mean(finite)) if finite else None, updates=work.done, skipped_updates=len(norms) - len(finite))
+    return {k: v if k == "ratio_max" else v / max(work.count, 1) for k, v in totals.items()} | dict(grad_norm=float(np.mean(finite)) if finite else None, updates=work.done, skipped_updates=len(norms) - len(finite))
 
 # %% ../nbs/09_trainer.ipynb #591ac0ee
 @patch
 def collect(self:DDPOTrainer) -> Work:
     "Sample an epoch's trajectories, ask for their rewards, and turn these into advantages."
-    t, batches, ask = [time.perf_counter()], [], self.ask()
+    if self._samples_by_dictionary: return self._collect_dictionaries()
+    t, batches, waits, ask = [time.perf_counter()], [], [], self.ask()
     def on_batch(images, *about):
         kept = images.to("cpu") if self.config.offload_trajectories else images
-        batches.append(((kept, *about), ask(images if self.config.async_reward_computation else kept, *about)))
+        batches.append((kept, *about))
+        if not self.overrides("compute_rewards"): waits.append(ask(images if self.config.async_reward_computation else kept, *about))
     trajectories = self.sample(on_batch); t.append(time.perf_counter())
-    scored = [self.checked(wait(), len(batch[1])) for batch, wait in batches]; t.append(time.perf_counter())
-    seen = [[*batch, torch.as_tensor(rewards, device=self.accelerator.device), info] for (batch, _), (rewards, info, _) in zip(batches, scored)]
+    scored = self.judge(batches, waits); t.append(time.perf_counter())
+    return self.weigh(trajectories, batches, scored, trajectories.latents[:, -1], t)
+
+@patch
+def _collect_dictionaries(self:DDPOTrainer) -> Work:
+    "The same where sampling or training is overridden: through `_generate_samples` and `compute_rewards`."
+    c, t = self.config, [time.perf_counter()]
+    with torch.no_grad(): found = self._generate_samples(iterations=c.sample_num_batches_per_epoch, batch_size=c.sample_batch_size)
+    try: samples, batches = found
+    except (TypeError, ValueError): raise InputError("_generate_samples", f"it returned {type(found).__name__}", "return a list of dictionaries, and one of [images, prompts, metadata]") from None
+    samples = {k: torch.cat([s[k] for s in samples]) for k in samples[0]}
+    t.append(time.perf_counter())
+    ask = self.ask()
+    scored = self.judge(batches, [] if self.overrides("compute_rewards") else [ask(*b) for b in batches]); t.append(time.perf_counter())
+    n = sum(len(rewards) for rewards, *_ in scored)
+    if len(samples["latents"]) != n: raise InputError("_generate_samples", f"it returned {len(samples['latents'])} samples and pictures for {n}", "return one sample a picture")
+    if n % c.train_batch_size: raise InputError("_generate_samples", f"it returned {n} samples, which train_batch_size {c.train_batch_size} does not divide", "return as many as the config says")
+    return self.weigh(samples, batches, scored, samples["next_latents"][:, -1], t)
+
+@patch
+def weigh(self:DDPOTrainer, trajectories, batches, scored, x0, t) -> Work:
+    "Show an epoch's batches to the hook, and turn their rewards into advantages and figures; `t` are the times so far."
+    seen = [[*batch, torch.as_tensor(rewards, device=self.accelerator.device), info] for batch, (rewards, info, _) in zip(batches, scored)]
     (self.hook or self._log_some)(seen, self.global_step, self.accelerator)
-    rewards, prompts = np.array(gather_object([r for rewards, *_ in scored for r in rewards.tolist()])), gather_object(trajectories.prompts)
+    rewards, prompts = np.array(gather_object([r for rewards, *_ in scored for r in rewards.tolist()])), gather_object([p for b in batches for p in b[1]])
     self.queries += len(rewards)
     row = dict(reward_mean=rewards.mean(), reward_std=rewards.std()) | {f"reward_q{q:02}": v for q, v in zip((0, 10, 50, 90, 100), np.quantile(rewards, (0, .1, .5, .9, 1)))}
     by_prompt = {}
     for p, r in zip(prompts, rewards): by_prompt.setdefault(p, []).append(r)
     row["reward_by_prompt"] = {p: np.mean(r) for p, r in sorted(by_prompt.items())}
-    row |= dict(reward_info=_means(_per_image(scored)), diversity=_diversity(trajectories.latents[:, -1]))
+    row |= dict(reward_info=_means(_per_image(scored)), diversity=_diversity(x0))
     if self.watched: row["watch_mean"] = np.mean(gather_object([v for *_, values in scored for v in values.tolist()]))
     return Work(trajectories, self.advantages(prompts, rewards), row | dict(seconds_sampling=t[1] - t[0], seconds_reward=t[2] - t[1], seconds_training=0.))
 
 @patch
 def _log_some(self:DDPOTrainer, batches, step, accelerator, most=8):
     "The hook of those who give none: a few pictures for the trackers, with prompt and reward."
-    if not accelerator.trackers: return
+    if isinstance(accelerator.trackers[0], _NoTracker): return
     images, prompts, _, rewards, _ = batches[0]
     accelerator.log_images({f"{p:.40} | {float(r):.3f}": o[None].float().cpu() for o, p, r in zip(images[:most], prompts, rewards)}, step=step)
 
@@ -702,8 +840,7 @@ def _past_its_best(self:DDPOTrainer): return bool(self.config.stop_patience and 
 def _take_best(self:DDPOTrainer):
     "Return to the remembered weights."
     if self.best is None: return
-    with torch.no_grad():
-        for p, kept in zip(self.policy.trainable_parameters(), self.best["weights"]): p.copy_(kept)
+    self._take(self.best["weights"])
 
 # %% ../nbs/09_trainer.ipynb #ed804adb
 @patch
@@ -713,13 +850,13 @@ def epoch(self:DDPOTrainer) -> dict:
         if self.before is None: self.before = self._outside()
         else: self._put_back(self.before)  # the sampling was broken off
         self.work = self.collect()
-        self.before = None
+        self.before = None if not self._unbroken else self.before
         if self.config.stop_patience: self._remember(self.work.row["watch_mean"])
     work, start = self.work, time.perf_counter()
     try: figures = self.update(work)
     finally: work.row["seconds_training"] += time.perf_counter() - start
     seconds = sum(work.row[f"seconds_{k}"] for k in ("sampling", "reward", "training"))
-    self.epochs_done, self.work = self.epochs_done + 1, None
+    self.epochs_done, self.work, self.before = self.epochs_done + 1, None, None
     row = dict(algorithm=self.config.algorithm, seed=self.config.seed, epoch=self.epochs_done, queries=self.queries, global_step=self.global_step) | work.row | figures
     row |= dict(learning_rate=self.schedule.get_last_lr()[0], seconds=seconds, images_per_second=len(work.advantages) * self.accelerator.num_processes / seconds, peak_memory_gb=_memory(self.accelerator.device))
     self.rows.append(row)
@@ -741,11 +878,12 @@ def _write_state(self:DDPOTrainer, folder):
     "This process's part of a checkpoint."
     rank, work, a = self.accelerator.process_index, self.work, self.accelerator
     own = dict(outside=self.before or self._outside(), work=None)
-    if work: own["work"] = dict(latents=work.trajectories.latents, log_probs=work.trajectories.log_probs, prompts=work.trajectories.prompts, advantages=work.advantages,
+    if work and isinstance(work.trajectories, Trajectories): own["work"] = dict(latents=work.trajectories.latents, log_probs=work.trajectories.log_probs, prompts=work.trajectories.prompts, advantages=work.advantages,
                                 row=_plain(work.row), done=work.done, count=work.count, **dict(zip(("totals", "norms"), work.numbers())))
     save_state(folder/f"process-{rank}", own)
     if not a.is_main_process: return
-    self.policy.save_pretrained(folder)
+    self._save_model_hook([a.unwrap_model(self.policy.unet)], [None], str(folder))
+    if self._trains_more: save_state(folder/"trained", [p.detach() for p in self.policy.trainable_parameters()])
     save_state(folder/"trainer", dict(epochs_done=self.epochs_done, queries=self.queries, global_step=self.global_step, tracker=self.tracker.state_dict(),
                                       recent=self.recent, best=self.best, optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(), scaler=a.scaler.state_dict() if a.scaler else None,
                                       processes=a.num_processes, config=_plain(_identity(self.config)), task=self.task))
@@ -764,7 +902,7 @@ RESULT_FREE = ("exp_name", "run_name", "log_with", "tracker_kwargs", "accelerato
 def _identity(c):
     "The settings that decide a run's result: its length too, if the learning rate follows it."
     steady = c.lr_scheduler.startswith("constant")
-    return {k: v for k, v in asdict(c).items() if k not in RESULT_FREE} | ({} if steady else dict(num_epochs=c.num_epochs))
+    return {k: v for k, v in asdict(c).items() if k in _KINDS and k not in RESULT_FREE} | ({} if steady else dict(num_epochs=c.num_epochs))
 
 @patch
 def _together(self:DDPOTrainer, what, do, main_only=False) -> str|None:
@@ -964,8 +1102,12 @@ def load_checkpoint(self:DDPOTrainer, place: str|Path):
 def _take_up(self:DDPOTrainer, folder, state, own):
     "Set everything to what a checkpoint holds."
     scaler = self.accelerator.scaler
-    self.policy.restore(folder)
+    self._load_model_hook([self.accelerator.unwrap_model(self.policy.unet)], str(folder))
+    if self._trains_more and (folder/"trained.json").exists(): self._take(load_state(folder/"trained"))
     self.resumed = True
+    if self.home != self.wished and folder.resolve().is_relative_to(self.wished.resolve()):
+        self.home = self.wished
+        self._lock_home()
     self.optimizer.load_state_dict(state["optimizer"]); _lay_out(self.optimizer); self.schedule.load_state_dict(state["schedule"])
     if scaler and state["scaler"]: scaler.load_state_dict(state["scaler"])
     self.tracker.load_state_dict(state["tracker"])
@@ -983,13 +1125,105 @@ def _work(self:DDPOTrainer, latents, log_probs, prompts, advantages, totals, nor
     number = partial(torch.tensor, dtype=torch.double, device=p.device)
     return Work(t, advantages.to(p.device), totals={k: number(v) for k, v in totals.items()}, norms=[number(v) for v in norms], **rest)
 
+@patch(as_prop=True)
+def _trains_more(self:DDPOTrainer):
+    "May the pipeline train other weights than those that it writes?"
+    return isinstance(self.policy, PipelinePolicy) or self._pipeline_overrides("get_trainable_layers")
+
+@patch
+def _take(self:DDPOTrainer, weights):
+    own = self.policy.trainable_parameters()
+    if [p.shape for p in own] != [w.shape for w in weights]: raise InputError("resume_from", "other weights were trained there", "resume with the pipeline of the run")
+    with torch.no_grad():
+        for p, w in zip(own, weights): p.copy_(w)
+
+
 # %% ../nbs/09_trainer.ipynb #6c7cb748
 @patch
 def _log(self:DDPOTrainer, row):
     "To the trackers, and to metrics.jsonl."
-    self.accelerator.log({k: v for k, v in row.items() if isinstance(v, (int, float))} | {f"reward/{p}": v for p, v in row["reward_by_prompt"].items()}
-                         | {f"reward_info/{k}": v for k, v in row["reward_info"].items()}, step=self.global_step)
+    self.accelerator.log({k: v for k, v in row.items() if isinstance(v, (int, float))} | {f"reward/{p}": v for p, v in row.get("reward_by_prompt", {}).items()}
+                         | {f"reward_info/{k}": v for k, v in row.get("reward_info", {}).items()}, step=self.global_step)
     self._keep_rows()
+
+@patch
+def _goes_on(self:DDPOTrainer):
+    "Is the run in `wished` the one to go on with?"
+    place = self.config.resume_from
+    return bool(place) and Path(place).expanduser().resolve().is_relative_to(self.wished.resolve())
+
+@patch
+def _free_home(self:DDPOTrainer):
+    "The same folder for all processes."
+    processes()
+    found = [str(_free(self.wished))]
+    broadcast_object_list(found)
+    return Path(found[0])
+
+@patch
+def _lock_home(self:DDPOTrainer):
+    "The folder is this run's alone while it writes; InputError if it cannot be."
+    self.lock = FolderLock(self.home, "logdir") if self.home else nullcontext()  # of the main process
+    if self.home and processes().is_main_process:
+        check_free(self.home, "logdir")
+        check_writable(self.home, "logdir")
+
+@patch
+def _begin(self:DDPOTrainer):
+    "Before an epoch: nothing is overridden in vain, and the folder is this run's own."
+    self._check_overrides()
+    if self.home is None: return
+    if not self.rows and not self.resumed and _used(self.home):  # another run of this process has taken it meanwhile
+        self.home = self._free_home()
+        self._lock_home()
+    if self.home != self.wished and not self._told:
+        self.accelerator.print(f"logdir: {str(self.wished)!r} holds another run, and this one goes to {str(self.home)!r}; resume_from={str(self.wished)!r} goes on with the other", file=sys.stderr)
+    self._told = True
+
+@patch
+def step(self:DDPOTrainer,
+    epoch: int,        # its number in the log, from 0 on
+    global_step: int,  # updates so far
+) -> int:              # updates so far
+    "One epoch: sample, score, weigh, update; log it, and save a checkpoint where one is due."
+    self._begin()
+    self.global_step = global_step
+    with self._alone():
+        row = self.epoch()
+        if row["epoch"] != epoch + 1: row["loop_epoch"] = epoch  # a loop of one's own may count in another way
+        self._finish(row)
+    return self.global_step
+
+@patch
+def _finish(self:DDPOTrainer, row):
+    "Log a row, show it, and save a checkpoint if one is due."
+    self._found = None
+    self._log(row)
+    if self._on_row: self._on_row(row)
+    if self.epochs_done % self.config.save_freq == 0 or self.epochs_done == self._until or self._past_its_best(): self.save_checkpoint()
+
+@patch
+def _own_row(self:DDPOTrainer, start):
+    "What is known of an epoch that an overridden `step` did by itself."
+    work, found, c = self.work, self._found, self.config
+    self.work = self.before = None
+    self.epochs_done += 1
+    rewards = np.array(gather_object([v for r, *_ in found or [] for v in r.tolist()]))
+    self.queries += len(rewards) or c.samples_per_epoch * self.accelerator.num_processes
+    row = dict(algorithm=c.algorithm, seed=c.seed, epoch=self.epochs_done, queries=self.queries, global_step=self.global_step)
+    row |= dict(reward_mean=rewards.mean(), reward_std=rewards.std()) if len(rewards) else dict(reward_mean=None, reward_std=None)
+    row |= self.figures(work) if work else {}
+    self.rows.append(row | dict(learning_rate=self.schedule.get_last_lr()[0], seconds=time.perf_counter() - start, peak_memory_gb=_memory(self.accelerator.device)))
+    return self.rows[-1]
+
+@patch
+def _run_step(self:DDPOTrainer):
+    "`step`, ours or that of a subclass; what a subclass did without ours is logged as far as it is known."
+    before, start, self._found = self.epochs_done, time.perf_counter(), None
+    done = self.step(self.epochs_done, self.global_step)
+    if done is not None: self.global_step = done
+    if self.epochs_done == before: self._finish(self._own_row(start))
+    if self._unbroken: self._breathe(between=True)
 
 @patch
 def train(self:DDPOTrainer,
@@ -997,25 +1231,24 @@ def train(self:DDPOTrainer,
     on_row = None,            # sees each row of metrics as it comes
     progress: bool = True,    # a progress bar, unless `on_progress` draws one
 ) -> list:                    # rows of metrics, one an epoch
-    """Run all epochs that are left. SIGINT and SIGTERM end it in good order: a checkpoint, then KeyboardInterrupt or SystemExit(143).
-    InputError if the folder holds checkpoints of another run."""
+    "Run all epochs that are left. SIGINT and SIGTERM end it in good order: a checkpoint, then KeyboardInterrupt or SystemExit(143)."
+    self._begin()
     total, c = epochs or self.config.num_epochs, self.config
-    if self.home and not self.rows and not self.resumed and checkpoints(self.home/"checkpoints"):
-        raise InputError("logdir", f"{str(self.home)!r} holds checkpoints of another run", "go on with resume_from, or give another run_name or logdir")
     with self._alone(), tqdm(total=total * c.samples_per_epoch * self.accelerator.num_processes, initial=self.queries, unit="query", dynamic_ncols=True,
               disable=not progress or self.on_progress is not None or not self.accelerator.is_local_main_process) as bar, stop_signals(self.stop):
+        def seen(row):
+            bar.update(self.queries - bar.n)
+            if row["reward_mean"] is not None: bar.set_postfix(reward=f"{row['reward_mean']:.3f}")
+            if on_row: on_row(row)
+        self._on_row, self._until = seen, total
         try:
             self._keep_rows()
-            while self.epochs_done < total and not self._past_its_best():
-                row = self.epoch()
-                self._log(row)
-                bar.update(self.queries - bar.n); bar.set_postfix(reward=f"{row['reward_mean']:.3f}")
-                if on_row: on_row(row)
-                if self.epochs_done % c.save_freq == 0 or self.epochs_done == total or self._past_its_best(): self.save_checkpoint()
+            while self.epochs_done < total and not self._past_its_best(): self._run_step()
             self._take_best()
-            if c.push_to_hub: self.push_to_hub(c.hub_model_id)
+            if c.push_to_hub: self.push_to_hub(self.hub_model_id)
         except Stopped: self._end()
         finally:
+            self._on_row = None
             if self.pool: self.pool.close()
             stopping.clear()
     return self.rows
@@ -1030,20 +1263,82 @@ def _end(self:DDPOTrainer):
     if signum == 2: raise KeyboardInterrupt
     if signum: raise SystemExit(128 + signum)
 
-@patch
-def save_pretrained(self:DDPOTrainer, folder: str|Path):
-    "Write the trained weights in diffusers' format, from the main process."
-    if self.accelerator.is_main_process: self.policy.save_pretrained(folder)
-    self.accelerator.wait_for_everyone()
-
+# %% ../nbs/09_trainer.ipynb #2f369ea5
 def _base_name(pipeline):
     "What the pipeline was loaded from."
-    name = str(pipeline.config.get("_name_or_path") or "the base model")
+    pipeline = getattr(pipeline, "sd_pipeline", pipeline)  # of one's own
+    name = str(getattr(pipeline, "config", {}).get("_name_or_path") or "the base model")
     return EMOJI_SD if name.endswith(f"weights/{EMOJI_SD}") else name
+
+
+@patch
+def _repository(self:DDPOTrainer):
+    "Where the weights are to go, on the main process; InputError or HubError if they could not."
+    if not processes().is_main_process: return None
+    from ddpo_nb.hub import check_access, owned
+    c = self.config
+    own = self.wished.name if self.wished is not None and self.wished.name != "logs" else c.exp_name
+    repo_id = owned(c.hub_model_id or own or "ddpo")
+    check_access(repo_id)
+    return repo_id
+
+@patch
+def _card(self:DDPOTrainer, repo_id, pictures=()):
+    from ddpo_nb.hub import model_card
+    name = getattr(self.reward_function, "__name__", type(self.reward_function).__name__)
+    settings = _plain({k: v for k, v in asdict(self.config).items() if k in _KINDS})
+    return model_card(_base_name(self.policy.pipeline), self.config.algorithm, name, settings, self.rows, repo_id, self.policy.use_lora, pictures)
+
+@patch
+def create_model_card(self:DDPOTrainer,
+    model_name: str|None = None,     # the card's title; the folder's name by default
+    dataset_name: str|None = None,   # on the hub
+    tags: str|list|None = None,      # beside the card's own
+):
+    "Write README.md into the folder that is being saved, or the run's. InputError if there is neither."
+    from huggingface_hub import ModelCard
+    folder = self._saving or self.home
+    if folder is None: raise InputError("create_model_card", "there is no folder to write it to", "call save_pretrained, or set logdir")
+    card = ModelCard(self._card(model_name or Path(folder).absolute().name))
+    card.data.tags = list(dict.fromkeys([*card.data.tags, *self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]))
+    if dataset_name: card.data.datasets = [dataset_name]
+    write_atomic(Path(folder)/"README.md", str(card))
+
+@patch
+def _save_pretrained(self:DDPOTrainer, save_directory):
+    "The pipeline's own `save_pretrained`, and a model card."
+    policy, own = self.policy, self.sd_pipeline
+    if isinstance(policy, PipelinePolicy) and not policy.has("save_pretrained"): policy.save_weights(save_directory)
+    else: own.save_pretrained(save_directory)
+    self._saving = save_directory
+    try: self.create_model_card()
+    finally: self._saving = None
+
+@patch
+def save_pretrained(self:DDPOTrainer,
+    save_directory: str|Path,
+    *,
+    repo_id: str|None = None,   # where to, with `push_to_hub`: "USER/NAME", or the folder's name under the token's owner
+    push_to_hub: bool = False,  # upload the trained weights as well
+    **push_to_hub_kwargs,       # of `push_to_hub`
+):
+    "Write the trained weights, and the pipeline around them if it is TRL's, from the main process. InputError if arguments would do nothing."
+    if not push_to_hub and (repo_id or push_to_hub_kwargs):
+        raise InputError(next(iter(push_to_hub_kwargs), "repo_id"), "nothing is uploaded", "give push_to_hub=True, or leave it out")
+    if self.accelerator.is_main_process: self._save_pretrained(save_directory)
+    self.accelerator.wait_for_everyone()
+    if push_to_hub: return self.push_to_hub(repo_id or Path(save_directory).absolute().name, **push_to_hub_kwargs)
+
+def _saved_files(folder):
+    "What a `save_pretrained` of one's own wrote, beside weights and settings, for the hub. InputError for pickles."
+    others = [o for o in Path(folder).rglob("*") if o.is_file() and o.suffix not in (".safetensors", ".json") and o.name != "README.md"]
+    for o in others:
+        if o.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"): raise InputError("save_pretrained", f"it wrote {o.name}, a pickle, which can run code where it is loaded", "write safetensors")
+    return {o.relative_to(folder).as_posix(): o.read_bytes() for o in others}
 
 @patch
 def push_to_hub(self:DDPOTrainer,
-    repo_id: str,              # "USER/NAME"
+    repo_id: str|None = None,  # "USER/NAME"; a bare name is the token's owner's; None: `hub_model_id`
     *,
     token: str|None = None,    # None: from the environment or the hub's own login
     private: bool|None = None, # if the repository has to be made
@@ -1054,13 +1349,20 @@ def push_to_hub(self:DDPOTrainer,
     "Upload the trained weights with a model card, the reward curve and the metrics. InputError or HubError say why not."
     if not self.accelerator.is_main_process: return None
     from ddpo_nb.dashboard import draw_curve
-    from ddpo_nb.hub import model_card, push
-    name = getattr(self.reward_function, "__name__", type(self.reward_function).__name__)
+    from ddpo_nb.hub import owned, push
+    repo_id = owned(repo_id or self.hub_model_id or self.config.hub_model_id or self.config.exp_name, token)
     files = {"metrics.jsonl": "".join(json.dumps(_plain(r)) + "\n" for r in self.rows)} | ({"curves.png": draw_curve(self.rows)} if self.rows else {})
-    card = model_card(_base_name(self.policy.pipeline), self.config.algorithm, name, _plain(asdict(self.config)), self.rows, repo_id, self.policy.use_lora, [o for o in files if o.endswith("png")])
+    card = self._card(repo_id, [o for o in files if o.endswith("png")])
+    own = any(map(self.overrides, ("save_pretrained", "_save_pretrained", "create_model_card"))) or self._pipeline_overrides("save_pretrained") or isinstance(self.policy, PipelinePolicy)
     with tempfile.TemporaryDirectory() as folder:
-        self.policy.save_pretrained(folder)
+        if not own: self.policy.save_weights(folder)
+        else:
+            self.save_pretrained(folder)
+            files |= _saved_files(folder)
+            if (Path(folder)/"README.md").exists(): card = (Path(folder)/"README.md").read_text(encoding="utf-8")
         return push(folder, repo_id, card, files, token, private, commit_message, branch, create_pr, again=f"push_to_hub({repo_id!r})")
+
+trl._OWN.update({name: getattr(DDPOTrainer, name) for name in trl.TRAINER_METHODS})
 
 # %% ../nbs/09_trainer.ipynb #658214fe
 class RWRTrainer(DDPOTrainer):

@@ -6,7 +6,8 @@ import warnings
 import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from ddpo_nb.policy import Conditioning, DefaultDDPOStableDiffusionPipeline, ModelError, StableDiffusionPolicy, load_pipeline
+from ddpo_nb import DefaultDDPOStableDiffusionPipeline
+from ddpo_nb.policy import Conditioning, ModelError, StableDiffusionPolicy, load_pipeline
 
 def draw(pipe, prompts=("cat", "frog"), scale=3., steps=3):
     return pipe(list(prompts), num_inference_steps=steps, eta=1., guidance_scale=scale, output_type="pt",
