@@ -245,14 +245,20 @@ def _train_batched_samples(self, inner_epoch: int, epoch: int, global_step: int,
 def _setup_optimizer(self, trainable_layers_parameters): return self._adamw(trainable_layers_parameters)
 def _config_check(self) -> tuple: return True, ""
 
+def _keeps_itself(self, name):
+    "Has the pipeline a way of its own to write or read a checkpoint's weights?"
+    return self.policy.has(name) if isinstance(self.policy, sd.PipelinePolicy) else hasattr(self.sd_pipeline, name)
+
 def _save_model_hook(self, models, weights, output_dir):
     "Write the trained weights of a checkpoint: the pipeline's `save_checkpoint`."
-    (getattr(self.sd_pipeline, "save_checkpoint", None) or (lambda *_: self.policy.save_weights(output_dir)))(models, weights, output_dir)
+    if self._keeps_itself("save_checkpoint"): self.sd_pipeline.save_checkpoint(models, weights, output_dir)
+    else: self.policy.save_weights(output_dir)
     weights.pop()
 
 def _load_model_hook(self, models, input_dir):
     "Take them back: the pipeline's `load_checkpoint`."
-    (getattr(self.sd_pipeline, "load_checkpoint", None) or (lambda *_: self.policy.restore(input_dir)))(models, input_dir)
+    if self._keeps_itself("load_checkpoint"): self.sd_pipeline.load_checkpoint(models, input_dir)
+    else: self.policy.restore(input_dir)
     models.pop()
 
-for f in (_train_batched_samples, _setup_optimizer, _config_check, _save_model_hook, _load_model_hook): setattr(TrlTrainer, f.__name__, f)
+for f in (_train_batched_samples, _setup_optimizer, _config_check, _keeps_itself, _save_model_hook, _load_model_hook): setattr(TrlTrainer, f.__name__, f)

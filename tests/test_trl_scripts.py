@@ -263,7 +263,7 @@ def test_a_scheduler_step_of_ones_own(folder):
             seen.append(sorted(kwargs))
             out = scheduler_step(self.sd_pipeline.scheduler, *args, **kwargs)
             return DDPOSchedulerOutput(out.latents, 2 * out.log_probs)
-    rows = train(make(own := Mine(folder), num_epochs=1))
+    rows = train(make(own := Mine(folder), num_epochs=1, train_batch_size=8, sample_batch_size=8, sample_num_batches_per_epoch=1))
     assert seen and all(o == ["eta", "prev_sample"] for o in seen) and rows[0]["approx_kl"] < 1e-6
     with pytest.raises(InputError, match="^kl_coef: "): make(own, kl_coef=.1)
     with pytest.raises(InputError, match="^scheduler_step: "): RWRTrainer(RWRConfig(logdir="", mixed_precision="no"), reward, prompt, own)
@@ -369,9 +369,16 @@ def test_hooks_that_use_trackers(folder, tmp_path):
 
 @pytest.mark.parametrize("form", [lambda r: r[:, None], lambda r: r.tolist(), lambda r: r.numpy(), lambda r: r.bfloat16(), lambda r: r[:, None].bfloat16(), lambda r: [o for o in r],
                                   lambda r: [[o.item()] for o in r]], ids=["(n,1)", "list", "numpy", "bf16", "bf16 (n,1)", "tensors", "lists"])
-def test_rewards_of_any_shape(pipeline, form):
+def test_rewards_of_any_shape(form):
+    from ddpo_nb.rewards import check_rewards
+    values = torch.tensor([.25, .5, .75])
+    assert check_rewards(form(values), 3, "r").tolist() == values.tolist()
+    for wrong in (values[None], values[:, None].expand(3, 2)):
+        with pytest.raises(InputError, match="shape"): check_rewards(wrong, 3, "r")
+
+def test_a_reward_with_a_column(pipeline):
     t = make(pipeline, num_epochs=1)
-    t.reward_fn = lambda images, prompts, metadata: (form(images.mean((1, 2, 3))), {})
+    t.reward_fn = lambda images, prompts, metadata: (images.mean((1, 2, 3))[:, None].bfloat16(), {})
     assert 0 < t.train(progress=False)[0]["reward_mean"] < 1
 
 def test_attributes(pipeline):
@@ -381,6 +388,43 @@ def test_attributes(pipeline):
     assert t.neg_prompt_embed.shape == (1, 16, 16) and t.stat_tracker is t.tracker and t.autocast is not None
     t.prompt_fn = lambda: ("dog", {})
     assert list(t.train(1, progress=False)[0]["reward_by_prompt"]) == ["dog"]
+
+# ---- the hub ----
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    import huggingface_hub
+    from hub_server import Server
+    for name in ("HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"): monkeypatch.delenv(name, raising=False)
+    with Server() as s:
+        for name, value in dict(ENDPOINT=s.url, HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True, HF_HUB_DISABLE_TELEMETRY=True,
+                                HF_TOKEN_PATH=str(tmp_path/"token")).items(): monkeypatch.setattr(huggingface_hub.constants, name, value)
+        token, self = next((t, u) for t, u in s.users.items() if u["role"] == "write")
+        monkeypatch.setenv("HF_TOKEN", token)
+        s.owner = self["name"]
+        yield s
+
+def test_a_bare_name_is_the_token_owners(pipeline, hub):
+    t = make(pipeline, num_epochs=1)
+    t.train(progress=False)
+    assert t.push_to_hub("ddpo-cats") == f"{hub.url}/{hub.owner}/ddpo-cats"
+
+def test_push_to_hub_without_a_name(folder, hub, tmp_path):
+    "The run's folder, as TRL has it; asked before the run."
+    t = make(DefaultDDPOStableDiffusionPipeline(folder), num_epochs=1, push_to_hub=True, logdir=str(tmp_path/"cats"))
+    assert t.hub_model_id == f"{hub.owner}/cats" and make(DefaultDDPOStableDiffusionPipeline(folder), push_to_hub=True, exp_name="tidy").hub_model_id == f"{hub.owner}/tidy"
+    for wrong in ("a b", "nobody/else/x"):
+        with pytest.raises(InputError, match="^--push-to-hub: "): make(DefaultDDPOStableDiffusionPipeline(folder), push_to_hub=True, hub_model_id=wrong)
+
+def test_a_model_card_of_ones_own_is_uploaded(pipeline, hub, tmp_path):
+    class Mine(DDPOTrainer):
+        _tag_names = ["herding"]
+        def create_model_card(self, model_name=None, dataset_name=None, tags=None): return super().create_model_card(model_name, "ada/cats", ["mine"])
+    t = make(pipeline, Mine)
+    assert t.save_pretrained(tmp_path/"out", push_to_hub=True, repo_id="cats") == f"{hub.url}/{hub.owner}/cats"
+    text = (tmp_path/"out/README.md").read_text()
+    assert all(o in text for o in ("herding", "mine", "ada/cats"))
+    with pytest.raises(InputError, match="^repo_id: nothing is uploaded"): t.save_pretrained(tmp_path/"out", repo_id="cats")
 
 def test_import_paths():
     from ddpo_nb import models
