@@ -491,6 +491,7 @@ class DDPOTrainer(TrlTrainer):
         self.pool = None          # of async_reward_computation
         self.before = None        # while an epoch is being sampled: what it takes to begin it again
         if config.resume_from: self.load_checkpoint(config.resume_from)
+        self._first_epoch = self.epochs_done
 
     def _thaw(self):
         "Ask the pipeline what is to be trained."

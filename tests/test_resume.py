@@ -118,8 +118,12 @@ def test_nothing_is_kept_if_not_asked_for(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 def test_another_runs_folder_is_not_overwritten(tmp_path):
-    trainer(tmp_path, num_epochs=1).train(progress=False)
-    with pytest.raises(InputError, match="logdir: .*holds checkpoints of another run; go on with resume_from"): trainer(tmp_path, num_epochs=1).train(progress=False)
+    home = tmp_path/"run"
+    trainer(home, num_epochs=1).train(progress=False)
+    kept = (home/"metrics.jsonl").read_bytes()
+    again = trainer(home, num_epochs=1)
+    again.train(progress=False)
+    assert again.home == tmp_path/"run-2" and (home/"metrics.jsonl").read_bytes() == kept and (tmp_path/"run-2/checkpoints/checkpoint_1").is_dir()
 
 @pytest.mark.parametrize("change,named", [(dict(train_learning_rate=1.0), "train_learning_rate"), (dict(seed=4), "seed"), (dict(algorithm="rwr"), "algorithm|train_num_inner_epochs")])
 def test_resume_with_other_settings_is_refused(tmp_path, change, named):
