@@ -748,9 +748,9 @@ def _trainer(self:Comparison, name, seed, make_prompts, reward):
     if self.output is not None:
         home = Path(self.output)/"runs"/f"{name}-seed{seed}"
         found = newest_whole(home/"checkpoints", STATE_FILES)
-        if checkpoints(home/"checkpoints") and found is None:
-            warnings.warn(f"no checkpoint in {str(home)!r} is whole: {name}, seed {seed}, begins again")
-            shutil.rmtree(home)
+        if found is None:
+            if checkpoints(home/"checkpoints"): warnings.warn(f"no checkpoint in {str(home)!r} is whole: {name}, seed {seed}, begins again")
+            if processes().is_main_process: shutil.rmtree(home, ignore_errors=True)
         extra = extra | dict(logdir=str(home.parent), run_name=home.name, resume_from=str(found or ""))
     config = make_config(name, s["model"], **{"logdir": ""} | {k: v for k, v in s["configs"][name].items() if k != "algorithm"} | extra, seed=seed)
     set_seed(seed)  # of the adapters
