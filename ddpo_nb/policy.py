@@ -390,7 +390,7 @@ def save_weights(self: StableDiffusionPolicy, folder: str|Path):
         unet.save_pretrained(Path(folder)/"unet")
         return follow_umask(*Path(folder).glob("unet/*.safetensors"))
     config, = unet.peft_config.values()
-    self.pipeline.save_lora_weights(folder, unet_lora_layers=_lora_layers(unet), unet_lora_adapter_metadata=config.to_dict())
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=_lora_layers(unet), unet_lora_adapter_metadata=config.to_dict())
     follow_umask(Path(folder)/"pytorch_lora_weights.safetensors")
 
 @patch
