@@ -365,11 +365,12 @@ def embed(
     return _embed_pixels(embedder, (_prepare(embedder, o) for o in pictures))
 
 def _embed_pixels(embedder, pixels):
-    found, waiting = [torch.zeros(0, embedder.dim)], []
+    found, waiting = [], []
     for o in pixels:
         waiting.append(o)
         if len(waiting) == embedder.batch_size: found.append(_vectors(embedder, waiting)); waiting = []
-    return torch.cat([*found, _vectors(embedder, waiting)] if waiting else found)
+    if waiting: found.append(_vectors(embedder, waiting))
+    return torch.cat(found) if found else torch.zeros(0, embedder.dim)
 
 # %% ../nbs/05b_aesthetic.ipynb #e7e371de
 _READING = 2  # counts up when `read_picture` comes to see something else in a file

@@ -21,6 +21,8 @@ class Backend:
     def current_device(self): return 0
     def device_count(self): return 1
     def manual_seed_all(self, seed): pass
+    def get_rng_state(self, device=0): return torch.get_rng_state()  # what `fork_rng` keeps; it is the CPU's here
+    def set_rng_state(self, state, device=0): pass
     def _is_in_bad_fork(self): return False
 
 _setup_privateuseone_for_python_backend("pretended", Backend(), Hook())
