@@ -45,3 +45,24 @@ def exact():
     torch.use_deterministic_algorithms(True, warn_only=True)
     with sdpa_kernel(SDPBackend.MATH): yield
     torch.use_deterministic_algorithms(False)
+
+@pytest.fixture(scope="module")
+def small_unet():
+    "Emoji SD with a UNet of a ninth of the weights, which are random: for tests of what happens around the network"
+    import torch
+    from diffusers import UNet2DConditionModel
+    from ddpo_nb import emoji_sd
+    whole = emoji_sd.load
+
+    def load(*args, **kwargs):
+        pipe = whole(*args, **kwargs)
+        smaller = dict(pipe.unet.config) | dict(block_out_channels=[32, 32], norm_num_groups=8)
+        state = torch.get_rng_state()
+        torch.manual_seed(0)
+        pipe.unet = UNet2DConditionModel.from_config(smaller).to(pipe.unet.dtype).eval()
+        torch.set_rng_state(state)
+        return pipe
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(emoji_sd, "load", load)
+        yield

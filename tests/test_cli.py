@@ -13,6 +13,8 @@ from PIL import Image
 from ddpo_nb import cli
 from ddpo_nb.cli import config_fields, main
 
+pytestmark = pytest.mark.usefixtures("small_unet")  # what the network draws is not looked at here
+
 tiny = "--queries 4 --evaluation-samples 2 --sample-num-steps 2 --train-batch-size 2 --sample-batch-size 2 --sample-num-batches-per-epoch 1 --train-num-inner-epochs 1 --rwr-draws 1 --no-progress"
 
 @pytest.fixture(autouse=True)
@@ -223,10 +225,10 @@ def test_more_bad_input(run, scratch, line, words):
 
 def test_a_lora_goes_on_training(run, scratch):
     assert run(f"train {tiny} --train-learning-rate 0.01 --output first")[0] == 0
-    assert run(f"train {tiny} --init-lora first/weights/ddpo-is-seed0 --seed 1 --output second")[0] == 0
-    second = json.loads((scratch/"second/results/base-seed1.json").read_text())["rewards"]["seen"]
-    status, out, err = run("evaluate --samples 2 --steps 2 --seed 1 --lora first/weights/ddpo-is-seed0")
-    assert status == 0 and float(out.split()[1].replace("−", "-")) == pytest.approx(sum(second) / 2, abs=.006)  # the second run began where the first ended
+    assert run(f"train {tiny} --init-lora first/weights/ddpo-is-seed0 --output second")[0] == 0
+    seen = lambda file: json.loads((scratch/file).read_text())["rewards"]["seen"]
+    assert seen("second/results/base-seed0.json") == seen("first/results/ddpo-is-seed0.json")  # begins where the first ended
+    assert seen("second/results/base-seed0.json") != seen("first/results/base-seed0.json")
 
 def test_the_newest_run_is_found_again(run, scratch):
     assert run(f"train {tiny}")[0] == 0

@@ -20,6 +20,8 @@ from ddpo_nb.rewards import jpeg_compressibility
 from ddpo_nb.rollout import rollout
 from ddpo_nb.trainer import ALGORITHMS, make_config
 
+pytestmark = pytest.mark.usefixtures("small_unet")  # what the network draws is not looked at here
+
 tiny = dict(queries=4, evaluation_samples=2, sample_num_steps=2, train_batch_size=2, sample_batch_size=2, sample_num_batches_per_epoch=1,
             train_num_inner_epochs=1, rwr_draws=1, progress=False)
 

@@ -12,6 +12,8 @@ from ddpo_nb.prompts import PromptSource
 from ddpo_nb.recipes import model_numbers
 from ddpo_nb.trainer import ALGORITHMS, make_config, make_objective, make_trainer
 
+pytestmark = pytest.mark.usefixtures("small_unet")  # what the network draws is not looked at here
+
 TRL = dict(logdir="", mixed_precision="no", sample_num_steps=4, sample_guidance_scale=5.0, sample_batch_size=6, sample_num_batches_per_epoch=4, train_batch_size=3,
            train_timestep_fraction=1.0, micro_batch_size=0)
 
@@ -118,7 +120,7 @@ def test_a_micro_batch_fits_and_is_at_least_one(flops, size, memory, taken, kind
 def test_counting_is_the_same_every_time_and_needs_no_gradient():
     a, b = (example_cost(StableDiffusionPolicy(load_pipeline())) for _ in range(2))
     policy = StableDiffusionPolicy(load_pipeline())
-    assert a == b and 1e8 < a.flops < 1e9 and all(p.grad is None for p in policy.trainable_parameters())
+    assert a == b and 1e7 < a.flops < 1e8 and all(p.grad is None for p in policy.trainable_parameters())
     assert example_cost(policy, guidance=False).flops * 2 == pytest.approx(a.flops, rel=0.02)  # BA is added to W once, however many rows there are
 
 def test_memory_is_this_machines(): assert 1e9 < device_memory(torch.device("cpu")) < 1e14

@@ -9,6 +9,8 @@ from ddpo_nb.prompts import InputError, PromptSource
 from ddpo_nb.rewards import jpeg_compressibility, jpeg_incompressibility
 from ddpo_nb.trainer import make_config, make_trainer
 
+pytestmark = pytest.mark.usefixtures("small_unet")  # what the network draws is not looked at here
+
 noise = random.Random(0).randbytes(300)
 def text(value): return lambda path: path.write_bytes(value)
 def folder(path): path.unlink(); path.mkdir()

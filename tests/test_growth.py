@@ -9,6 +9,8 @@ from ddpo_nb.prompts import PromptSource
 from ddpo_nb.rewards import jpeg_compressibility
 from ddpo_nb.trainer import make_config, make_trainer
 
+pytestmark = pytest.mark.usefixtures("small_unet")  # what the network draws is not looked at here
+
 @pytest.fixture(scope="module")
 def pipe(): return load_pipeline()
 

@@ -8,6 +8,8 @@ import pytest
 from ddpo_nb import cli
 from ddpo_nb.prompts import InputError
 
+pytestmark = pytest.mark.usefixtures("small_unet")  # what the network draws is not looked at here
+
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path/"home"))

@@ -14,6 +14,8 @@ from ddpo_nb.dashboard import Dashboard, draw_curve, draw_pictures, drawable, wr
 from ddpo_nb.hub import _code, _md, model_card
 from ddpo_nb.taste import Pool, TasteWidget, draw_ranking
 
+pytestmark = pytest.mark.usefixtures("small_unet")  # what the network draws is not looked at here
+
 HOSTILE = ["$", "$x$", "costs 5$ or 6$", r"$\frac{$", "a_b^c \\alpha", "猫 と 犬", "🐈‍⬛ cat 👩‍🚀", "قطة כלב", "a|b`c`<b>&amp;</b>", "two\nlines\r\n\tand a tab", "\x1b[31mred\x07", "x" * 3000, "", "  ", "𝕬 𓀀 ﷽ \u200b\u202e",
            "'; DROP", "%s %(x)s {0} {", "<script>alert(1)</script>", "#| [a](b) ![c](d)", "- * 1. ```", "\\", "\ufffe", "é́́́"]
 

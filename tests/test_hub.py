@@ -22,6 +22,8 @@ from ddpo_nb import hub
 from ddpo_nb.hub import HubError, check_access, check_repo_id, model_card, public, push, without_secrets
 from ddpo_nb.prompts import InputError
 
+pytestmark = pytest.mark.usefixtures("small_unet")  # what the network draws is not looked at here
+
 root = Path(__file__).resolve().parents[1]
 SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 WRONG = "hf_" + "wRong" * 6

@@ -7,6 +7,8 @@ from ddpo_nb.checkpoints import FolderLock, check_free
 from ddpo_nb.cli import main
 from ddpo_nb.prompts import InputError
 
+pytestmark = pytest.mark.usefixtures("small_unet")  # what the network draws is not looked at here
+
 HOLD = """
 import datetime, fcntl, json, os, pathlib, socket, sys, time
 folder = pathlib.Path(sys.argv[1]); folder.mkdir(exist_ok=True)

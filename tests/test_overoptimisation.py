@@ -149,10 +149,3 @@ def test_diversity_is_the_spread_of_the_latents():
     assert _diversity(x[:1].expand(6, -1, -1, -1)) == pytest.approx(0, abs=1e-6)
     assert trainer().epoch()["diversity"] > 0
 
-def test_a_checkpoint_of_before_there_was_early_stopping_is_taken_up(tmp_path, monkeypatch):
-    from ddpo_nb import trainer as T
-    trainer(tmp_path).train(1, progress=False)
-    load = T.load_state
-    monkeypatch.setattr(T, "load_state", lambda place: {k: v for k, v in load(place).items() if k != "best"})
-    again = trainer(tmp_path, resume_from=str(tmp_path))
-    assert again.epochs_done == 1 and again.best is None

@@ -10,6 +10,8 @@ from ddpo_nb.prompts import InputError, PromptSource
 from ddpo_nb.rewards import jpeg_compressibility
 from ddpo_nb.trainer import ALGORITHMS, make_config, make_trainer
 
+pytestmark = pytest.mark.usefixtures("small_unet")  # what the network draws is not looked at here
+
 SMALL = dict(sample_num_steps=3, sample_batch_size=4, sample_num_batches_per_epoch=2, train_batch_size=4, micro_batch_size=5, train_learning_rate=1e-2, num_epochs=3,
              train_num_inner_epochs=1, rwr_fraction=0.5, per_prompt_stat_tracking=True, per_prompt_stat_tracking_min_count=2)
 clock = ("seconds", "images_per_second", "peak_memory")

@@ -6,6 +6,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from ddpo_nb.prompts import InputError
 from ddpo_nb.rewards import ParallelReward, join_info, jpeg_compressibility, check_rewards
 
+pytestmark = pytest.mark.usefixtures("small_unet")  # what the network draws is not looked at here
+
 def images(n, seed=0): return torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 def thorough(images, prompts, metadata):

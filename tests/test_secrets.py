@@ -10,6 +10,8 @@ from ddpo_nb import cli, redact as R
 from ddpo_nb.cli import main
 from ddpo_nb.redact import address_secrets, hide, hide_address, named_secrets, redact, without_secrets
 
+pytestmark = pytest.mark.usefixtures("small_unet")  # what the network draws is not looked at here
+
 TINY = ("--queries 4 --evaluation-samples 2 --sample-num-steps 2 --train-batch-size 2 --sample-batch-size 2 "
         "--sample-num-batches-per-epoch 1 --train-num-inner-epochs 1 --no-progress")
 SECRETS = dict(query="squid-query-1", env="squid-env-2", kwarg="squid-kwarg-3", nested="https://ada:squid-user-4@runs.example.org",

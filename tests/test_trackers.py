@@ -7,6 +7,8 @@ from ddpo_nb.prompts import PromptSource
 from ddpo_nb.rewards import jpeg_compressibility
 from ddpo_nb.trainer import make_config, make_trainer
 
+pytestmark = pytest.mark.usefixtures("small_unet")  # what the network draws is not looked at here
+
 PROMPTS = ["a cat on a blue background", "dog"]
 
 def trainer(home, **kw):

@@ -12,6 +12,8 @@ from ddpo_nb.rwr import rwr_weights
 from ddpo_nb.trainer import (ALGORITHMS, DDPOConfig, DDPOTrainer, RWRConfig, RWRTrainer, check_repeats, make_config, make_objective, make_trainer,
                              split_updates)
 
+pytestmark = pytest.mark.usefixtures("small_unet")  # what the network draws is not looked at here
+
 SMALL = dict(sample_num_steps=3, sample_batch_size=4, sample_num_batches_per_epoch=2, train_batch_size=8, micro_batch_size=5, train_learning_rate=1e-2, rwr_fraction=0.5)
 
 def trainer(algorithm="ddpo-is", reward=jpeg_compressibility, lora=True, **overrides):

@@ -4,6 +4,8 @@ import numpy as np, pytest, torch
 from ddpo_nb import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 from ddpo_nb.policy import ModelError, load_pipeline
 
+pytestmark = pytest.mark.usefixtures("small_unet")  # what the network draws is not looked at here
+
 # TRL 0.23.1's fields and defaults, all of them
 TRL = dict(run_name="", seed=0, log_with=None, tracker_kwargs={}, accelerator_kwargs={}, project_kwargs={}, tracker_project_name="trl", logdir="logs", num_epochs=100, save_freq=1,
            num_checkpoint_limit=5, mixed_precision="fp16", allow_tf32=True, resume_from="", sample_num_steps=50, sample_eta=1.0, sample_guidance_scale=5.0, sample_batch_size=1,
