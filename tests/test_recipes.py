@@ -21,8 +21,6 @@ from ddpo_nb.recipes import RECIPES, estimate_memory, get_recipe, list_recipes, 
 from ddpo_nb.rwr import NORMALIZERS, rwr_sparse_weights
 from ddpo_nb.trainer import ALGORITHMS, DDPOConfig, RWRConfig, make_config, make_objective, make_trainer
 
-pytestmark = pytest.mark.usefixtures("small_unet")  # what the network draws is not looked at here
-
 SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 @pytest.fixture(scope="module")
