@@ -186,6 +186,21 @@ def _check_raw(c):
         if getattr(c, name) != unset:
             raise InputError(name, "it normalises rewards, and rwr_rewards is 'raw'", "set rwr_rewards to normalized, or leave it")
 
+_FOR_ACCELERATE = ("cpu", "kwargs_handlers")  # of `Accelerator`'s arguments: those that are the user's to give
+_ELSEWHERE = dict(gradient_accumulation_steps="train_gradient_accumulation_steps", gradient_accumulation_plugin="train_gradient_accumulation_steps",
+                  mixed_precision="mixed_precision", log_with="log_with", project_dir="project_kwargs", project_config="project_kwargs",
+                  dynamo_backend="compile", dynamo_plugin="compile")
+
+def _check_accelerator_kwargs(given):
+    "InputError if `Accelerator` has no such argument, or one that the config gives itself, or that would do nothing here."
+    known = inspect.signature(Accelerator.__init__).parameters
+    for name, value in given.items():
+        where = f"accelerator_kwargs[{name!r}]"
+        if name not in known: raise InputError(where, "accelerate's Accelerator has no such argument", f"give {' or '.join(_FOR_ACCELERATE)}")
+        if name in _ELSEWHERE: raise InputError(where, "the config has a setting for this", f"set {_ELSEWHERE[name]} instead")
+        if name not in _FOR_ACCELERATE and value != known[name].default:
+            raise InputError(where, "this trainer does nothing with it", f"leave it out; {' and '.join(_FOR_ACCELERATE)} are passed on")
+
 def check_config(c):
     "InputError if a setting is of the wrong type, out of its range, or does not fit the others. A subclass's own fields are its own business."
     for name, kind in _KINDS.items():
@@ -305,21 +320,6 @@ def usable_precision(wanted: str) -> str:
         warnings.warn("mixed_precision: fp16 needs a GPU; training in fp32 (mixed_precision='no')", stacklevel=3)
         return "no"
     return wanted
-
-_FOR_ACCELERATE = ("cpu", "kwargs_handlers")  # of `Accelerator`'s arguments: those that are the user's to give
-_ELSEWHERE = dict(gradient_accumulation_steps="train_gradient_accumulation_steps", gradient_accumulation_plugin="train_gradient_accumulation_steps",
-                  mixed_precision="mixed_precision", log_with="log_with", project_dir="project_kwargs", project_config="project_kwargs",
-                  dynamo_backend="compile", dynamo_plugin="compile")
-
-def _check_accelerator_kwargs(given):
-    "InputError if `Accelerator` has no such argument, or one that the config gives itself, or that would do nothing here."
-    known = inspect.signature(Accelerator.__init__).parameters
-    for name, value in given.items():
-        where = f"accelerator_kwargs[{name!r}]"
-        if name not in known: raise InputError(where, "accelerate's Accelerator has no such argument", f"give {' or '.join(_FOR_ACCELERATE)}")
-        if name in _ELSEWHERE: raise InputError(where, "the config has a setting for this", f"set {_ELSEWHERE[name]} instead")
-        if name not in _FOR_ACCELERATE and value != known[name].default:
-            raise InputError(where, "this trainer does nothing with it", f"leave it out; {' and '.join(_FOR_ACCELERATE)} are passed on")
 
 _STRATEGIES = dict(ACCELERATE_USE_DEEPSPEED="DeepSpeed", ACCELERATE_USE_FSDP="FSDP", ACCELERATE_USE_MEGATRON_LM="Megatron-LM",
                    ACCELERATE_USE_PARALLELISM_CONFIG="a parallelism config")
