@@ -56,7 +56,7 @@ def test_a_subclass_keeps_its_own_fields():
     with pytest.raises(InputError, match="^num_epochs: "): MyConfig(num_epochs="two")
 
 TEXTS = [f.name for f in dataclasses.fields(DDPOConfig) if isinstance(f.default, str)]
-CHOICES = {"algorithm", "log_prob_reduction", "step_weighting", "baseline", "lr_scheduler", "reward_pool"}
+CHOICES = {"algorithm", "log_prob_reduction", "step_weighting", "baseline", "lr_scheduler", "reward_pool", "rwr_normalizer", "rwr_rewards"}
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_no_text_is_none(name):
