@@ -184,7 +184,7 @@ def test_an_error_in_the_reward_leaves_the_last_checkpoint_whole(tmp_path):
         return (1 / 0, {}) if calls[0] == 4 else jpeg_compressibility(images, prompts, metadata)
     t = trainer(tmp_path, reward=reward)
     with pytest.raises(ZeroDivisionError): t.train(progress=False)
-    assert trainer(tmp_path, resume_from=str(tmp_path)).epochs_done == 1
+    assert trainer(tmp_path, reward=reward, resume_from=str(tmp_path)).epochs_done == 1
 
 def test_trl_style_prompt_functions_are_resumed(tmp_path):
     "They draw from Python's global generator, which a checkpoint remembers."

@@ -201,9 +201,13 @@ def test_the_pool_is_a_choice_and_never_a_result():
 
 def test_a_reward_that_is_exchanged_gets_its_own_pool():
     t = trainer(thorough, async_reward_computation=True)
-    one = t.ask().__self__
+    t.ask()
+    one = t.pool
     t.reward_function = jpeg_compressibility
-    assert t.ask().__self__.reward.reward is jpeg_compressibility and t.ask().__self__ is t.ask().__self__ and one.pool is None
+    t.ask()
+    two = t.pool
+    t.ask()
+    assert two.reward.reward is jpeg_compressibility and t.pool is two and one.pool is None
 
 def test_a_worker_ends_with_a_parent_that_is_killed():
     import multiprocessing, signal

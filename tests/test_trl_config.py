@@ -29,7 +29,7 @@ def test_hf_argument_parser_as_often_as_one_likes(kind):
     from transformers import HfArgumentParser
     pytest.importorskip("tensorboard")
     for _ in range(2):
-        script, c = HfArgumentParser((ScriptArguments, kind)).parse_args_into_dataclasses([*LINE, "--use_lora", "False"])
+        script, c = HfArgumentParser((ScriptArguments, kind)).parse_args_into_dataclasses([*LINE, "--use_lora", "False", *(["--rwr_rewards", "normalized"] if kind is RWRConfig else [])])
         assert (c.num_epochs, c.sample_batch_size, c.per_prompt_stat_tracking, c.train_cfg, c.log_with, script.use_lora) == (200, 6, True, False, "tensorboard", False)
     for again in (DDPOConfig(), RWRConfig(), MyConfig(), dataclasses.replace(c, seed=3), copy.deepcopy(c), make_config("rwr")): assert again.seed in (0, 3)
     with pytest.raises(InputError, match="^log_with: "): DDPOConfig(log_with="nowhere")
