@@ -156,10 +156,14 @@ def test_plan_counts_what_the_trainer_does(counted, emoji, data):
     n = batch * batches
     update = n if algorithm == "ddpo-sf" else draw(*(o for o in range(1, n + 1) if n % o == 0))
     kind = RWRConfig if algorithm.startswith("rwr") else DDPOConfig
-    config = kind(algorithm=algorithm, sample_batch_size=batch, sample_num_batches_per_epoch=batches, train_batch_size=update, sample_num_steps=draw(1, 2, 3, 7),
-                  train_num_inner_epochs=1 if algorithm == "ddpo-sf" else draw(1, 2), train_timestep_fraction=draw(.3, .5, 1.), rwr_draws=draw(1, 3),
-                  rwr_fraction=draw(.1, .5, 1.), rwr_normalizer=draw(*NORMALIZERS), sample_guidance_scale=draw(1., 5.), train_cfg=draw(True, False), micro_batch_size=draw(1, 4, 64),
-                  mixed_precision="no")
+    if algorithm.startswith("rwr"): own = dict(rwr_draws=draw(1, 3), rwr_normalizer=draw(*NORMALIZERS))
+    else: own = dict(train_timestep_fraction=draw(.3, .5, 1.))
+    if algorithm == "rwr-sparse": own["rwr_fraction"] = draw(.1, .5, 1.)
+    config = kind(algorithm=algorithm, sample_batch_size=batch, sample_num_batches_per_epoch=batches,
+                  train_batch_size=update, sample_num_steps=draw(1, 2, 3, 7),
+                  train_num_inner_epochs=1 if algorithm == "ddpo-sf" else draw(1, 2),
+                  sample_guidance_scale=draw(1., 5.), train_cfg=draw(True, False),
+                  micro_batch_size=draw(1, 4, 64), mixed_precision="no", **own)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(R, "estimate_memory", lambda *a: None)
         p = plan(config, emoji, epochs=4)
