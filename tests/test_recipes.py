@@ -141,6 +141,7 @@ def test_models_that_cannot_be_read(folder):
 def counted():
     "A policy whose network counts its rows and costs nothing"
     policy, w = StableDiffusionPolicy(load_pipeline()), torch.nn.Parameter(torch.ones(()))
+    policy.pipeline.unet.register_parameter("counted", w)  # a trainer trains the UNet's weights only
     policy.rows = {True: 0, False: 0}
     def network(latents, t, text, kept=None):
         policy.rows[torch.is_grad_enabled()] += len(latents)
