@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from ddpo_nb.cli import main
 from ddpo_nb.loading import check_pipeline
-from ddpo_nb.policy import DefaultDDPOStableDiffusionPipeline, ModelError, StableDiffusionPolicy, load_pipeline
+from ddpo_nb import DefaultDDPOStableDiffusionPipeline
+from ddpo_nb.policy import ModelError, StableDiffusionPolicy, load_pipeline
 from ddpo_nb.rewards import PromptAlignment, _embeddings
 from tiny_sd import NOISE, checkpoint, tiny_sd
 

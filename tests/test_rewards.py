@@ -52,7 +52,7 @@ def test_check_rewards_finds_every_bad_value(values):
     else:
         with pytest.raises(InputError, match=rf"reward r: returned {len(bad)} of {len(values)} .* prompt {bad[0]} "): check_rewards(values, len(values), "r")
 
-@pytest.mark.parametrize("rewards,says", [([1, 2], "returned 2 rewards for 3 images"), ([], "returned 0 rewards"), (np.ones((3, 1)), r"shape \(3, 1\)"),
+@pytest.mark.parametrize("rewards,says", [([1, 2], "returned 2 rewards for 3 images"), ([], "returned 0 rewards"), (np.ones((3, 2)), r"shape \(3, 2\)"),
     (1., r"shape \(\)"), (["1", "2", "3"], "not numbers"), ([1, None, 2], "not numbers"), (None, "not numbers"), ([[1], [1, 2], [3]], "not numbers"),
     ([1j, 2, 3], "not numbers"), ({"a": 1}, "not numbers")])
 def test_check_rewards_names_the_function_and_the_problem(rewards, says):

@@ -200,7 +200,7 @@ try:
 except KeyboardInterrupt: print("left", flush=True); raise
 """
 
-@pytest.mark.parametrize("signum,where,act", [(signal.SIGINT, "main", "slow:60"), (signal.SIGTERM, "thread", "drip"), (signal.SIGINT, "thread", "500")])
+@pytest.mark.parametrize("signum,where,act", [(signal.SIGINT, "main", "slow:8"), (signal.SIGTERM, "thread", "drip"), (signal.SIGINT, "thread", "500")])
 def test_a_process_that_waits_for_a_server_ends_at_once(server, signum, where, act):
     server.plan = [act] * 20
     p = subprocess.Popen([sys.executable, "-c", SCRIPT, server.url, where], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -231,7 +231,7 @@ def stopped(t, signum, ready):
     return time.perf_counter() - sent[0], e.value
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize("act", ["slow:60", "429:200"])
+@pytest.mark.parametrize("act", ["slow:8", "429:200"])
 def test_a_run_that_waits_for_a_server_ends_soon_and_goes_on(server, tmp_path, asynchronous, act):
     server.plan = [act] * 9
     t = small_trainer(tmp_path, VLMQuestions(client(server, timeout=100)), async_reward_computation=asynchronous)
