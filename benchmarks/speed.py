@@ -1,7 +1,9 @@
-"""What an epoch costs: TRL 0.23.1, ours, and the floor, which is the UNet's own passes and nothing else; in turn, on one machine.
+"""What an epoch costs: TRL 0.23.1, ours, and the floor, which is the UNet's own passes and nothing else; in
+turn, on one machine.
 
-`python benchmarks/speed.py [--setting NAME] [--rounds N]` makes an environment for TRL once, starts both sides, has each of them do one epoch
-to warm up, then takes turns. It prints medians and ratios, and writes every figure to a JSON file if asked to. README.md beside it has the numbers.
+`python benchmarks/speed.py [--setting NAME] [--rounds N]` makes an environment for TRL once, starts both
+sides, has each of them do one epoch to warm up, then takes turns. It prints medians and ratios, and writes
+every figure to a JSON file if asked to. README.md beside it has the numbers.
 """
 import argparse, json, os, platform, shutil, statistics, subprocess, sys, tempfile
 from datetime import date
@@ -15,28 +17,49 @@ HERE = Path(__file__).parent
 _trl = dict(sample_batch_size=6, sample_num_batches_per_epoch=4, train_batch_size=3)
 _gpu = dict(model="sd15", cuda=True, floor_sizes=[2, 4, 8, 16, 32, 48])
 SETTINGS = {
-    "emoji": dict(model="emoji-sd", cuda=False, settings=_trl | dict(mixed_precision="no"), floor_sizes=[12, 24, 48, 64, 96, 128, 192, 288]),
+    "emoji": dict(
+        model="emoji-sd", cuda=False, settings=_trl | dict(mixed_precision="no"),
+        floor_sizes=[12, 24, 48, 64, 96, 128, 192, 288]
+    ),
     "sd15": _gpu | dict(settings=_trl | dict(mixed_precision="bf16")),
-    "sd15-paper": _gpu | dict(settings=dict(sample_batch_size=8, sample_num_batches_per_epoch=32, train_batch_size=8, train_gradient_accumulation_steps=8, mixed_precision="bf16")),
+    "sd15-paper": (
+        _gpu
+        | dict(
+            settings=dict(
+                sample_batch_size=8, sample_num_batches_per_epoch=32, train_batch_size=8,
+                train_gradient_accumulation_steps=8, mixed_precision="bf16"
+            )
+        )
+    ),
 }
 
 # ---- the model ----
 
 def random_sd15(folder):
-    "A pipeline of Stable Diffusion 1.5's size with random weights, in fp16, and Emoji SD's tokenizer, on the disk."
+    """A pipeline of Stable Diffusion 1.5's size with random weights, in fp16, and Emoji SD's tokenizer,
+    on the disk."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
     from ddpo_nb.policy import load_pipeline
     from ddpo_nb.recipes import model_numbers
-    configs, tokenizer = model_numbers("stable-diffusion-v1-5/stable-diffusion-v1-5").configs, load_pipeline().tokenizer
+    configs, tokenizer = (
+        model_numbers("stable-diffusion-v1-5/stable-diffusion-v1-5").configs, load_pipeline().tokenizer
+    )
     torch.manual_seed(0)
     text = CLIPTextConfig(**configs["text_encoder"] | dict(eos_token_id=tokenizer.eos_token_id))
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a billion random numbers
-        networks = dict(unet=UNet2DConditionModel.from_config(configs["unet"]), vae=AutoencoderKL.from_config(configs["vae"]),
-                        text_encoder=CLIPTextModel(text))
-    parts = dict(scheduler=DDIMScheduler.from_config(configs["scheduler"], clip_sample=False)) | {k: o.half().cpu() for k, o in networks.items()}
+        networks = dict(
+            unet=UNet2DConditionModel.from_config(configs["unet"]),
+            vae=AutoencoderKL.from_config(configs["vae"]), text_encoder=CLIPTextModel(text)
+        )
+    parts = dict(scheduler=DDIMScheduler.from_config(configs["scheduler"], clip_sample=False)) | {
+        k: o.half().cpu() for k, o in networks.items()
+    }
     tmp = Path(tempfile.mkdtemp(dir=folder.parent))
-    StableDiffusionPipeline(**parts, tokenizer=tokenizer, safety_checker=None, feature_extractor=None, requires_safety_checker=False).save_pretrained(tmp)
+    StableDiffusionPipeline(
+        **parts, tokenizer=tokenizer, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False
+    ).save_pretrained(tmp)
     shutil.rmtree(tmp / "tokenizer")
     shutil.copytree(emoji_sd() / "tokenizer", tmp / "tokenizer")
     tmp.rename(folder)
@@ -54,10 +77,13 @@ def model_folder(name):
 # ---- both sides ----
 
 class Side:
-    "A process that waits to be told what to do, so that its start and its imports are paid once and its rival never runs beside it."
+    """A process that waits to be told what to do, so that its start and its imports are paid once and its
+    rival never runs beside it."""
     def __init__(self, command, env=None):
         env = os.environ | dict(HF_HUB_OFFLINE="1") | (env or {})
-        self.process = subprocess.Popen([str(o) for o in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        self.process = subprocess.Popen(
+            [str(o) for o in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+        )
         self.idle_memory = None
 
     def answer(self):
@@ -78,15 +104,18 @@ class Side:
         self.process.wait()
 
 def measure(plans, python, rounds, log, env=None, on_round=None):
-    """Figures of each round, after one to warm up. plans: a name, and what it is to do: TRL's is for TRL, the floor's for the bare passes,
-    others for us. env: what TRL's side finds in its environment, if its interpreter is not one of TRL's own; on_round sees what is found so far."""
+    """Figures of each round, after one to warm up. plans: a name, and what it is to do: TRL's is for TRL, the
+    floor's for the bare passes, others for us. env: what TRL's side finds in its environment, if its
+    interpreter is not one of TRL's own; on_round sees what is found so far."""
     with tempfile.TemporaryDirectory() as folder:
         turns, found = [], []
         for name, plan in plans.items():
             file = Path(folder) / f"{name}.json"
             file.write_text(json.dumps(plan | dict(folder=folder)))
             theirs = [python, *([] if env else ["-I"]), HERE / "speed_trl.py", file]
-            side = Side(theirs, env) if name == "TRL" else Side([sys.executable, HERE / "speed_ours.py", file])
+            side = (
+                Side(theirs, env) if name == "TRL" else Side([sys.executable, HERE / "speed_ours.py", file])
+            )
             turns.append((name, side, "floor" if name == "floor" else "epoch"))
         for _, side, _ in turns: side.ready()  # they load side by side, and work in turn
         for i in range(rounds + 1):
@@ -103,23 +132,52 @@ def measure(plans, python, rounds, log, env=None, on_round=None):
 
 def medians(found):
     samples = lambda name, key: [row[name][key] for row in found]
-    return {name: {k: statistics.median(samples(name, k)) for k in ("seconds", "sampling", "rest", "memory", "idle_memory")} for name in found[0]}
+    return {
+        name: {
+            k: statistics.median(samples(name, k))
+            for k in ("seconds", "sampling", "rest", "memory", "idle_memory")
+        }
+        for name in found[0]
+    }
 
 def ratios(found):
     "The median over rounds of each round's own ratio: what slows the machine for a while slows both."
     ratio = lambda a, b, key: statistics.median(row[a][key] / row[b][key] for row in found)
-    return {(a, b): {k: ratio(a, b, k) for k in ("seconds", "sampling", "rest")} for a, b in (("TRL", "ours"), ("ours", "floor")) if a in found[0]}
+    return {
+        (a, b): {k: ratio(a, b, k) for k in ("seconds", "sampling", "rest")}
+        for a, b in (("TRL", "ours"), ("ours", "floor"))
+        if a in found[0]
+    }
 
 def show(found, samples):
     "The medians and the ratios, as a Markdown table."
-    print("\n| | s an epoch | sampling | reward, training | images a second | peak memory, GB | of it before the first epoch |\n|---|---|---|---|---|---|---|")
+    print(
+        "\n| | s an epoch | sampling | reward, training | images a second | peak memory, GB | of it before"
+        " the first epoch |\n|---|---|---|---|---|---|---|"
+    )
     for name, m in medians(found).items():
-        print(f"| {name} | {m['seconds']:.2f} | {m['sampling']:.2f} | {m['rest']:.2f} | {samples / m['seconds']:.2f} | " + (f"{m['memory']:.2f} | {m['idle_memory']:.2f} |" if name != "floor" else "| |"))
-    for (a, b), r in ratios(found).items(): print(f"| {a} / {b} | **{r['seconds']:.2f}** | {r['sampling']:.2f} | {r['rest']:.2f} | | | |")
+        print(
+            f"| {name} | {m['seconds']:.2f} | {m['sampling']:.2f} | {m['rest']:.2f} |"
+            f" {samples / m['seconds']:.2f} | "
+            + (f"{m['memory']:.2f} | {m['idle_memory']:.2f} |" if name != "floor" else "| |")
+        )
+    for (a, b), r in ratios(found).items():
+        print(f"| {a} / {b} | **{r['seconds']:.2f}** | {r['sampling']:.2f} | {r['rest']:.2f} | | | |")
 
 def hardware():
     if torch.cuda.is_available(): return torch.cuda.get_device_name()
-    name = next((o.split(":")[1].strip() for o in Path("/proc/cpuinfo").read_text().splitlines() if o.startswith("model name")), platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
+    name = (
+        next(
+            (
+                o.split(":")[1].strip()
+                for o in Path("/proc/cpuinfo").read_text().splitlines()
+                if o.startswith("model name")
+            ),
+            platform.processor(),
+        )
+        if Path("/proc/cpuinfo").exists()
+        else platform.processor()
+    )
     return f"{os.cpu_count()} CPU cores ({name}, {torch.backends.cpu.get_cpu_capability()})"
 
 def log(text): print(text, file=sys.stderr, flush=True)
@@ -130,23 +188,48 @@ def pairs(text):
     except json.JSONDecodeError: return key, value
 
 def main():
-    parser = argparse.ArgumentParser(description="Seconds and memory of an epoch: TRL 0.23.1, ours, and the UNet's bare passes.")
-    parser.add_argument("--setting", choices=SETTINGS, default="emoji", help="what to measure (default: emoji; the others want a CUDA GPU)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds after the first, which warms up (default: 5)")
-    parser.add_argument("--set", type=pairs, action="append", default=[], metavar="FIELD=VALUE", help="a setting of both sides, such as sample_num_steps=10")
-    parser.add_argument("--ours", type=pairs, action="append", default=[], metavar="FIELD=VALUE", help="a setting of our side only, such as compile=true")
-    parser.add_argument("--threads", type=int, default=0, help="threads of each side (default: PyTorch's own number)")
+    parser = argparse.ArgumentParser(
+        description="Seconds and memory of an epoch: TRL 0.23.1, ours, and the UNet's bare passes."
+    )
+    parser.add_argument(
+        "--setting", choices=SETTINGS, default="emoji",
+        help="what to measure (default: emoji; the others want a CUDA GPU)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="rounds after the first, which warms up (default: 5)"
+    )
+    parser.add_argument(
+        "--set", type=pairs, action="append", default=[], metavar="FIELD=VALUE",
+        help="a setting of both sides, such as sample_num_steps=10"
+    )
+    parser.add_argument(
+        "--ours", type=pairs, action="append", default=[], metavar="FIELD=VALUE",
+        help="a setting of our side only, such as compile=true"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=0, help="threads of each side (default: PyTorch's own number)"
+    )
     parser.add_argument("--json", type=Path, help="file for every figure of every round")
     add_env_option(parser)
     args = parser.parse_args()
     chosen = SETTINGS[args.setting]
     if args.rounds < 1: parser.error("--rounds: give 1 or more")
-    if chosen["cuda"] and not torch.cuda.is_available(): return print(f"{args.setting} wants a CUDA GPU, and there is none: nothing measured")
-    plan = dict(model=str(model_folder(chosen["model"])), settings=chosen["settings"] | dict(args.set), ours=dict(args.ours), threads=args.threads, floor_sizes=chosen["floor_sizes"])
-    about = dict(date=str(date.today()), hardware=hardware(), torch=version("torch"), diffusers=version("diffusers"), setting=args.setting, **plan, rounds=args.rounds)
+    if chosen["cuda"] and not torch.cuda.is_available():
+        return print(f"{args.setting} wants a CUDA GPU, and there is none: nothing measured")
+    plan = dict(
+        model=str(model_folder(chosen["model"])), settings=chosen["settings"] | dict(args.set),
+        ours=dict(args.ours), threads=args.threads, floor_sizes=chosen["floor_sizes"]
+    )
+    about = dict(
+        date=str(date.today()), hardware=hardware(), torch=version("torch"), diffusers=version("diffusers"),
+        setting=args.setting, **plan, rounds=args.rounds
+    )
     found = measure(dict.fromkeys(("TRL", "ours", "floor"), plan), trl_python(args.env), args.rounds, log)
-    print(f"{about['date']}, {about['hardware']}, PyTorch {about['torch']}; {args.setting}, {plan['settings']}" + (f"; ours: {plan['ours']}" if args.ours else "") +
-          f"; medians of {args.rounds} rounds; the floor's rows at a time: {found[-1]['floor']['sizes']}")
+    print(
+        f"{about['date']}, {about['hardware']}, PyTorch {about['torch']}; {args.setting}, {plan['settings']}"
+        + (f"; ours: {plan['ours']}" if args.ours else "")
+        + f"; medians of {args.rounds} rounds; the floor's rows at a time: {found[-1]['floor']['sizes']}"
+    )
     show(found, plan["settings"]["sample_batch_size"] * plan["settings"]["sample_num_batches_per_epoch"])
     if args.json: args.json.write_text(json.dumps(about | dict(model=chosen["model"], found=found), indent=1))
 

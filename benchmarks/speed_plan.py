@@ -1,11 +1,15 @@
-"What both sides of speed.py share: the work, and the way they are told to do it. Needs nothing that only one side has."
+"""What both sides of speed.py share: the work, and the way they are told to do it. Needs nothing that only
+one side has."""
 import io, json, resource, sys, time
 import torch
 from PIL import Image
 
 PROMPTS = ["cat", "dog", "bear", "lion", "fox", "frog", "pig", "ant"]
-SETTINGS = dict(sample_num_steps=50, sample_eta=1.0, sample_guidance_scale=5.0, train_cfg=True, train_num_inner_epochs=1, train_gradient_accumulation_steps=1,
-                train_learning_rate=3e-4, train_clip_range=1e-4, per_prompt_stat_tracking=True, per_prompt_stat_tracking_buffer_size=32, seed=0)
+SETTINGS = dict(
+    sample_num_steps=50, sample_eta=1.0, sample_guidance_scale=5.0, train_cfg=True, train_num_inner_epochs=1,
+    train_gradient_accumulation_steps=1, train_learning_rate=3e-4, train_clip_range=1e-4,
+    per_prompt_stat_tracking=True, per_prompt_stat_tracking_buffer_size=32, seed=0
+)
 
 def prompt_function():
     "Prompts in turn, the same on both sides."
@@ -32,7 +36,9 @@ class Watch:
 def memory():
     "Most memory so far in GB: the GPU's if there is one, else this process's."
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    )
 
 def serve(commands):
     "Read a command's name a line, and answer with what it returns, as JSON, on a line of its own."

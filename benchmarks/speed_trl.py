@@ -13,7 +13,10 @@ def main(plan):
     warnings.filterwarnings("ignore")
     if plan["threads"]: torch.set_num_threads(plan["threads"])
     pipeline = DefaultDDPOStableDiffusionPipeline(plan["model"], use_lora=True)
-    config = DDPOConfig(**SETTINGS | plan["settings"], save_freq=10**9, num_epochs=1, project_kwargs=dict(project_dir=plan["folder"]))
+    config = DDPOConfig(
+        **SETTINGS | plan["settings"], save_freq=10**9, num_epochs=1,
+        project_kwargs=dict(project_dir=plan["folder"])
+    )
     trainer = DDPOTrainer(config, reward, prompt_function(), pipeline)
     trainer.sd_pipeline.set_progress_bar_config(disable=True)
     watch, times, steps = Watch(torch.cuda.is_available()), {}, [0, 0]
@@ -30,7 +33,9 @@ def main(plan):
         steps[1] = trainer.step(*steps)
         steps[0] += 1
         seconds = start.tick()
-        return dict(seconds=seconds, sampling=times["sampling"], rest=seconds - times["sampling"], memory=memory())
+        return dict(
+            seconds=seconds, sampling=times["sampling"], rest=seconds - times["sampling"], memory=memory()
+        )
     serve(dict(epoch=epoch))
 
 if __name__ == "__main__": main(json.loads(Path(sys.argv[1]).read_text()))

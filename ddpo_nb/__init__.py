@@ -2,21 +2,29 @@ __version__ = "0.1.0"
 
 import logging as _logging
 
-# transformers says twice that it has no torchvision when diffusers imports image processors that nothing here uses.
-_logging.getLogger("transformers.utils.import_utils").addFilter(lambda record: "requires torchvision" not in record.getMessage())
+# transformers says twice that it has no torchvision when diffusers imports image processors that nothing
+# here uses.
+_logging.getLogger("transformers.utils.import_utils").addFilter(
+    lambda record: "requires torchvision" not in record.getMessage()
+)
 
 # `import ddpo_nb` loads nothing else: names and modules are imported when they are first used (PEP 562).
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .models.modeling_sd_base import (DDPOPipelineOutput, DDPOSchedulerOutput, DDPOStableDiffusionPipeline,
-                                          DefaultDDPOStableDiffusionPipeline)
+    from .models.modeling_sd_base import (DDPOPipelineOutput, DDPOSchedulerOutput,
+                                          DDPOStableDiffusionPipeline, DefaultDDPOStableDiffusionPipeline)
     from .trainer import DDPOConfig, DDPOTrainer, RWRConfig, RWRTrainer
 
 _home = dict(DDPOConfig="trainer", DDPOTrainer="trainer", RWRConfig="trainer", RWRTrainer="trainer")
-_home |= dict.fromkeys(("DDPOPipelineOutput", "DDPOSchedulerOutput", "DDPOStableDiffusionPipeline", "DefaultDDPOStableDiffusionPipeline"),
-                       "models.modeling_sd_base")
+_home |= dict.fromkeys(
+    (
+        "DDPOPipelineOutput", "DDPOSchedulerOutput", "DDPOStableDiffusionPipeline",
+        "DefaultDDPOStableDiffusionPipeline"
+    ),
+    "models.modeling_sd_base",
+)
 __all__ = [*_home]
 
 def __getattr__(name):
@@ -31,4 +39,6 @@ def __getattr__(name):
 
 def __dir__():
     from pkgutil import iter_modules
-    return sorted({*globals(), *_home, *(o.name for o in iter_modules(__path__) if not o.name.startswith("_"))})
+    return sorted(
+        {*globals(), *_home, *(o.name for o in iter_modules(__path__) if not o.name.startswith("_"))}
+    )

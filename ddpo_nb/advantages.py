@@ -23,7 +23,8 @@ def _floored(spread, min_std):
 def normalize(
     rewards: np.ndarray,   # (N,)
     eps: float = 1e-8,     # keeps equal rewards from dividing by zero: their advantages are 0
-    min_std: float = 0.0,  # floor under the spread, in the reward's units; 0: none (see the end of this notebook)
+    # floor under the spread, in the reward's units; 0: none (see the end of this notebook)
+    min_std: float = 0.0,
 ) -> np.ndarray:           # advantages, (N,), float64
     "Rewards minus their mean, over their population standard deviation. ValueError for a negative floor."
     rewards = _array(rewards)
@@ -34,23 +35,32 @@ def normalize(
 def _matched(prompts, rewards):
     "Prompts as texts, rewards (N,) in float64; ValueError if there is not one reward a prompt."
     rewards, prompts = _array(rewards), [str(p) for p in prompts]
-    if rewards.shape != (len(prompts),): raise ValueError(f"{len(prompts)} prompts need as many rewards, not an array of shape {rewards.shape}")
+    if rewards.shape != (len(prompts),):
+        raise ValueError(
+            f"{len(prompts)} prompts need as many rewards, not an array of shape {rewards.shape}"
+        )
     return prompts, rewards
 
 class PerPromptStatTracker:
-    "Normalises rewards by the mean and standard deviation of their own prompt's last rewards (Black et al. 2023, app. D.3)."
+    """Normalises rewards by the mean and standard deviation of their own prompt's last rewards (Black et
+    al. 2023, app. D.3)."""
     def __init__(self,
         buffer_size: int = 16, # rewards remembered for each prompt
         min_count: int = 16,   # with fewer of them, a prompt takes the batch's statistics
         min_std: float = 0.0,  # floor under the spread, in the reward's units; 0: none
     ):
         if buffer_size < 1: raise ValueError(f"buffer_size must be at least 1, not {buffer_size}")
-        if min_count > buffer_size: warnings.warn(f"a buffer of {buffer_size} never holds min_count = {min_count} rewards: every prompt takes the batch's statistics")
+        if min_count > buffer_size:
+            warnings.warn(
+                f"a buffer of {buffer_size} never holds min_count = {min_count} rewards: every prompt takes"
+                " the batch's statistics"
+            )
         _floored(0, min_std)   # a bad one should be refused now
         self.buffer_size, self.min_count, self.min_std = buffer_size, min_count, min_std
         self.rewards = defaultdict(lambda: deque(maxlen=buffer_size))  # prompt -> its last rewards
 
-    def state_dict(self): return dict(rewards={p: list(r) for p, r in self.rewards.items()})  # for checkpoints
+    # for checkpoints
+    def state_dict(self): return dict(rewards={p: list(r) for p, r in self.rewards.items()})
     def load_state_dict(self, state):
         for p, r in state["rewards"].items(): self.rewards[p].extend(r)
 
@@ -59,11 +69,19 @@ class PerPromptStatTracker:
         rewards: np.ndarray, # (N,)
         eps: float = 1e-6,   # keeps equal rewards from dividing by zero
     ) -> np.ndarray:         # advantages, (N,), float64
-        "Remember the rewards, then measure each against its own prompt's. ValueError if there is not one reward a prompt."
+        """Remember the rewards, then measure each against its own prompt's. ValueError if there is
+        not one reward a prompt."""
         prompts, rewards = _matched(prompts, rewards)
         for prompt, reward in zip(prompts, rewards): self.rewards[prompt].append(reward)
-        known = {p: self.rewards[p] if len(self.rewards[p]) >= self.min_count else rewards for p in set(prompts)}
-        return np.array([(r - np.mean(known[p])) / (_floored(np.std(known[p]), self.min_std) + eps) for p, r in zip(prompts, rewards)])
+        known = {
+            p: self.rewards[p] if len(self.rewards[p]) >= self.min_count else rewards for p in set(prompts)
+        }
+        return np.array(
+            [
+                (r - np.mean(known[p])) / (_floored(np.std(known[p]), self.min_std) + eps)
+                for p, r in zip(prompts, rewards)
+            ]
+        )
 
 # %% ../nbs/06_advantages.ipynb #85eb490f
 def _groups(prompts):
@@ -77,7 +95,8 @@ def group_relative(
     rewards: np.ndarray,   # (N,)
     min_std: float = 0.0,  # floor under each group's spread, in the reward's units; 0: none
 ) -> np.ndarray:           # advantages, (N,), float64; 0 in a group of one, or of equal rewards
-    "Rewards minus their own prompt's mean in this batch, over its population standard deviation (Shao et al. 2024, sec. 4.1). ValueError if there is not one reward a prompt."
+    """Rewards minus their own prompt's mean in this batch, over its population standard deviation (Shao
+    et al. 2024, sec. 4.1). ValueError if there is not one reward a prompt."""
     prompts, rewards = _matched(prompts, rewards)
     advantages = np.zeros(len(rewards))
     for i in _groups(prompts): advantages[i] = normalize(rewards[i], min_std=min_std)
@@ -87,8 +106,10 @@ def group_relative(
 def above_others(
     prompts: list,        # N strings
     rewards: np.ndarray,  # (N,)
-) -> np.ndarray:          # differences, (N,), float64, in the reward's units; NaN where a prompt has one sample only
-    "Rewards minus the mean of the other samples of the same prompt (Kool et al. 2019). ValueError if there is not one reward a prompt."
+# differences, (N,), float64, in the reward's units; NaN where a prompt has one sample only
+) -> np.ndarray:
+    """Rewards minus the mean of the other samples of the same prompt (Kool et al. 2019). ValueError if
+    there is not one reward a prompt."""
     prompts, rewards = _matched(prompts, rewards)
     above = np.full(len(rewards), np.nan)
     for i in _groups(prompts):
@@ -101,7 +122,8 @@ def leave_one_out(
     min_std: float = 0.0,  # floor under the spread, in the reward's units; 0: none
     eps: float = 1e-6,     # keeps equal rewards from dividing by zero
 ) -> np.ndarray:           # advantages, (N,), float64; 0 where a prompt has one sample only
-    "`above_others`, over its root mean square in this batch (Ahmadian et al. 2024, eq. 6, with a scale). ValueError if there is not one reward a prompt."
+    """`above_others`, over its root mean square in this batch (Ahmadian et al. 2024, eq. 6, with a
+    scale). ValueError if there is not one reward a prompt."""
     above = above_others(prompts, rewards)
     compared = above[~np.isnan(above)]
     spread = np.sqrt(np.mean(compared**2)) if len(compared) else 0.

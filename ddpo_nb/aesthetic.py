@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from .checkpoints import (CheckpointError, FolderLock, check_free, complaints, is_trace, load_state, newest_whole, publish, save_state,
-                                 write_atomic)
+from .checkpoints import (CheckpointError, FolderLock, check_free, complaints, is_trace, load_state,
+                                 newest_whole, publish, save_state, write_atomic)
 from .clip import EMOJI_CLIP, OPENAI_CLIP, Embedder, _unit, load_embedder
 from .loading import EMOJI_SD, _no_bars, _one_line
 from .policy import follow_umask
@@ -55,7 +55,8 @@ VOTES = torch.arange(1., 11.)  # what a voter can give
 def crowd(
     images: Tensor,  # (N, 3, H, W), values in [0, 1]
 ) -> Tensor:         # (N, 10), rows sum to 1
-    "How the made-up crowd's votes on each picture are distributed: four fifths follow `taste`, one fifth likes cool backgrounds."
+    """How the made-up crowd's votes on each picture are distributed: four fifths follow `taste`, one
+    fifth likes cool backgrounds."""
     background, liked = _background(images), taste(images)
     camp = lambda centre: torch.softmax(-(VOTES - centre[:, None])**2 / (2 * 1.2**2), 1)
     return .8*camp(liked) + .2*camp((liked - 8*(background[:, 0] - background[:, 2])).clamp(1.5, 9.5))
@@ -77,7 +78,12 @@ def render_ava(
     "A rating set in AVA's format: emoji scenes, with votes drawn from `crowd`."
     from ddpo_nb.emoji_sd import COLOUR_NAMES, FONT, NOUNS, scene
     rng, folder = np.random.default_rng((seed, unseen)), Path(folder).expanduser()
-    pairs = [(i, j) for i in range(len(NOUNS)) for j in range(len(COLOUR_NAMES)) if ((3*i + j) % 10 == 0) == unseen]
+    pairs = [
+        (i, j)
+        for i in range(len(NOUNS))
+        for j in range(len(COLOUR_NAMES))
+        if ((3 * i + j) % 10 == 0) == unseen
+    ]
     (folder/"images").mkdir(parents=True, exist_ok=True)
     lines = []
     for index, (noun, colour) in enumerate((pairs[k] for k in rng.integers(len(pairs), size=n)), 1):
@@ -110,18 +116,29 @@ def _row(words):
     return [*map(int, words)] if any(map(int, words[2:12])) else "holds no vote"
 
 def read_ava(
-    path: str|Path,  # a text file, a picture a line: index, image id, ten counts of votes, two tags, challenge
+    # a text file, a picture a line: index, image id, ten counts of votes, two tags, challenge
+    path: str|Path,
 ) -> Ratings:
     "Ratings in the format of AVA.txt; InputError names the file's first line that is not in it."
-    remedy = "write 15 whole numbers a line: index, image id, the counts of the votes 1 to 10, two tags, challenge"
-    try: text = Path(path).expanduser().read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as e: raise InputError("--ratings", f"cannot read {str(path)!r}: {getattr(e, 'strerror', None) or 'it is no text'}", "give a file in the format of AVA.txt") from None
+    remedy = (
+        "write 15 whole numbers a line: index, image id, the counts of the votes 1 to 10, two tags, challenge"
+    )
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as e:
+        raise InputError(
+            "--ratings",
+            f"cannot read {str(path)!r}: {getattr(e, 'strerror', None) or 'it is no text'}",
+            "give a file in the format of AVA.txt",
+        ) from None
     rows, seen = [], {}
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip(): continue
         row = _row(line.split())
-        if isinstance(row, list) and seen.setdefault(row[1], number) != number: row = f"rates image {row[1]} again, after line {seen[row[1]]}"
-        if isinstance(row, str): raise InputError("--ratings", f"line {number} of {str(path)!r} {row}", remedy)
+        if isinstance(row, list) and seen.setdefault(row[1], number) != number:
+            row = f"rates image {row[1]} again, after line {seen[row[1]]}"
+        if isinstance(row, str):
+            raise InputError("--ratings", f"line {number} of {str(path)!r} {row}", remedy)
         rows.append(row)
     if not rows: raise InputError("--ratings", f"{str(path)!r} holds no ratings", remedy)
     table = np.array(rows, dtype=np.int64)
@@ -136,7 +153,13 @@ def agreement(
     from scipy.stats import pearsonr, spearmanr
     p, a = (np.asarray(o, dtype=np.float64) for o in (predicted, actual))
     flat = p.std() == 0 or a.std() == 0  # then there is nothing to correlate
-    return dict(mse=float(((p - a)**2).mean()), **{k: 0. if flat else float(f(p, a)[0]) for k, f in dict(spearman=spearmanr, pearson=pearsonr).items()})
+    return dict(
+        mse=float(((p - a) ** 2).mean()),
+        **{
+            k: 0.0 if flat else float(f(p, a)[0])
+            for k, f in dict(spearman=spearmanr, pearson=pearsonr).items()
+        },
+    )
 
 # %% ../nbs/05b_aesthetic.ipynb #a6142f04
 def emd(
@@ -152,8 +175,13 @@ def emd_loss(p: Tensor, q: Tensor) -> Tensor:
     return (p.cumsum(1) - q.cumsum(1)).square().mean()
 
 # %% ../nbs/05b_aesthetic.ipynb #c9cd5c1a
-def _linear(dim): return nn.Sequential(nn.Linear(dim, 1024), nn.Dropout(.2), nn.Linear(1024, 128), nn.Dropout(.2), nn.Linear(128, 64), nn.Dropout(.1), nn.Linear(64, 16), nn.Linear(16, 1))
-def _bent(dim, hidden, outputs): return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(.2), nn.Linear(hidden, outputs))
+def _linear(dim):
+    return nn.Sequential(
+        nn.Linear(dim, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2), nn.Linear(128, 64),
+        nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1)
+    )
+def _bent(dim, hidden, outputs):
+    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(0.2), nn.Linear(hidden, outputs))
 
 class AestheticHead(nn.Module):
     "From CLIP's vectors of pictures to scores."
@@ -164,11 +192,13 @@ class AestheticHead(nn.Module):
         **about,              # whatever is worth keeping with it: `clip`, the metrics, …
     ):
         super().__init__()
-        if kind not in ("votes", "mean", "linear"): raise ValueError(f"kind must be votes, mean or linear, not {kind!r}")
+        if kind not in ("votes", "mean", "linear"):
+            raise ValueError(f"kind must be votes, mean or linear, not {kind!r}")
         self.config, self.calibration = dict(kind=kind, dim=dim, hidden=hidden) | about, None
         self.layers = _linear(dim) if kind == "linear" else _bent(dim, hidden, dict(votes=10, mean=1)[kind])
         if kind != "linear":
-            for name, value in dict(shift=torch.zeros(dim), spread=torch.ones(dim)).items(): self.register_buffer(name, value)
+            for name, value in dict(shift=torch.zeros(dim), spread=torch.ones(dim)).items():
+                self.register_buffer(name, value)
 
     @property
     def kind(self) -> str: return self.config["kind"]
@@ -178,20 +208,32 @@ class AestheticHead(nn.Module):
         return self.layers(vectors if self.kind == "linear" else (vectors - self.shift) / self.spread)
 
 # %% ../nbs/05b_aesthetic.ipynb #21ec97cb
-class CalibrationError(InputError): "A predictor that does not answer as it did when it was made; its text is one line: what moved, and by how much."
+class CalibrationError(InputError):
+    """A predictor that does not answer as it did when it was made; its text is one line: what moved, and
+    by how much."""
 
 def _check_length(vectors, dim):
-    if vectors.ndim != 2 or vectors.shape[1] != dim: raise CalibrationError("aesthetic", f"the head wants {dim} numbers a picture and was given {tuple(vectors.shape)[1:]}", "use the CLIP that it was trained with")
+    if vectors.ndim != 2 or vectors.shape[1] != dim:
+        raise CalibrationError(
+            "aesthetic",
+            f"the head wants {dim} numbers a picture and was given {tuple(vectors.shape)[1:]}",
+            "use the CLIP that it was trained with",
+        )
     length = vectors.norm(dim=1)
     worst = length[(length - 1).abs().nan_to_num(torch.inf).argmax()].item() if len(length) else 1.
-    if not abs(worst - 1) < .01: raise CalibrationError("aesthetic", f"embeddings have length {worst:.3g} instead of 1", "divide each by its length first, as `Embedder.images` does")
+    if not abs(worst - 1) < 0.01:
+        raise CalibrationError(
+            "aesthetic", f"embeddings have length {worst:.3g} instead of 1",
+            "divide each by its length first, as `Embedder.images` does"
+        )
 
 @patch
 def votes(self: AestheticHead,
     vectors: Tensor,  # (N, D) of length 1
 ) -> Tensor:          # (N, 10), rows sum to 1
     "The predicted share of each vote. ValueError for a head that knows the mean alone."
-    if self.kind != "votes": raise ValueError("this head predicts the mean vote alone; one of kind 'votes' predicts them all")
+    if self.kind != "votes":
+        raise ValueError("this head predicts the mean vote alone; one of kind 'votes' predicts them all")
     _check_length(vectors, self.config["dim"])
     return self(vectors).softmax(1)
 
@@ -216,7 +258,10 @@ def _new_head(vectors, shares, kind, hidden, seed, about):
         head = AestheticHead(kind, vectors.shape[1], hidden, **about)
     head.shift.copy_(vectors.mean(0)); head.spread.copy_(vectors.std(0) + 1e-6)
     average = shares.mean(0)
-    with torch.no_grad(): head.layers[-1].bias.copy_((average + 1e-3).log() if kind == "votes" else (average @ VOTES.to(average.device))[None])
+    with torch.no_grad():
+        head.layers[-1].bias.copy_(
+            (average + 1e-3).log() if kind == "votes" else (average @ VOTES.to(average.device))[None]
+        )
     return head.to(vectors.device)
 
 def _one_epoch(head, optimizer, schedule, vectors, shares, batch_size, seed):
@@ -256,22 +301,34 @@ def train_head(
     progress: bool = True,
     **about,                        # kept in the head's config
 ) -> AestheticHead:
-    "A head trained on votes; stopped and taken up again, it ends with the same bits. ValueError for another loss."
+    """A head trained on votes; stopped and taken up again, it ends with the same bits. ValueError for
+    another loss."""
     if loss not in ("emd", "mse"): raise ValueError(f"loss must be emd or mse, not {loss!r}")
     counts = torch.as_tensor(votes, dtype=torch.float32, device=vectors.device)
     shares = counts / counts.sum(1, keepdim=True)
-    head = _new_head(vectors, shares, dict(emd="votes", mse="mean")[loss], hidden, seed, dict(loss=loss, epochs=epochs, seed=seed) | about)
+    head = _new_head(
+        vectors, shares, dict(emd="votes", mse="mean")[loss], hidden, seed,
+        dict(loss=loss, epochs=epochs, seed=seed) | about
+    )
     optimizer = torch.optim.AdamW(head.parameters(), learning_rate, weight_decay=.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(vectors) // batch_size))
     parts = dict(head=head, optimizer=optimizer, schedule=schedule)
     start = _go_on(home, **parts) if home else 0
-    for epoch in (bar := tqdm(range(start, epochs), "head", initial=start, total=epochs, disable=not progress, leave=False)):
-        bar.set_postfix(loss=f"{_one_epoch(head, optimizer, schedule, vectors, shares, batch_size, seed * 1_000_003 + epoch):.4f}")
-        if home and ((epoch + 1) % max(1, epochs // 20) == 0 or epoch + 1 == epochs): _keep(home, epoch + 1, **parts)
+    for epoch in (
+        bar := tqdm(
+            range(start, epochs), "head", initial=start, total=epochs, disable=not progress, leave=False
+        )
+    ):
+        order = seed * 1_000_003 + epoch
+        loss = _one_epoch(head, optimizer, schedule, vectors, shares, batch_size, order)
+        bar.set_postfix(loss=f"{loss:.4f}")
+        if home and ((epoch + 1) % max(1, epochs // 20) == 0 or epoch + 1 == epochs):
+            _keep(home, epoch + 1, **parts)
     return head.eval().requires_grad_(False)
 
 # %% ../nbs/05b_aesthetic.ipynb #9e81acbc
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # a later one gives way to an earlier
+# a later one gives way to an earlier
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 def _by_stem(names):
     "stem -> file name, of pictures; a warning if one id has several."
@@ -280,7 +337,10 @@ def _by_stem(names):
     found = {Path(o).stem: o for o in pictures}
     if twice := [o for o in pictures if found[Path(o).stem] != o]:
         taken = found[Path(twice[0]).stem]
-        warnings.warn(f"{len(twice)} pictures have the id of another: {taken} is read, {twice[0]} is not, and so on", stacklevel=3)
+        warnings.warn(
+            f"{len(twice)} pictures have the id of another: {taken} is read, {twice[0]} is not, and so on",
+            stacklevel=3,
+        )
     return found
 
 def find_images(
@@ -289,9 +349,13 @@ def find_images(
 ) -> dict:              # image id -> path, of those that are there, in the order of `ids`
     "Where the pictures are; InputError if `folder` cannot be read or holds none of them."
     folder = Path(folder).expanduser()
-    try: there = _by_stem(os.listdir(folder))
+    try:
+        there = _by_stem(os.listdir(folder))
     except OSError as e:
-        raise InputError("--images", f"cannot read the folder {str(folder)!r}: {e.strerror}", "give the folder with the pictures") from None
+        raise InputError(
+            "--images", f"cannot read the folder {str(folder)!r}: {e.strerror}",
+            "give the folder with the pictures"
+        ) from None
     found = {int(i): Path(folder)/there[str(i)] for i in ids if str(i) in there}
     if not found:
         raise InputError("--images", f"none of the {len(ids):,} rated pictures is in {str(folder)!r}",
@@ -301,9 +365,11 @@ def find_images(
 # %% ../nbs/05b_aesthetic.ipynb #d89cf2ec
 def _file(path):
     "OSError, in words, unless there is a plain file."
-    if not path.exists(): raise OSError("it is a link to nothing" if path.is_symlink() else "there is no such file")
+    if not path.exists():
+        raise OSError("it is a link to nothing" if path.is_symlink() else "there is no such file")
     mode = path.stat().st_mode
-    if not stat.S_ISREG(mode): raise OSError("it is a folder" if stat.S_ISDIR(mode) else "it is no plain file")
+    if not stat.S_ISREG(mode):
+        raise OSError("it is a folder" if stat.S_ISDIR(mode) else "it is no plain file")
 
 def _upright(image):
     "Turned as its camera says; as it is, if what it says makes no sense."
@@ -315,7 +381,8 @@ def _eight_bit(image):
     if image.mode == "F": raise ValueError("its values are fractions without a range")
     if not image.mode.startswith("I"): return image
     low, high = image.getextrema()
-    if low < 0 or high >= 2**16: raise ValueError(f"its grey values go from {low:,} to {high:,}, not from 0 to 65,535")
+    if low < 0 or high >= 2**16:
+        raise ValueError(f"its grey values go from {low:,} to {high:,}, not from 0 to 65,535")
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 def _on_white(image):
@@ -326,35 +393,47 @@ def _on_white(image):
 
 def read_picture(
     path: str|Path,
-    side: int|None = None,  # the short side that will be needed: a picture of more than four times that is made smaller
+    # the short side that will be needed: a picture of more than four times that is made smaller
+    side: int|None = None,
 ) -> Image.Image:           # RGB
-    "A picture as a viewer shows it. OSError, ValueError or whatever the decoder raises if that cannot be done."
+    """A picture as a viewer shows it. OSError, ValueError or whatever the decoder raises if that cannot
+    be done."""
     _file(path := Path(path))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of large files and odd metadata; what is too large raises
         with Image.open(path) as image:
-            if side: image.draft("RGB" if image.mode == "RGB" else None, (4*side, 4*side))  # JPEG alone can be decoded small
+            # JPEG alone can be decoded small
+            if side: image.draft("RGB" if image.mode == "RGB" else None, (4*side, 4*side))
             image = _on_white(_eight_bit(_upright(image)))
     return image.reduce(max(1, min(image.size) // (4*side))) if side else image
 
 # %% ../nbs/05b_aesthetic.ipynb #381cc913
 def _side(embedder):
     "The short side (pixels) that the image processor makes of a picture."
-    sides = [o for o in dict(embedder.image_processor.to_dict().get("size") or {}).values() if isinstance(o, int)]
+    sides = [
+        o for o in dict(embedder.image_processor.to_dict().get("size") or {}).values() if isinstance(o, int)
+    ]
     return max(sides, default=512)
 
-def _prepare(embedder, picture): return embedder.image_processor(images=picture, return_tensors="pt").pixel_values
+def _prepare(embedder, picture):
+    return embedder.image_processor(images=picture, return_tensors="pt").pixel_values
 
 def _read(embedder, path):
     "(what the network wants of a picture, (1, 3, S, S), None), or (None, why it cannot be read)."
-    try: return _prepare(embedder, read_picture(path, _side(embedder))), None
+    try:
+        return _prepare(embedder, read_picture(path, _side(embedder))), None
     except Exception as e:  # decoders raise almost anything at a broken file
-        return None, (str(e).strip().splitlines() or [type(e).__name__])[0].replace(str(path), path.name)[:300]
+        return (
+            None,
+            (str(e).strip().splitlines() or [type(e).__name__])[0].replace(str(path), path.name)[:300],
+        )
 
 @torch.no_grad()
 def _vectors(embedder, pixels):
     "Unit vectors (n, D), on the CPU, from a list of (1, 3, S, S)."
-    features = embedder.model.get_image_features(pixel_values=torch.cat(pixels).to(next(embedder.model.parameters())))
+    features = embedder.model.get_image_features(
+        pixel_values=torch.cat(pixels).to(next(embedder.model.parameters()))
+    )
     return _unit(features).cpu()
 
 def embed(
@@ -381,9 +460,16 @@ def cache_key(
 ) -> str:          # 16 hexadecimal digits
     "A digest of the network, its preprocessing, and the pictures' ids and sizes."
     vision = getattr(embedder.model.config, "vision_config", embedder.model.config).to_dict()
-    plain = lambda settings: {k: v for k, v in settings.items() if not k.startswith("_") and k not in ("transformers_version", "dtype", "torch_dtype")}
+    plain = lambda settings: {
+        k: v
+        for k, v in settings.items()
+        if not k.startswith("_") and k not in ("transformers_version", "dtype", "torch_dtype")
+    }
     size = lambda p: p.stat().st_size if p.exists() else None  # a link may lead nowhere
-    about = [_READING, plain(vision), plain(embedder.image_processor.to_dict()), [(i, size(p)) for i, p in paths.items()]]
+    about = [
+        _READING, plain(vision), plain(embedder.image_processor.to_dict()),
+        [(i, size(p)) for i, p in paths.items()]
+    ]
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     for name, p in sorted(embedder.model.named_parameters()):
         digest.update(f"{name} {tuple(p.shape)}".encode())
@@ -393,8 +479,10 @@ def cache_key(
 def _kept(path):
     "(ids, vectors, {id: why}) from a file of the cache; None if it is not there, or damaged."
     try:
-        with safe_open(path, "pt") as f: return f.get_tensor("ids"), f.get_tensor("vectors"), json.loads(f.metadata()["broken"])
-    except (OSError, SafetensorError): return None
+        with safe_open(path, "pt") as f:
+            return f.get_tensor("ids"), f.get_tensor("vectors"), json.loads(f.metadata()["broken"])
+    except (OSError, SafetensorError):
+        return None
 
 def _store(path, ids, vectors, broken):
     write_atomic(path, save(dict(ids=ids, vectors=vectors), metadata=dict(broken=json.dumps(broken))))
@@ -428,21 +516,30 @@ def embed_files(
             part = parts/f"{i:09d}-{chunk}.safetensors"
             found.append(_kept(part) or _store(part, *_embed_chunk(embedder, items[i:i+chunk])))
             bar.update(len(items[i:i+chunk]))
-    merged = torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found]), {k: v for f in found for k, v in f[2].items()}
+    merged = (
+        torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found]),
+        {k: v for f in found for k, v in f[2].items()}
+    )
     _store(whole, *merged)
     shutil.rmtree(parts)
     return merged
 
 # %% ../nbs/05b_aesthetic.ipynb #9ed3e2ad
 def calibration_pictures() -> Tensor:  # (4, 3, 72, 104), in [0, 1]
-    "Four pictures made by a formula: nothing has to be stored, and every slip in the way to the network moves them."
+    """Four pictures made by a formula: nothing has to be stored, and every slip in the way to the network
+    moves them."""
     y, x = np.mgrid[:72, :104]
-    wave = lambda n, k: .5 + .3*np.sin((.05 + .06*n)*x + .09*k*y + n) + .2*np.sin((.11*n + .3*k)*y - .07*x)*(1 - .3*k)
+    wave = (
+        lambda n, k: 0.5
+        + 0.3 * np.sin((0.05 + 0.06 * n) * x + 0.09 * k * y + n)
+        + 0.2 * np.sin((0.11 * n + 0.3 * k) * y - 0.07 * x) * (1 - 0.3 * k)
+    )
     pictures = np.stack([[wave(n, k) * (1 - .25*((k + n) % 3)) for k in range(3)] for n in range(4)])
     return torch.from_numpy(pictures.clip(0, 1).round(4)).float()
 
 # %% ../nbs/05b_aesthetic.ipynb #4c953455
-MAX_TURN, MAX_MOVE, MAX_HEAD = 0.3, 0.05, 0.005  # degrees of a vector; votes of a score; the same for given vectors
+# degrees of a vector; votes of a score; the same for given vectors
+MAX_TURN, MAX_MOVE, MAX_HEAD = 0.3, 0.05, 0.005
 
 def calibrate(embedder: Embedder, head: AestheticHead) -> dict:
     "What a head and its CLIP answer to the calibration pictures: vectors (4, D) and scores (4,)."
@@ -462,16 +559,27 @@ def _most(before, now):
 def check_head(head: AestheticHead, vectors: Tensor, scores: Tensor):
     "CalibrationError if the head does not give known vectors (N, D) their known scores (N,)."
     moved, what = _most(scores, _score_of(head, vectors).cpu())
-    if not moved <= MAX_HEAD: raise CalibrationError("aesthetic", f"the head is not as it was made: it moved {what} on fixed embeddings", "load its weights again, and check its activations")
+    if not moved <= MAX_HEAD:
+        raise CalibrationError(
+            "aesthetic",
+            f"the head is not as it was made: it moved {what} on fixed embeddings",
+            "load its weights again, and check its activations",
+        )
 
 def check_calibration(embedder: Embedder, head: AestheticHead, stored: dict):
     "CalibrationError if a head or its CLIP answers otherwise than when `calibrate` was called."
     check_head(head, stored["vectors"], stored["scores"])
     found = calibrate(embedder, head)
-    turned, (moved, what) = angle(found["vectors"], stored["vectors"]).nan_to_num(180).max().item(), _most(stored["scores"], found["scores"])
+    turned, (moved, what) = angle(found["vectors"], stored["vectors"]).nan_to_num(180).max().item(), _most(
+        stored["scores"], found["scores"]
+    )
     if not (turned <= MAX_TURN and moved <= MAX_MOVE):
-        raise CalibrationError("aesthetic", f"{embedder.name or 'the CLIP'} does not see the calibration pictures as in training: an embedding turned by {turned:.1f}°, {what}",
-                               "check its weights, its activation (hidden_act) and its image processor")
+        raise CalibrationError(
+            "aesthetic",
+            f"{embedder.name or 'the CLIP'} does not see the calibration pictures as in training: an"
+            f" embedding turned by {turned:.1f}°, {what}",
+            "check its weights, its activation (hidden_act) and its image processor",
+        )
 
 # %% ../nbs/05b_aesthetic.ipynb #2f78c069
 HEAD_FILES = ("config.json", "head.safetensors", "calibration.safetensors")
@@ -487,15 +595,21 @@ def save_head(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as writing:
-            new = Path(writing)/"head"
+            new = Path(writing) / "head"
             new.mkdir()
-            (new/"config.json").write_text(json.dumps(head.config, indent=1) + "\n", encoding="utf-8")
-            save_file({k: v.cpu().contiguous() for k, v in head.state_dict().items()}, new/"head.safetensors")
-            save_file(head.calibration, new/"calibration.safetensors")
+            (new / "config.json").write_text(json.dumps(head.config, indent=1) + "\n", encoding="utf-8")
+            save_file(
+                {k: v.cpu().contiguous() for k, v in head.state_dict().items()}, new / "head.safetensors"
+            )
+            save_file(head.calibration, new / "calibration.safetensors")
             follow_umask(*new.iterdir())
-            if folder.exists(): os.replace(folder, Path(writing)/"old")
+            if folder.exists():
+                os.replace(folder, Path(writing) / "old")
             os.replace(new, folder)
-    except OSError as e: raise InputError("--output", f"cannot write {str(folder)!r} ({e.strerror})", "name a folder you may write to") from None
+    except OSError as e:
+        raise InputError(
+            "--output", f"cannot write {str(folder)!r} ({e.strerror})", "name a folder you may write to"
+        ) from None
 
 def _from_folder(folder):
     config, tensors, known = (folder/f for f in HEAD_FILES)
@@ -505,8 +619,10 @@ def _from_folder(folder):
     return head
 
 # %% ../nbs/05b_aesthetic.ipynb #1ef5b32c
-LAION_HEAD = "trl-lib/ddpo-aesthetic-predictor"  # on the hub; the file was first published as sac+logos+ava1-l14-linearMSE.pth
-LAION_SCORES = (6.34989, 5.84643, 4.63769, 5.08673)  # of `fixed_vectors(768)`, computed in float64 from its weights
+# on the hub; the file was first published as sac+logos+ava1-l14-linearMSE.pth
+LAION_HEAD = "trl-lib/ddpo-aesthetic-predictor"
+# of `fixed_vectors(768)`, computed in float64 from its weights
+LAION_SCORES = (6.34989, 5.84643, 4.63769, 5.08673)
 
 def fixed_vectors(
     dim: int,     # D
@@ -521,7 +637,10 @@ def _from_pth(path):
     tensors = torch.load(path, map_location="cpu", weights_only=True)
     head = AestheticHead("linear", 768, clip=OPENAI_CLIP)
     wanted = {k: tuple(v.shape) for k, v in head.state_dict().items()}
-    if not isinstance(tensors, dict) or {k: tuple(getattr(v, "shape", ())) for k, v in tensors.items()} != wanted:
+    if (
+        not isinstance(tensors, dict)
+        or {k: tuple(getattr(v, "shape", ())) for k, v in tensors.items()} != wanted
+    ):
         raise ValueError("its tensors are not those of the LAION head (five linear layers, 768 to 1)")
     head.load_state_dict(tensors, strict=True)
     head.calibration = dict(vectors=fixed_vectors(768), scores=torch.tensor(LAION_SCORES))
@@ -534,16 +653,25 @@ def _fetch(name):
     "A folder that holds a head, or a .pth file: bundled, here, or from the hub."
     if name == EMOJI_HEAD: return Path(str(resources.files("ddpo_nb")/"weights"/EMOJI_HEAD))
     if (place := Path(name).expanduser()).exists(): return place
-    if place.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1: raise OSError("there is no such file or folder")
+    if place.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
+        raise OSError("there is no such file or folder")
     if name == LAION_HEAD: return Path(hf_hub_download(name, "aesthetic-model.pth"))
     return Path([hf_hub_download(str(name), f) for f in HEAD_FILES][0]).parent
 
 def load_head(
-    name: str|Path = EMOJI_HEAD,  # "emoji-aesthetic" (bundled), a folder of `save_head`, the published .pth file, or a hub id
+    # "emoji-aesthetic" (bundled), a folder of `save_head`, the published .pth file, or a hub id
+    name: str|Path = EMOJI_HEAD,
     argument: str = "head",       # what the user calls this setting, for the error's message
 ) -> AestheticHead:
-    "A head that has passed its calibration on fixed embeddings. ModelError if it cannot be loaded, CalibrationError if it is not as it was made."
-    with _no_bars(), _one_line(argument, name, f"give {EMOJI_HEAD!r}, a folder that `ddpo-nb train-aesthetic` wrote, or {LAION_HEAD}"):
+    """A head that has passed its calibration on fixed embeddings. ModelError if it cannot be loaded,
+    CalibrationError if it is not as it was made."""
+    with (
+        _no_bars(),
+        _one_line(
+            argument, name,
+            f"give {EMOJI_HEAD!r}, a folder that `ddpo-nb train-aesthetic` wrote, or {LAION_HEAD}",
+        ),
+    ):
         place = _fetch(name)
         head = (_from_folder if place.is_dir() else _from_pth)(place).eval().requires_grad_(False)
     check_head(head, head.calibration["vectors"], head.calibration["scores"])
@@ -551,28 +679,51 @@ def load_head(
 
 # %% ../nbs/05b_aesthetic.ipynb #b73c12a8
 OPENAI_L14 = dict(  # openai/clip-vit-large-patch14, as published
-    vision=dict(hidden_act="quick_gelu", hidden_size=1024, num_hidden_layers=24, patch_size=14, image_size=224),
-    processor=dict(image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711], size=224, crop_size=224,
-                   resample=3, do_resize=True, do_center_crop=True, do_rescale=True, do_normalize=True))
+    vision=dict(
+        hidden_act="quick_gelu", hidden_size=1024, num_hidden_layers=24, patch_size=14, image_size=224
+    ),
+    processor=dict(
+        image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711],
+        size=224, crop_size=224, resample=3, do_resize=True, do_center_crop=True, do_rescale=True,
+        do_normalize=True
+    ),
+)
 
 def _setting(holder, name):
     value = getattr(holder, name, None)
-    if name in ("size", "crop_size") and value is not None:  # {"shortest_edge": 224} or {"height": 224, "width": 224}
-        sides = {v for v in dict(value).values() if v} if hasattr(value, "keys") else {v for v in vars(value).values() if v}
-        return sides.pop() if len(sides) == 1 and not (name == "size" and hasattr(value, "get") and value.get("height")) else value
+    # {"shortest_edge": 224} or {"height": 224, "width": 224}
+    if name in ("size", "crop_size") and value is not None:
+        sides = (
+            {v for v in dict(value).values() if v}
+            if hasattr(value, "keys")
+            else {v for v in vars(value).values() if v}
+        )
+        return (
+            sides.pop()
+            if len(sides) == 1 and not (name == "size" and hasattr(value, "get") and value.get("height"))
+            else value
+        )
     return [*value] if isinstance(value, (tuple, list)) else value
 
 def check_settings(embedder: Embedder, expected: dict = OPENAI_L14):
-    "CalibrationError that names the first setting of the CLIP or its image processor which is not as expected."
-    for where, holder in dict(vision=embedder.model.config.vision_config, processor=embedder.image_processor).items():
+    """CalibrationError that names the first setting of the CLIP or its image processor which is not as
+    expected."""
+    for where, holder in dict(
+        vision=embedder.model.config.vision_config, processor=embedder.image_processor
+    ).items():
         for name, right in expected[where].items():
-            if (found := _setting(holder, name)) != right: raise CalibrationError("aesthetic", f"{embedder.name or 'the CLIP'} has {name} = {found}", f"the head was trained with {name} = {right}")
+            if (found := _setting(holder, name)) != right:
+                raise CalibrationError(
+                    "aesthetic", f"{embedder.name or 'the CLIP'} has {name} = {found}",
+                    f"the head was trained with {name} = {right}"
+                )
 
 def clip_pixels(
     images: Tensor,              # (N, 3, H, W), values in [0, 1]
     expected: dict = OPENAI_L14,
 ) -> Tensor:                     # (N, 3, S, S), as the network wants them
-    "CLIP's preprocessing, by Pillow and NumPy alone: short side to S by bicubic interpolation, the square in the middle, mean and spread."
+    """CLIP's preprocessing, by Pillow and NumPy alone: short side to S by bicubic interpolation, the
+    square in the middle, mean and spread."""
     o, out = expected["processor"], []
     for picture in (images.permute(0, 2, 3, 1).cpu().numpy() * 255).round().astype(np.uint8):
         image, side = Image.fromarray(picture), o["size"]
@@ -584,25 +735,45 @@ def clip_pixels(
     return torch.from_numpy(np.stack(out)).float()
 
 def check_pixels(embedder: Embedder, expected: dict = OPENAI_L14):
-    "CalibrationError if what reaches the network is not what `clip_pixels` computes: a missing crop, swapped channels, values from 0 to 255."
+    """CalibrationError if what reaches the network is not what `clip_pixels` computes: a missing crop,
+    swapped channels, values from 0 to 255."""
     seen = []
-    hook = embedder.model.vision_model.register_forward_pre_hook(lambda m, args, kwargs: seen.append((args[0] if args else kwargs["pixel_values"]).float().cpu()), with_kwargs=True)
+    hook = embedder.model.vision_model.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append((args[0] if args else kwargs["pixel_values"]).float().cpu()),
+        with_kwargs=True,
+    )
     try: embedder.images(calibration_pictures())
     finally: hook.remove()
     pixels, right = torch.cat(seen), clip_pixels(calibration_pictures(), expected)
-    if pixels.shape != right.shape: raise CalibrationError("aesthetic", f"the network is given pictures of shape {tuple(pixels.shape[1:])}", f"the head was trained with {tuple(right.shape[1:])}")
-    if not (off := (pixels - right).abs().mean().item()) < .02: raise CalibrationError("aesthetic", f"the pixels that reach the network are off by {off:.2f} standard deviations on average", "check the order of the channels, the range of the values and the crop")
+    if pixels.shape != right.shape:
+        raise CalibrationError(
+            "aesthetic", f"the network is given pictures of shape {tuple(pixels.shape[1:])}",
+            f"the head was trained with {tuple(right.shape[1:])}"
+        )
+    if not (off := (pixels - right).abs().mean().item()) < 0.02:
+        raise CalibrationError(
+            "aesthetic",
+            f"the pixels that reach the network are off by {off:.2f} standard deviations on average",
+            "check the order of the channels, the range of the values and the crop",
+        )
 
 def check_published(embedder: Embedder, head: AestheticHead, expected: dict = OPENAI_L14):
-    "Everything that can be checked of the CLIP under the published head; CalibrationError if something is off."
+    """Everything that can be checked of the CLIP under the published head; CalibrationError if something
+    is off."""
     check_settings(embedder, expected)
     check_pixels(embedder, expected)
     scores = _score_of(head, embedder.images(calibration_pictures()))
-    if not ((scores > 0) & (scores < 11)).all(): raise CalibrationError("aesthetic", f"the calibration pictures score from {scores.min():.1f} to {scores.max():.1f}", "scores of a sound predictor lie between 0 and 11; check the CLIP's weights")
+    if not ((scores > 0) & (scores < 11)).all():
+        raise CalibrationError(
+            "aesthetic",
+            f"the calibration pictures score from {scores.min():.1f} to {scores.max():.1f}",
+            "scores of a sound predictor lie between 0 and 11; check the CLIP's weights",
+        )
 
 # %% ../nbs/05b_aesthetic.ipynb #6315c64c
 class AestheticReward:
-    "Reward: the predicted mean vote, from 1 to 10. CalibrationError, when it is built, if the head and its CLIP do not fit together."
+    """Reward: the predicted mean vote, from 1 to 10. CalibrationError, when it is built, if the head and
+    its CLIP do not fit together."""
     def __init__(self, embedder: Embedder, head: AestheticHead):
         self.embedder, self.head = embedder, head.eval().to(embedder.device)
         if head.kind == "linear": check_published(embedder, head)
@@ -613,12 +784,17 @@ class AestheticReward:
     def __call__(self, images: Tensor, prompts: list, metadata: list) -> tuple:
         "Rewards (N,) from images (N, 3, H, W) in [0, 1]; the prompts are not read."
         low, high = images.min().item(), images.max().item()
-        if low < -.5 or high > 1.5: raise InputError("images", f"their values go from {low:.3g} to {high:.3g}", "give values from 0 to 1")
+        if low < -0.5 or high > 1.5:
+            raise InputError(
+                "images", f"their values go from {low:.3g} to {high:.3g}", "give values from 0 to 1"
+            )
         return self.head.score(self.embedder.images(images)).double().cpu().numpy(), {}
 
 def aesthetic(
     model: str = EMOJI_SD,    # the diffusion model whose pictures it will see
-    head: str|Path|None = None, # a head of your own; None: the bundled one for Emoji Stable Diffusion, LAION's for any other model
+    # a head of your own; None: the bundled one for Emoji Stable Diffusion, LAION's for any other
+    # model
+    head: str|Path|None = None,
 ) -> AestheticReward:
     "The reward `aesthetic`."
     found = load_head(head or (EMOJI_HEAD if model == EMOJI_SD else LAION_HEAD))
@@ -635,11 +811,14 @@ def held_out(
     return np.array([draw(i) < share for i in ids], dtype=bool)
 
 def examine(head: AestheticHead, vectors: Tensor, votes) -> dict:
-    "MSE, Spearman's and Pearson's correlation with the mean votes, and for a head on votes the mean EMD (r = 1, in votes)."
+    """MSE, Spearman's and Pearson's correlation with the mean votes, and for a head on votes the mean EMD
+    (r = 1, in votes)."""
     counts = torch.as_tensor(votes, dtype=torch.float32, device=vectors.device)
     shares = counts / counts.sum(1, keepdim=True)
     found = agreement(head.score(vectors).cpu(), (shares @ VOTES.to(shares.device)).cpu())
-    return found | (dict(emd=10 * emd(shares, head.votes(vectors), r=1).mean().item()) if head.kind == "votes" else {})
+    return found | (
+        dict(emd=10 * emd(shares, head.votes(vectors), r=1).mean().item()) if head.kind == "votes" else {}
+    )
 
 # %% ../nbs/05b_aesthetic.ipynb #16275078
 FEWEST = 20  # pictures to train and examine a head on
@@ -648,12 +827,26 @@ def _claim(home, settings, resume):
     "Take a folder for a run. InputError if it holds something else, or a run with other settings."
     kept = home/"config.json"
     if resume:
-        try: before = json.loads(kept.read_text(encoding="utf-8"))
-        except (OSError, ValueError): raise InputError("--resume", f"there is no run in {str(home)!r}", "name its folder with --output, or leave out --resume") from None
+        try:
+            before = json.loads(kept.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise InputError(
+                "--resume", f"there is no run in {str(home)!r}",
+                "name its folder with --output, or leave out --resume"
+            ) from None
         for k in settings:
-            if before.get(k) != settings[k]: raise InputError(f"--{k}", f"the run in {str(home)!r} has {before.get(k)!r}, not {settings[k]!r}", "go on with its own setting, or give a new --output")
-    elif home.is_file() or home.is_dir() and not all(is_trace(o.name) for o in home.iterdir()): raise InputError("--output", f"{str(home)!r} is there already", "name a new folder, or go on with --resume")
-    else: write_atomic(kept, json.dumps(settings, indent=1))
+            if before.get(k) != settings[k]:
+                raise InputError(
+                    f"--{k}",
+                    f"the run in {str(home)!r} has {before.get(k)!r}, not {settings[k]!r}",
+                    "go on with its own setting, or give a new --output",
+                )
+    elif home.is_file() or home.is_dir() and not all(is_trace(o.name) for o in home.iterdir()):
+        raise InputError(
+            "--output", f"{str(home)!r} is there already", "name a new folder, or go on with --resume"
+        )
+    else:
+        write_atomic(kept, json.dumps(settings, indent=1))
 
 def _enough(argument, n, what):
     if n < FEWEST: raise InputError(argument, f"{what} {n} of the rated pictures", f"give at least {FEWEST}")
@@ -672,7 +865,8 @@ def train_aesthetic(
     progress: bool = True,
     device: str = "cpu",
 ) -> tuple:                         # the head, and a report: metrics, and which pictures were left out
-    "Train a head from ratings and pictures; whatever was done before an interruption is kept. InputError for input that cannot be used; then nothing is written."
+    """Train a head from ratings and pictures; whatever was done before an interruption is kept.
+    InputError for input that cannot be used; then nothing is written."""
     if loss not in ("emd", "mse"): raise InputError("--loss", f"there is no {loss!r}", "use emd or mse")
     ratings, images, output = (Path(o).expanduser() for o in (ratings, images, output))
     rated, home = read_ava(ratings), output
@@ -681,26 +875,59 @@ def train_aesthetic(
     check_free(home)
     embedder = load_embedder(clip, device)
     with FolderLock(home):
-        return _train_in(home, embedder, rated, paths, ratings, clip, loss, epochs, seed, validation, cache, resume, progress, device)
+        return _train_in(
+            home, embedder, rated, paths, ratings, clip, loss, epochs, seed, validation, cache, resume,
+            progress, device
+        )
 
-def _train_in(home, embedder, rated, paths, ratings, clip, loss, epochs, seed, validation, cache, resume, progress, device):
+def _train_in(
+    home, embedder, rated, paths, ratings, clip, loss, epochs, seed, validation, cache, resume, progress,
+    device
+):
     new = not (home/"config.json").exists()
-    _claim(home, dict(ratings=hashlib.sha256(Path(ratings).read_bytes()).hexdigest()[:16], clip=clip, loss=loss, epochs=epochs, seed=seed, validation=validation), resume)
+    _claim(
+        home,
+        dict(
+            ratings=hashlib.sha256(Path(ratings).read_bytes()).hexdigest()[:16], clip=clip, loss=loss,
+            epochs=epochs, seed=seed, validation=validation
+        ),
+        resume,
+    )
     ids, vectors, broken = embed_files(embedder, paths, cache or home, progress=progress)
-    try: return _train_on(rated, ids, vectors.to(device), broken, embedder, home, loss, epochs, seed, validation, progress)
+    try:
+        return _train_on(
+            rated, ids, vectors.to(device), broken, embedder, home, loss, epochs, seed, validation, progress
+        )
     except InputError as e:
-        if new and not isinstance(e, CheckpointError): shutil.rmtree(home, ignore_errors=True)
+        if new and not isinstance(e, CheckpointError):
+            shutil.rmtree(home, ignore_errors=True)
         raise
 
 def _train_on(rated, ids, vectors, broken, embedder, home, loss, epochs, seed, validation, progress):
     _enough("--images", len(ids), "only the files could be read of")
     place = {int(i): row for row, i in enumerate(rated.ids)}
     votes, exam = rated.votes[[place[i] for i in ids.tolist()]], held_out(ids, validation, seed)
-    if exam.sum() < 2 or (~exam).sum() < 2: raise InputError("--validation", f"{validation} of {len(ids)} pictures leaves {int((~exam).sum())} to train on and {int(exam.sum())} to examine", "give another share, or more pictures")
-    head = train_head(vectors[~exam], votes[~exam], loss, epochs, seed, home=home/"checkpoints", progress=progress, clip=embedder.name)
+    if exam.sum() < 2 or (~exam).sum() < 2:
+        raise InputError(
+            "--validation",
+            f"{validation} of {len(ids)} pictures leaves {int((~exam).sum())} to train on and"
+            f" {int(exam.sum())} to examine",
+            "give another share, or more pictures",
+        )
+    head = train_head(
+        vectors[~exam], votes[~exam], loss, epochs, seed, home=home / "checkpoints", progress=progress,
+        clip=embedder.name
+    )
     metrics = examine(head, vectors[exam], votes[exam])
     head.config |= dict(pictures=int((~exam).sum()), held_out=int(exam.sum()), metrics=metrics)
     save_head(head, home/"head", embedder)
-    left_out = {int(i): "there is no such file" for i in rated.ids if str(i) not in broken and int(i) not in {*ids.tolist()}} | {int(i): why for i, why in broken.items()}
+    left_out = {
+        int(i): "there is no such file"
+        for i in rated.ids
+        if str(i) not in broken and int(i) not in {*ids.tolist()}
+    } | {int(i): why for i, why in broken.items()}
     write_atomic(home/"left_out.json", json.dumps(left_out, indent=1))
-    return head, dict(metrics=metrics, pictures=int((~exam).sum()), held_out=int(exam.sum()), left_out=left_out, head=str(home/"head"))
+    return head, dict(
+        metrics=metrics, pictures=int((~exam).sum()), held_out=int(exam.sum()), left_out=left_out,
+        head=str(home / "head")
+    )

@@ -19,7 +19,8 @@ def saved_bytes(
     known, kept = {t.untyped_storage()._cdata for t in but}, {}
     def pack(t):
         block = t.untyped_storage()
-        if block._cdata not in known: kept[block._cdata] = block  # held, so that its address is not used again
+        # held, so that its address is not used again
+        if block._cdata not in known: kept[block._cdata] = block
         return t
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): out = run()
     return sum(block.nbytes() for block in kept.values())
@@ -27,7 +28,8 @@ def saved_bytes(
 # %% ../nbs/03a_batches.ipynb #9d7b471d
 @dataclass(frozen=True)
 class Cost:
-    "What one training example costs: floating-point operations of its forward pass, and bytes kept for its backward pass."
+    """What one training example costs: floating-point operations of its forward pass, and bytes kept for
+    its backward pass."""
     flops: int
     bytes: int
 
@@ -39,25 +41,37 @@ def example_cost(
     unet, n = policy.pipeline.unet, 2 if guidance and policy.guidance_scale > 1 else 1
     like = dict(device=policy.device, dtype=unet.dtype)
     config, counter = policy.pipeline.text_encoder.config, FlopCounterMode(display=False)
-    rows = torch.zeros(n, *policy.latent_shape, **like), torch.zeros(n, device=policy.device), torch.zeros(n, config.max_position_embeddings, config.hidden_size, **like)
-    with torch.enable_grad(), counter: kept = saved_bytes(lambda: unet(*rows, return_dict=False)[0], unet.parameters())
+    rows = (
+        torch.zeros(n, *policy.latent_shape, **like), torch.zeros(n, device=policy.device),
+        torch.zeros(n, config.max_position_embeddings, config.hidden_size, **like),
+    )
+    with torch.enable_grad(), counter:
+        kept = saved_bytes(lambda: unet(*rows, return_dict=False)[0], unet.parameters())
     return Cost(counter.get_total_flops(), kept)
 
 # %% ../nbs/03a_batches.ipynb #97c9a101
 ENOUGH = dict(cpu=4e10, cuda=1e13)  # operations of a forward pass beyond which a larger one is hardly faster
 SHARE = 0.8                         # of the device's memory that may be used
-ROOM = 1.5                          # what a backward pass needs beside what was kept: gradients and scratch space
+# what a backward pass needs beside what was kept: gradients and scratch space
+ROOM = 1.5
 
 def device_memory(device: torch.device) -> int:
     "Bytes that the device has, in use or not."
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else psutil.virtual_memory().total
+    return (
+        torch.cuda.get_device_properties(device).total_memory
+        if device.type == "cuda"
+        else psutil.virtual_memory().total
+    )
 
 def resident(
     policy,  # a `StableDiffusionPolicy`, on any device
 ) -> int:
-    "Bytes in use whatever a pass takes: all weights, and of those that are trained a gradient and AdamW's two means."
+    """Bytes in use whatever a pass takes: all weights, and of those that are trained a gradient and
+    AdamW's two means."""
     size, pipe = lambda parameters: sum(p.numel() * p.element_size() for p in parameters), policy.pipeline
-    return sum(size(o.parameters()) for o in (pipe.unet, pipe.vae, pipe.text_encoder)) + 3 * size(policy.trainable_parameters())
+    return sum(size(o.parameters()) for o in (pipe.unet, pipe.vae, pipe.text_encoder)) + 3 * size(
+        policy.trainable_parameters()
+    )
 
 def micro_batch(
     cost: Cost,         # of one example
@@ -65,6 +79,7 @@ def micro_batch(
     memory: int,        # bytes of the device
     taken: int = 0,     # bytes that are in use anyway: `resident`
 ) -> int:
-    "How many examples one pass should take: as many as fill the hardware, and no more than fit; at least one."
+    """How many examples one pass should take: as many as fill the hardware, and no more than fit; at
+    least one."""
     fill = round(ENOUGH.get(kind, ENOUGH["cuda"]) / max(cost.flops, 1))
     return max(1, min(fill, int((SHARE * memory - taken) / (ROOM * max(cost.bytes, 1)))))

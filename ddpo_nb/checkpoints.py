@@ -8,7 +8,8 @@ __all__ = ['CheckpointError', 'save_state', 'load_state', 'rng_state', 'set_rng_
            'append_line', 'read_lines', 'FolderLock', 'check_writable', 'is_trace', 'check_free']
 
 # %% ../nbs/08a_checkpoints.ipynb #ba6f19d6
-import datetime, errno, hashlib, json, math, os, random, shutil, signal, socket, tempfile, threading, time, warnings
+import datetime, errno, hashlib, json, math, os, random, shutil
+import signal, socket, tempfile, threading, time, warnings
 from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,21 +23,25 @@ except ImportError: fcntl = None  # Windows
 from .prompts import InputError
 
 # %% ../nbs/08a_checkpoints.ipynb #3871d58d
-class CheckpointError(RuntimeError): "A checkpoint that cannot be written, or is not whole; its text is one line."
+class CheckpointError(RuntimeError):
+    "A checkpoint that cannot be written, or is not whole; its text is one line."
 
 def _pack(value, arrays):
-    "JSON of `value`; its arrays go to the dictionary `arrays`. TypeError for anything else than plain values, containers and arrays."
+    """JSON of `value`; its arrays go to the dictionary `arrays`. TypeError for anything else than plain
+    values, containers and arrays."""
     def put(kind, tensor):
         arrays[str(len(arrays))] = tensor.detach().cpu().contiguous().clone()
         return {kind: str(len(arrays) - 1)}
     if isinstance(value, torch.Tensor): return put("tensor", value)
     if isinstance(value, np.ndarray): return put("array", torch.from_numpy(np.ascontiguousarray(value)))
     if isinstance(value, np.generic): value = value.item()
-    if isinstance(value, float) and not math.isfinite(value): return {"float": repr(value)}  # JSON has no such number
+    # JSON has no such number
+    if isinstance(value, float) and not math.isfinite(value): return {"float": repr(value)}
     if value is None or isinstance(value, (bool, int, float, str)): return value
     if isinstance(value, (list, deque)): return [_pack(v, arrays) for v in value]
     if isinstance(value, tuple): return {"tuple": [_pack(v, arrays) for v in value]}
-    if isinstance(value, dict): return {"dict": [[_pack(k, arrays), _pack(v, arrays)] for k, v in value.items()]}
+    if isinstance(value, dict):
+        return {"dict": [[_pack(k, arrays), _pack(v, arrays)] for k, v in value.items()]}
     raise TypeError(f"a {type(value).__name__} cannot be kept in a checkpoint")
 
 def _unpack(value, arrays):
@@ -50,7 +55,8 @@ def _unpack(value, arrays):
     return {_unpack(k, arrays): _unpack(v, arrays) for k, v in held}
 
 def save_state(stem: Path, value):
-    "Write plain values, containers and arrays to `stem`.json and `stem`.safetensors. TypeError for other objects."
+    """Write plain values, containers and arrays to `stem`.json and `stem`.safetensors. TypeError for
+    other objects."""
     text = json.dumps(_pack(value, arrays := {}), allow_nan=False)
     save_file(arrays, f"{stem}.safetensors")
     follow_umask(f"{stem}.safetensors")
@@ -58,7 +64,10 @@ def save_state(stem: Path, value):
 
 def load_state(stem: Path):
     "What `save_state` wrote; arrays on the CPU. CheckpointError if it is not there, or something else is."
-    try: return _unpack(json.loads(Path(f"{stem}.json").read_text(encoding="utf-8")), load_file(f"{stem}.safetensors"))
+    try:
+        return _unpack(
+            json.loads(Path(f"{stem}.json").read_text(encoding="utf-8")), load_file(f"{stem}.safetensors")
+        )
     except Exception as e:  # what is damaged may raise anything
         why = getattr(e, "strerror", None) or f"{type(e).__name__}: {e}".splitlines()[0]
         raise CheckpointError(f"{stem} cannot be read ({why})") from None
@@ -72,7 +81,8 @@ def rng_state() -> dict:
 def set_rng_state(state: dict):
     "Put the global random generators back into a state from `rng_state`."
     random.setstate(state["python"]); np.random.set_state(state["numpy"]); torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count(): torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 # %% ../nbs/08a_checkpoints.ipynb #f5099fa4
 _MANIFEST = "files.json"
@@ -105,13 +115,23 @@ def _listed(folder):
     try: listed = json.loads((folder/_MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError): listed = None
     fits = lambda v: isinstance(v, list) and len(v) == 2 and type(v[0]) is int and isinstance(v[1], str)
-    inside = lambda name: name and "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
-    if not isinstance(listed, dict) or not listed or not all(inside(k) and fits(v) for k, v in listed.items()):
+    inside = (
+        lambda name: name
+        and "\0" not in name
+        and not Path(name).is_absolute()
+        and ".." not in Path(name).parts
+    )
+    if (
+        not isinstance(listed, dict)
+        or not listed
+        or not all(inside(k) and fits(v) for k, v in listed.items())
+    ):
         raise CheckpointError(f"{folder}: {_MANIFEST} is missing or damaged")
     return listed
 
 def check_whole(folder: Path, needed: tuple = ()):
-    "CheckpointError that names the first file which is missing, of the listed and the `needed` ones, or not as it was written."
+    """CheckpointError that names the first file which is missing, of the listed and the `needed` ones, or
+    not as it was written."""
     listed = _listed(folder)
     for name in needed:
         if name not in listed: raise CheckpointError(f"{folder}: {name} is missing")
@@ -120,7 +140,8 @@ def check_whole(folder: Path, needed: tuple = ()):
         if not path.is_file(): raise CheckpointError(f"{folder}: {name} is missing")
         found = path.stat().st_size
         if found != size: raise CheckpointError(f"{folder}: {name} has {found:,} bytes instead of {size:,}")
-        if _digest(path) != digest: raise CheckpointError(f"{folder}: {name} is damaged (its checksum is wrong)")
+        if _digest(path) != digest:
+            raise CheckpointError(f"{folder}: {name} is damaged (its checksum is wrong)")
 
 @contextmanager
 def complaints(what: str, kept: str = "earlier checkpoints are whole"):
@@ -134,11 +155,17 @@ def complaints(what: str, kept: str = "earlier checkpoints are whole"):
 def _place(path):
     "(epochs, updates) from a checkpoint's name, None if it is none."
     parts = path.name.removeprefix("checkpoint_").split("-")
-    return tuple(map(int, parts)) if path.name.startswith("checkpoint_") and len(parts) < 3 and all(p.isdecimal() for p in parts) else None
+    return (
+        tuple(map(int, parts))
+        if path.name.startswith("checkpoint_") and len(parts) < 3 and all(p.isdecimal() for p in parts)
+        else None
+    )
 
 def checkpoints(home: Path) -> list:
     "The checkpoints in a folder, the newest first."
-    return sorted((o for o in Path(home).glob("checkpoint_*") if o.is_dir() and _place(o)), key=_place, reverse=True)
+    return sorted(
+        (o for o in Path(home).glob("checkpoint_*") if o.is_dir() and _place(o)), key=_place, reverse=True
+    )
 
 def publish(folder: Path, home: Path, name: str, limit: int):
     "Seal a finished folder, give it its name, and remove all but the newest `limit` checkpoints."
@@ -148,10 +175,12 @@ def publish(folder: Path, home: Path, name: str, limit: int):
     os.replace(folder, home/name)
     _flush(home)
     for o in checkpoints(home)[limit:]: _remove(o)
-    for o in home.glob(".*-*"): shutil.rmtree(o, ignore_errors=True)  # what a killed process was writing or removing
+    # what a killed process was writing or removing
+    for o in home.glob(".*-*"): shutil.rmtree(o, ignore_errors=True)
 
 def _remove(path):
-    os.replace(path, gone := Path(tempfile.mkdtemp(dir=path.parent, prefix=".removing-"))/path.name)  # half removed, it must not look like a checkpoint
+    # half removed, it must not look like a checkpoint
+    os.replace(path, gone := Path(tempfile.mkdtemp(dir=path.parent, prefix=".removing-"))/path.name)
     shutil.rmtree(gone.parent)
 
 def newest_whole(home: Path, needed: tuple = ()) -> Path|None:
@@ -164,7 +193,8 @@ def newest_whole(home: Path, needed: tuple = ()) -> Path|None:
 # %% ../nbs/08a_checkpoints.ipynb #3a7fde93
 @contextmanager
 def stop_signals(on_stop):
-    "While inside, the first SIGINT or SIGTERM calls `on_stop(signum)`, the second acts as usual. Does nothing outside of the main thread."
+    """While inside, the first SIGINT or SIGTERM calls `on_stop(signum)`, the second acts as usual. Does
+    nothing outside of the main thread."""
     if threading.current_thread() is not threading.main_thread(): yield; return
     usual = {s: signal.getsignal(s) or signal.SIG_DFL for s in (signal.SIGINT, signal.SIGTERM)}
     def restore():
@@ -180,15 +210,22 @@ _full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # what a disk says
 class DiskFull(CheckpointError, InputError):
     "No setting is wrong, and the next file would not fit either."
     def __init__(self, path, why):
-        InputError.__init__(self, "--output", f"cannot write {str(path)!r} ({why})", "make room; what was finished before is kept")
+        InputError.__init__(
+            self, "--output", f"cannot write {str(path)!r} ({why})",
+            "make room; what was finished before is kept"
+        )
 
 @contextmanager
 def _writing(path):
     "DiskFull, or InputError for anything else that keeps a file from being written."
-    try: yield
+    try:
+        yield
     except OSError as e:
-        if e.errno in _full: raise DiskFull(path, e.strerror) from None
-        raise InputError("--output", f"cannot write {str(path)!r} ({e.strerror})", "name a folder you may write to") from None
+        if e.errno in _full:
+            raise DiskFull(path, e.strerror) from None
+        raise InputError(
+            "--output", f"cannot write {str(path)!r} ({e.strerror})", "name a folder you may write to"
+        ) from None
 
 def write_atomic(path: str|Path, data: str|bytes):
     """Write a file so that it is never seen half-written; makes its folder. On the disk when this returns.
@@ -208,7 +245,8 @@ def write_atomic(path: str|Path, data: str|bytes):
 
 # %% ../nbs/08a_checkpoints.ipynb #f5adbb1a
 def append_line(path: str|Path, line: str):
-    "Add a line to a file. On the disk when this returns; InputError if that is not possible, DiskFull if there is no room."
+    """Add a line to a file. On the disk when this returns; InputError if that is not possible, DiskFull
+    if there is no room."""
     with _writing(path), open(path, "ab") as f:
         f.write(line.encode() + b"\n")
         f.flush()
@@ -219,8 +257,9 @@ def _parsed(line):
     except (ValueError, RecursionError): return None
 
 def read_lines(path: str|Path, ok=lambda o: isinstance(o, dict)) -> list:
-    """The JSON objects of a file, one a line, [] if there is no such file. Lines that are damaged, or not `ok`, are left out with a
-    warning; half a line at the end, which a process that died may leave, without one."""
+    """The JSON objects of a file, one a line, [] if there is no such file. Lines that are damaged, or not
+    `ok`, are left out with a warning; half a line at the end, which a process that died may leave, without
+    one."""
     path = Path(path)
     if not os.path.lexists(path): return []
     try: *lines, rest = path.read_bytes().split(b"\n")
@@ -229,7 +268,11 @@ def read_lines(path: str|Path, ok=lambda o: isinstance(o, dict)) -> list:
         return []
     found = [_parsed(o) for o in lines]
     bad = [i for i, o in enumerate(found, 1) if not ok(o)]
-    if bad: warnings.warn(f"{path}: line {bad[0]} is damaged, and left out" + (f" ({len(bad)} such lines)" if bad[1:] else ""))
+    if bad:
+        warnings.warn(
+            f"{path}: line {bad[0]} is damaged, and left out"
+            + (f" ({len(bad)} such lines)" if bad[1:] else "")
+        )
     last = _parsed(rest) if rest else None
     return [o for o in found if ok(o)] + ([last] if ok(last) else [])
 
@@ -249,10 +292,13 @@ def _note(path):
     try: note = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError): return {}
     kinds = dict(pid=int, host=str, started=str)
-    return note if isinstance(note, dict) and all(type(note.get(k)) is kind for k, kind in kinds.items()) else {}
+    return (
+        note if isinstance(note, dict) and all(type(note.get(k)) is kind for k, kind in kinds.items()) else {}
+    )
 
 def _lives(note):
-    "Is the process of a lock, on this machine, still there? A younger process of the same number is another one."
+    """Is the process of a lock, on this machine, still there? A younger process of the same number is
+    another one."""
     started = lambda: datetime.datetime.fromisoformat(note["started"]).timestamp()
     try: return psutil.Process(note["pid"]).create_time() < started() + 60
     except (psutil.Error, ValueError, OverflowError): return False
@@ -279,12 +325,15 @@ def _held(handle, path):
         if free or not _lives(note) and (free is None or not _touched(path)): return None
         return note
     if free is False: return note
-    warnings.warn(f"{path} is of process {note['pid']} on {note['host']}: waiting {3 * _beat:.0f} s to see whether that lives")
+    warnings.warn(
+        f"{path} is of process {note['pid']} on {note['host']}: waiting {3 * _beat:.0f} s to see whether that"
+        " lives"
+    )
     return note if _touched(path) else None
 
 class FolderLock:
-    """Keeps other processes from writing to a folder while one is inside; makes the folder, and removes it if it is left empty.
-    InputError says who holds it. What a process that died has left is taken over."""
+    """Keeps other processes from writing to a folder while one is inside; makes the folder, and removes it if
+    it is left empty. InputError says who holds it. What a process that died has left is taken over."""
     def __init__(self, folder: str|Path, argument: str = "--output"):
         self.folder, self.argument, self.depth, self.handle = Path(folder), argument, 0, None
 
@@ -301,12 +350,15 @@ class FolderLock:
 def check_writable(folder: str|Path, argument: str = "--output"):
     "InputError unless a folder can be made there and written to; nothing is left behind."
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir(): raise InputError(argument, f"{str(folder)!r} is a file", "name a folder")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(argument, f"{str(folder)!r} is a file", "name a folder")
     home = next(o for o in [folder, *folder.absolute().parents] if o.exists())
     try:
         with tempfile.TemporaryDirectory(dir=home, prefix=".writing-"): pass
     except OSError as e:
-        raise InputError(argument, f"cannot write to {str(home)!r} ({e.strerror})", "name a folder you may write to") from None
+        raise InputError(
+            argument, f"cannot write to {str(home)!r} ({e.strerror})", "name a folder you may write to"
+        ) from None
 
 def is_trace(name: str) -> bool:
     "May a process that was killed have left a file of this name in a folder that is otherwise empty?"
@@ -316,7 +368,10 @@ def _says(note):
     if not note["pid"]: return "another process"
     here = note["host"] == socket.gethostname()
     own = " (this very process)" if here and note["pid"] == os.getpid() else ""
-    return f"process {note['pid']}{own} on {'this machine' if here else note['host']} since {note['started'][:19]}"
+    return (
+        f"process {note['pid']}{own} on {'this machine' if here else note['host']} since"
+        f" {note['started'][:19]}"
+    )
 
 def check_free(folder: str|Path, argument: str = "--output", own: bool = False):
     "InputError if another process writes to the folder, or this one itself, if `own`."
@@ -327,7 +382,8 @@ def check_free(folder: str|Path, argument: str = "--output", own: bool = False):
     finally: os.close(handle)
     note = _note(path) or dict(pid=0, host="", started="")
     here = note["host"] == socket.gethostname()
-    if busy and (own or not here or note["pid"] != os.getpid() and _lives(note)): _refuse(argument, path, note)
+    if busy and (own or not here or note["pid"] != os.getpid() and _lives(note)):
+        _refuse(argument, path, note)
 
 def _refuse(argument, path, note):
     raise InputError(argument, f"{str(path.parent)!r} is being written to by {_says(note)}",
@@ -349,7 +405,8 @@ def _take(self: FolderLock):
             os.close(handle)
     self.handle, self.over = handle, threading.Event()
     threading.Thread(target=self._live, daemon=True).start()
-    for o in [*self.folder.glob(".writing-*"), *self.folder.glob("*/.writing-*")]: _clear(o)  # a killed process was at it
+    # a killed process was at it
+    for o in [*self.folder.glob(".writing-*"), *self.folder.glob("*/.writing-*")]: _clear(o)
 
 def _same_file(handle, path):
     try: return os.path.samestat(os.fstat(handle), os.stat(path))

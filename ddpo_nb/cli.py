@@ -18,20 +18,35 @@ from .redact import SECRET_NAME, address_secrets, hide, hide_address, keep_secre
 @cache
 def _trainer_source(): return resources.files("ddpo_nb").joinpath("trainer.py").read_text(encoding="utf-8")
 
+def _comment(lines, number):
+    "What is said of the field in line `number`, behind it or in the lines above."
+    beside, above = lines[number].partition("#")[2].strip(), []
+    while not beside and lines[number - 1].strip().startswith("# "):
+        number -= 1
+        above.insert(0, lines[number].strip().removeprefix("# "))
+    return beside or " ".join(above)
+
 @cache
 def config_fields() -> tuple:
     "(name, type, default, comment) of each field of `DDPOConfig`, without importing the trainer."
-    lines = _trainer_source().splitlines()
-    body = next(n for n in ast.parse(_trainer_source()).body if isinstance(n, ast.ClassDef) and n.name == "DDPOConfig").body
+    lines, tree = _trainer_source().splitlines(), ast.parse(_trainer_source())
+    body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "DDPOConfig")
     kinds = {"int": int, "float": float, "bool": bool, "str": str, "str | None": str, "dict": dict}
     literal = lambda node: ast.literal_eval(node) if isinstance(node, ast.Constant) else None
-    return tuple((n.target.id, kinds[ast.unparse(n.annotation)], literal(n.value), lines[n.lineno - 1].partition("#")[2].strip())
-                 for n in body if isinstance(n, ast.AnnAssign))
+    return tuple(
+        (n.target.id, kinds[ast.unparse(n.annotation)], literal(n.value), _comment(lines, n.lineno - 1))
+        for n in body
+        if isinstance(n, ast.AnnAssign)
+    )
 
 @cache
 def algorithms() -> tuple:
     "The trainer's `ALGORITHMS`, without importing it."
-    return next(ast.literal_eval(n.value) for n in ast.parse(_trainer_source()).body if isinstance(n, ast.Assign) and n.targets[0].id == "ALGORITHMS")
+    return next(
+        ast.literal_eval(n.value)
+        for n in ast.parse(_trainer_source()).body
+        if isinstance(n, ast.Assign) and n.targets[0].id == "ALGORITHMS"
+    )
 
 # %% ../nbs/11_cli.ipynb #63b88f97
 def _dashes(word):
@@ -47,9 +62,12 @@ _PATHS = ("DIR", "FILE", "AVA.txt")  # a path option's metavar begins with or ho
 _ALSO_PATHS = ("reward", "vlm_similarity")
 
 class _Parser(argparse.ArgumentParser):
-    "An argument parser that complains in one line, and knows the home folder: a shell leaves the ~ of --output=~/run as it is."
+    """An argument parser that complains in one line, and knows the home folder: a shell leaves the ~ of
+    --output=~/run as it is."""
     def parse_known_args(self, args=None, namespace=None):
-        found, rest = super().parse_known_args([*map(_dashes, sys.argv[1:] if args is None else args)], namespace)
+        found, rest = super().parse_known_args(
+            [*map(_dashes, sys.argv[1:] if args is None else args)], namespace
+        )
         for a in self._actions:
             value = getattr(found, a.dest, None)
             path = a.dest in _ALSO_PATHS or any(o in str(a.metavar) for o in _PATHS)
@@ -57,14 +75,16 @@ class _Parser(argparse.ArgumentParser):
         return found, rest
 
     def error(self, message):
-        if "unrecognized" in message or "the following arguments are required" in message: message += f"; see {self.prog} --help"
+        if "unrecognized" in message or "the following arguments are required" in message:
+            message += f"; see {self.prog} --help"
         self.exit(2, f"{self.prog}: {_line(message)}\n")
 
 def _number(kind, what, ok):
     def parse(text):
         try: value = kind(text)
         except ValueError: value = None
-        if value is None or not ok(value): raise argparse.ArgumentTypeError(f"{text!r} is not {what}; give {what}")
+        if value is None or not ok(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}; give {what}")
         return value
     return parse
 
@@ -75,7 +95,11 @@ class _Switch(argparse.Action):
         super().__init__([*option_strings, *negative], dest, nargs="?", metavar="true|false", **kwargs)
     def __call__(self, parser, namespace, value, flag=None):
         says = dict(true=True, false=False).get((value or "true").lower())
-        if says is None or (value and flag.startswith("--no-")): parser.error(f"argument {flag}: {value!r} is neither true nor false; write {self.option_strings[0]} or {self.option_strings[-1]}")
+        if says is None or (value and flag.startswith("--no-")):
+            parser.error(
+                f"argument {flag}: {value!r} is neither true nor false; write {self.option_strings[0]} or"
+                f" {self.option_strings[-1]}"
+            )
         setattr(namespace, self.dest, says != flag.startswith("--no-"))
 
 _count = _number(int, "a whole number above 0", lambda v: v > 0)
@@ -96,27 +120,52 @@ def _option(text):
     try: return name, json.loads(value)
     except (ValueError, RecursionError): return name, value
 _seconds = _number(float, "a number above 0", lambda v: 0 < v < float("inf"))
-_types = {int: _number(int, "a whole number", lambda v: True), float: _number(float, "a number", lambda v: v == v), str: str, dict: _json_object}
-_of_a_run = ("seed", "num_epochs", "algorithm", "run_name", "logdir", "resume_from", "push_to_hub", "hub_model_id")  # say what to run and where, and not how
+_types = {
+    int: _number(int, "a whole number", lambda v: True), float: _number(float, "a number", lambda v: v == v),
+    str: str, dict: _json_object
+}
+# say what to run and where, and not how
+_of_a_run = (
+    "seed", "num_epochs", "algorithm", "run_name", "logdir", "resume_from", "push_to_hub", "hub_model_id"
+)
 
 def _algorithms(text):
     names = [o.strip() for o in text.split(",")]
     for name in names:
-        if name not in algorithms(): raise argparse.ArgumentTypeError(f"there is no {name!r}; choose from {', '.join(algorithms())}")
+        if name not in algorithms():
+            raise argparse.ArgumentTypeError(f"there is no {name!r}; choose from {', '.join(algorithms())}")
     return _once(text, names)
 
 def _seeds(text): return _once(text, [_seed(o) for o in text.split(",")])
 def _once(text, values):
-    if len({*values}) < len(values): raise argparse.ArgumentTypeError(f"{text!r} names one twice; give each once")
+    if len({*values}) < len(values):
+        raise argparse.ArgumentTypeError(f"{text!r} names one twice; give each once")
     return values
 
 # %% ../nbs/11_cli.ipynb #d2ed763a
 def _add_model(p):
-    p.add_argument("--model", default="emoji-sd", metavar="DIR_OR_ID",
-                   help="emoji-sd (bundled), a folder in diffusers' format, a .safetensors file (01b_loading), or a hub id")
+    p.add_argument(
+        "--model", default="emoji-sd", metavar="DIR_OR_ID",
+        help=(
+            "emoji-sd (bundled), a folder in diffusers' format, a .safetensors file (01b_loading), or a"
+            " hub id"
+        ),
+    )
 def _add_reward(p):
-    p.add_argument("--reward", default="jpeg_compressibility", metavar="NAME", help="a name (see 05_rewards), a weighted sum such as clip_alignment+0.5*jpeg_compressibility, or path/to/file.py:function")
-    p.add_argument("--vlm-url", metavar="URL", help="of an OpenAI-compatible server, for vlm_alignment and vlm_questions (DDPO_VLM_URL); its key is read from OPENAI_API_KEY")
+    p.add_argument(
+        "--reward", default="jpeg_compressibility", metavar="NAME",
+        help=(
+            "a name (see 05_rewards), a weighted sum such as clip_alignment+0.5*jpeg_compressibility, or"
+            " path/to/file.py:function"
+        ),
+    )
+    p.add_argument(
+        "--vlm-url", metavar="URL",
+        help=(
+            "of an OpenAI-compatible server, for vlm_alignment and vlm_questions (DDPO_VLM_URL); its key is"
+            " read from OPENAI_API_KEY"
+        ),
+    )
     p.add_argument("--vlm-model", metavar="NAME", help="as that server calls it (DDPO_VLM_MODEL)")
     p.add_argument("--vlm-max-tokens", type=_count, metavar="N",
                    help="the longest answer, a thinking model's thoughts included (64; DDPO_VLM_MAX_TOKENS)")
@@ -124,52 +173,104 @@ def _add_reward(p):
     p.add_argument("--vlm-set", type=_option, action="append", metavar="FIELD=VALUE",
                    help="another field of the request, such as reasoning_effort=low; none leaves one out: "
                         "temperature=none (DDPO_VLM_SET, a JSON object)")
-    p.add_argument("--vlm-similarity", metavar="NAME", help="how an answer is compared with the prompt; see 05c_vlm (DDPO_VLM_SIMILARITY)")
+    p.add_argument(
+        "--vlm-similarity", metavar="NAME",
+        help="how an answer is compared with the prompt; see 05c_vlm (DDPO_VLM_SIMILARITY)",
+    )
 def _add_prompts(p, what=""):
-    p.add_argument("--prompts", default="simple_animals", metavar="NAME_OR_FILE", help=f"{', '.join(PROMPT_SETS)}, or a file with one prompt a line{what}")
+    p.add_argument(
+        "--prompts", default="simple_animals", metavar="NAME_OR_FILE",
+        help=f"{', '.join(PROMPT_SETS)}, or a file with one prompt a line{what}",
+    )
 
 def _add_weights(p):
     g = p.add_mutually_exclusive_group()
-    g.add_argument("--lora", metavar="DIR", help="LoRA weights: a folder such as runs/x/weights/ddpo-is-seed0, a .safetensors file of any "
-                                                 "of the usual programs, or a hub id")
+    g.add_argument(
+        "--lora", metavar="DIR",
+        help=(
+            "LoRA weights: a folder such as runs/x/weights/ddpo-is-seed0, a .safetensors file of any "
+            "of the usual programs, or a hub id"
+        ),
+    )
     g.add_argument("--unet", metavar="DIR", help="folder of a whole trained UNet")
 
 def _add_sampling(p):
     p.add_argument("--steps", type=_count, help="denoising steps (20 for emoji-sd, else 50)")
-    p.add_argument("--guidance", type=_not_negative, help="classifier-free guidance (3 for emoji-sd, else 5); 0 or 1: none")
-    p.add_argument("--eta", type=_not_negative, default=1.0, help="share of DDPM's noise in a step, in [0, 1] (1)")
+    p.add_argument(
+        "--guidance", type=_not_negative,
+        help="classifier-free guidance (3 for emoji-sd, else 5); 0 or 1: none",
+    )
+    p.add_argument(
+        "--eta", type=_not_negative, default=1.0, help="share of DDPM's noise in a step, in [0, 1] (1)"
+    )
     p.add_argument("--batch-size", type=_count, default=16, help="pictures drawn together (16)")
 
 def _add_run(p):
     _add_model(p); _add_reward(p); _add_prompts(p)
-    p.add_argument("--queries", type=_count, help="pictures to score in training, for each algorithm and seed")
-    p.add_argument("--output", metavar="DIR", help="folder to write; what is finished in it is kept (runs/NAME-DATE)")
-    p.add_argument("--resume", action="store_true", help="go on with an unfinished run from its newest whole checkpoint: that in --output, or the latest in runs/")
-    p.add_argument("--lora", action=_Switch, default=True, help="train adapters; --no-lora trains the whole UNet")
-    p.add_argument("--evaluation-samples", type=_count, metavar="N", help="pictures of each prompt set in the examination (one a prompt, at most 64)")
+    p.add_argument(
+        "--queries", type=_count, help="pictures to score in training, for each algorithm and seed"
+    )
+    p.add_argument(
+        "--output", metavar="DIR", help="folder to write; what is finished in it is kept (runs/NAME-DATE)"
+    )
+    p.add_argument(
+        "--resume", action="store_true",
+        help=(
+            "go on with an unfinished run from its newest whole checkpoint: that in --output, or the latest"
+            " in runs/"
+        ),
+    )
+    p.add_argument(
+        "--lora", action=_Switch, default=True, help="train adapters; --no-lora trains the whole UNet"
+    )
+    p.add_argument(
+        "--evaluation-samples", type=_count, metavar="N",
+        help="pictures of each prompt set in the examination (one a prompt, at most 64)",
+    )
     p.add_argument("--progress", action=_Switch, default=True, help="progress bars")
-    g = p.add_argument_group("settings of DDPOConfig", "defaults depend on model and algorithm; see 09_trainer")
+    g = p.add_argument_group(
+        "settings of DDPOConfig", "defaults depend on model and algorithm; see 09_trainer"
+    )
     for name, kind, _, comment in config_fields():
         flag = "--" + name.replace("_", "-")
         if name in _of_a_run: continue
-        if kind is bool: g.add_argument(flag, action=_Switch, help=comment.replace("%", "%%"))
-        else: g.add_argument(flag, type=_types[kind], metavar=kind.__name__.upper(), help=comment.replace("%", "%%"))
+        if kind is bool:
+            g.add_argument(flag, action=_Switch, help=comment.replace("%", "%%"))
+        else:
+            g.add_argument(
+                flag, type=_types[kind], metavar=kind.__name__.upper(), help=comment.replace("%", "%%")
+            )
 
 # %% ../nbs/11_cli.ipynb #0fd502f8
 def make_parser(
     defaults: dict|None = None,  # of `ddpo-nb train`, from a recipe
 ) -> argparse.ArgumentParser:
     "The parser of `ddpo-nb`."
-    p = _Parser(prog="ddpo-nb", description="Fine-tune text-to-image diffusion models with DDPO and RWR.", allow_abbrev=False)
+    p = _Parser(
+        prog="ddpo-nb",
+        description="Fine-tune text-to-image diffusion models with DDPO and RWR.",
+        allow_abbrev=False,
+    )
     from ddpo_nb import __version__
     p.add_argument("--version", action="version", version=f"ddpo-nb {__version__}")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    add = lambda name, run, help: (c := commands.add_parser(name, help=help, description=help, allow_abbrev=False)).set_defaults(run=run) or c
+    add = (
+        lambda name, run, help: (
+            c := commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        ).set_defaults(run=run)
+        or c
+    )
 
     c = add("compare", _compare, "Train several algorithms on one budget of reward queries, and report.")
-    c.add_argument("--algorithms", "--algorithm", type=_algorithms, default=["ddpo-is", "rwr"], metavar="A,B", help=f"of {', '.join(algorithms())} (ddpo-is,rwr)")
+    c.add_argument(
+        "--algorithms", "--algorithm", type=_algorithms, default=["ddpo-is", "rwr"], metavar="A,B",
+        help=f"of {', '.join(algorithms())} (ddpo-is,rwr)"
+    )
     c.add_argument("--seeds", "--seed", type=_seeds, default=[0], metavar="0,1,2", help="a run for each (0)")
-    c.add_argument("--set", action="append", default=[], metavar="ALGORITHM.FIELD=VALUE", help="a setting for one algorithm alone, such as rwr.rwr_beta=0.5")
+    c.add_argument(
+        "--set", action="append", default=[], metavar="ALGORITHM.FIELD=VALUE",
+        help="a setting for one algorithm alone, such as rwr.rwr_beta=0.5"
+    )
     _add_run(c)
 
     c = add("train", _train, "Train one model with one algorithm, and report.")
@@ -178,47 +279,93 @@ def make_parser(
     c.add_argument("--epochs", type=_count, help="rounds of sampling and training, instead of --queries")
     c.add_argument("--num-epochs", type=_count, metavar="EPOCHS", help="the same as --epochs")
     c.add_argument("--logdir", metavar="DIR", help="write to DIR/RUN_NAME, instead of --output")
-    c.add_argument("--run-name", metavar="NAME", help="of the folder in --logdir (runs), and of the run in wandb and trackio")
+    c.add_argument(
+        "--run-name", metavar="NAME",
+        help="of the folder in --logdir (runs), and of the run in wandb and trackio",
+    )
     c.add_argument("--resume-from", metavar="DIR", help="go on with the run in DIR: --output DIR --resume")
-    c.add_argument("--recipe", metavar="NAME", help="settings with a name; every flag given beside it overrides its own")
+    c.add_argument(
+        "--recipe", metavar="NAME", help="settings with a name; every flag given beside it overrides its own"
+    )
     c.add_argument("--list-recipes", action="store_true", help="print the recipes and stop")
     c.add_argument("--dry-run", action="store_true", help="print what the run would do and need, and stop")
-    c.add_argument("--init-lora", metavar="DIR", help="go on training this LoRA: a folder, a .safetensors file, or a hub id")
-    c.add_argument("--push-to-hub", nargs="?", const="", metavar="USER/NAME", help="upload the trained weights with a model card")
+    c.add_argument(
+        "--init-lora", metavar="DIR",
+        help="go on training this LoRA: a folder, a .safetensors file, or a hub id",
+    )
+    c.add_argument(
+        "--push-to-hub", nargs="?", const="", metavar="USER/NAME",
+        help="upload the trained weights with a model card"
+    )
     c.add_argument("--hub-model-id", metavar="USER/NAME", help="where to, if --push-to-hub does not say")
-    c.add_argument("--hf-user-access-token", metavar="TOKEN", help="for the hub; better in HF_TOKEN, or by `hf auth login`")
+    c.add_argument(
+        "--hf-user-access-token", metavar="TOKEN",
+        help="for the hub; better in HF_TOKEN, or by `hf auth login`"
+    )
     c.add_argument("--private", action="store_true", help="make a new repository private")
     _add_run(c)
     c.set_defaults(**defaults or {})
 
     c = add("sample", _sample, "Draw pictures into one PNG file.")
     _add_model(c); _add_weights(c); _add_sampling(c)
-    c.add_argument("--prompt", action="append", required=True, help="what to draw; may be given several times")
+    c.add_argument(
+        "--prompt", action="append", required=True, help="what to draw; may be given several times"
+    )
     c.add_argument("--count", type=_count, default=1, help="pictures of each prompt (1)")
     c.add_argument("--seed", type=_seed, default=0, help="of the noise (0)")
     c.add_argument("--output", required=True, metavar="FILE.png", help="file to write")
 
-    c = add("evaluate", _evaluate, "Print a model's mean reward with a 95 %% interval, on the same samples for every weight file.")
+    c = add(
+        "evaluate", _evaluate,
+        "Print a model's mean reward with a 95 %% interval, on the same samples for every weight file.",
+    )
     _add_model(c); _add_weights(c); _add_reward(c); _add_prompts(c); _add_sampling(c)
     c.add_argument("--seed", type=_seed, default=0, help="of the noise (0)")
     c.add_argument("--samples", type=_count, help="pictures to draw (one a prompt, at most 64)")
 
     c = add("export", _export, "Write a trained LoRA for other programs.")
-    c.add_argument("--lora", required=True, metavar="DIR", help="folder of LoRA weights, such as runs/x/weights/ddpo-is-seed0, or a .safetensors file")
-    c.add_argument("--format", choices=["kohya"], default="kohya", help="of kohya's scripts, for ComfyUI and A1111 (kohya)")
-    c.add_argument("--output", required=True, metavar="FILE.safetensors", help="file to write; one that is there already is left as it is")
+    c.add_argument(
+        "--lora", required=True, metavar="DIR",
+        help="folder of LoRA weights, such as runs/x/weights/ddpo-is-seed0, or a .safetensors file",
+    )
+    c.add_argument(
+        "--format", choices=["kohya"], default="kohya",
+        help="of kohya's scripts, for ComfyUI and A1111 (kohya)"
+    )
+    c.add_argument(
+        "--output", required=True, metavar="FILE.safetensors",
+        help="file to write; one that is there already is left as it is"
+    )
 
     c = add("train-aesthetic", _train_aesthetic, "Train an aesthetic predictor on rated pictures.")
-    c.add_argument("--ratings", required=True, metavar="AVA.txt", help="a picture a line: index, image id, the counts of the votes 1 to 10, two tags, challenge")
-    c.add_argument("--images", required=True, metavar="DIR", help="folder with the pictures, named by their ids, such as 953619.jpg")
-    c.add_argument("--clip", default="emoji-clip", metavar="DIR_OR_ID", help="emoji-clip (bundled), a folder, or a hub id; for photographs openai/clip-vit-large-patch14")
-    c.add_argument("--loss", choices=["emd", "mse"], default="emd", help="learn the votes' distribution by the earth mover's distance (emd), or their mean (mse)")
+    c.add_argument(
+        "--ratings", required=True, metavar="AVA.txt",
+        help="a picture a line: index, image id, the counts of the votes 1 to 10, two tags, challenge",
+    )
+    c.add_argument(
+        "--images", required=True, metavar="DIR",
+        help="folder with the pictures, named by their ids, such as 953619.jpg",
+    )
+    c.add_argument(
+        "--clip", default="emoji-clip", metavar="DIR_OR_ID",
+        help="emoji-clip (bundled), a folder, or a hub id; for photographs openai/clip-vit-large-patch14",
+    )
+    c.add_argument(
+        "--loss", choices=["emd", "mse"], default="emd",
+        help="learn the votes' distribution by the earth mover's distance (emd), or their mean (mse)",
+    )
     c.add_argument("--epochs", type=_count, default=60, help="passes over the ratings (60)")
-    c.add_argument("--validation", type=_number(float, "a share between 0 and 1", lambda v: 0 < v < 1), default=.1, metavar="SHARE", help="of the pictures, kept for the examination (0.1)")
+    c.add_argument(
+        "--validation", type=_number(float, "a share between 0 and 1", lambda v: 0 < v < 1), default=0.1,
+        metavar="SHARE", help="of the pictures, kept for the examination (0.1)"
+    )
     c.add_argument("--seed", type=_seed, default=0, help="of the head and the choice of those pictures (0)")
     c.add_argument("--output", metavar="DIR", help="folder to write (runs/train-aesthetic-DATE)")
     c.add_argument("--cache", metavar="DIR", help="folder of embeddings, to share between runs (in --output)")
-    c.add_argument("--resume", action="store_true", help="go on with an unfinished run: that in --output, or the latest in runs/")
+    c.add_argument(
+        "--resume", action="store_true",
+        help="go on with an unfinished run: that in --output, or the latest in runs/",
+    )
     c.add_argument("--progress", action=_Switch, default=True, help="progress bars")
     return p
 
@@ -230,19 +377,28 @@ def _check_model(model):
     remedy = ("give emoji-sd, a folder in diffusers' format, a .safetensors file, or a hub id such as "
               "stable-diffusion-v1-5/stable-diffusion-v1-5")
     if path.is_dir():
-        if not (path/"model_index.json").is_file(): raise InputError("--model", f"the folder {model!r} holds no model_index.json", remedy)
+        if not (path / "model_index.json").is_file():
+            raise InputError("--model", f"the folder {model!r} holds no model_index.json", remedy)
     elif path.is_file():
         if path.suffix in (".ckpt", ".bin", ".pt", ".pth"):
-            raise InputError("--model", f"{model!r} is a pickle, which can run code and is never opened", "save it as safetensors where you trust it")
-        if path.suffix != ".safetensors": raise InputError("--model", f"{model!r} is no .safetensors file", remedy)
+            raise InputError(
+                "--model", f"{model!r} is a pickle, which can run code and is never opened",
+                "save it as safetensors where you trust it"
+            )
+        if path.suffix != ".safetensors":
+            raise InputError("--model", f"{model!r} is no .safetensors file", remedy)
     elif model.count("/") != 1 or model.startswith((".", "~", "/")) or model.endswith("/"):
         raise InputError("--model", f"there is no file or folder {model!r}", remedy)
 
 def _check_lora(flag, place):
     "InputError if a LoRA can be neither a file, nor a folder, nor on the hub."
-    if place is None or Path(place).expanduser().exists() or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", place): return
-    raise InputError(flag, f"there is no {place!r}",
-                     "give a folder of trained weights, such as runs/x/weights/ddpo-is-seed0, a .safetensors file, or a hub id")
+    if place is None or Path(place).expanduser().exists() or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", place):
+        return
+    raise InputError(
+        flag, f"there is no {place!r}",
+        "give a folder of trained weights, such as runs/x/weights/ddpo-is-seed0, a .safetensors file, or a"
+        " hub id",
+    )
 
 def _vlm(args, output=None):
     "Rewards that ask a server find it in the environment; a run's answers are kept in its folder."
@@ -257,44 +413,75 @@ def _vlm(args, output=None):
     for name in ("vlm_url", "vlm_model", "vlm_similarity"):
         if getattr(args, name): os.environ[f"DDPO_{name.upper()}"] = getattr(args, name)
 
-def _settings(args): return {n: v for n, *_ in config_fields() if n not in _of_a_run and (v := getattr(args, n, None)) is not None}
+def _settings(args):
+    return {
+        n: v for n, *_ in config_fields() if n not in _of_a_run and (v := getattr(args, n, None)) is not None
+    }
 
 def _one_of(args, flag, other):
     "What two flags of one meaning say; InputError if they say different things."
     a, b = (getattr(args, o.strip("-").replace("-", "_")) for o in (flag, other))
-    if None not in (a, b) and a != b: raise InputError(flag, f"{a} is not what {other} says, which is {b}", "give one of them")
+    if None not in (a, b) and a != b:
+        raise InputError(flag, f"{a} is not what {other} says, which is {b}", "give one of them")
     return b if a is None else a
 
 def _run_folder(place):
-    "The folder of the run that a run folder, a folder of checkpoints in it, or its newest checkpoint belongs to."
+    """The folder of the run that a run folder, a folder of checkpoints in it, or its newest checkpoint
+    belongs to."""
     place = Path(place).expanduser()
-    found = next((o for o in (place, *list(place.parents)[:4]) if (o/"config.json").is_file()), None) if place.is_dir() else None
-    if found is None: raise InputError("--resume-from", f"there is no run in {str(place)!r}", "name a folder that ddpo-nb train wrote")
+    found = (
+        next((o for o in (place, *list(place.parents)[:4]) if (o / "config.json").is_file()), None)
+        if place.is_dir()
+        else None
+    )
+    if found is None:
+        raise InputError(
+            "--resume-from", f"there is no run in {str(place)!r}", "name a folder that ddpo-nb train wrote"
+        )
     if place.name.startswith("checkpoint_"):
         from ddpo_nb.checkpoints import newest_whole
         newest = newest_whole(place.parent)
-        if newest != place: raise InputError("--resume-from", f"{place.name} is not the run's newest whole checkpoint", f"name {newest}, or the run's folder {found}")
+        if newest != place:
+            raise InputError(
+                "--resume-from", f"{place.name} is not the run's newest whole checkpoint",
+                f"name {newest}, or the run's folder {found}"
+            )
     return str(found)
 
 def _place(args):
     "`--logdir`, `--run-name` and `--resume-from` as `--output`, `--resume` and the trackers' names."
     if args.run_name or args.logdir:
         home = str(Path(args.logdir or "runs")/(args.run_name or ""))
-        if args.output and Path(args.output) != Path(home): raise InputError("--logdir" if args.logdir else "--run-name", f"it would be {home!r}, and --output says {args.output!r}", "give one of them")
+        if args.output and Path(args.output) != Path(home):
+            raise InputError(
+                "--logdir" if args.logdir else "--run-name",
+                f"it would be {home!r}, and --output says {args.output!r}", "give one of them"
+            )
         args.output = home
     if args.run_name:
         given = args.tracker_kwargs or {}
-        args.tracker_kwargs = given | {t: dict(name=args.run_name) | given.get(t, {}) for t in ("wandb", "trackio")}
+        args.tracker_kwargs = given | {
+            t: dict(name=args.run_name) | given.get(t, {}) for t in ("wandb", "trackio")
+        }
     if args.resume_from:
         home = _run_folder(args.resume_from)
-        if args.output and Path(args.output).expanduser() != Path(home): raise InputError("--resume-from", f"the run is in {home!r}, and --output says {args.output!r}", "give one of them")
+        if args.output and Path(args.output).expanduser() != Path(home):
+            raise InputError(
+                "--resume-from", f"the run is in {home!r}, and --output says {args.output!r}",
+                "give one of them"
+            )
         args.output, args.resume = home, True
 
 def _repository(args):
-    "Where `--push-to-hub` and `--hub-model-id` want the weights, or None; InputError if that is not said, or said twice and differently."
+    """Where `--push-to-hub` and `--hub-model-id` want the weights, or None; InputError if that is not
+    said, or said twice and differently."""
     if args.push_to_hub == "" or args.push_to_hub is None:
-        if args.push_to_hub is None and args.hub_model_id: raise InputError("--hub-model-id", "nothing is to be uploaded", "give --push-to-hub too")
-        if args.push_to_hub == "" and not args.hub_model_id: raise InputError("--push-to-hub", "there is no repository to push to", "give USER/NAME, such as ada/tidy-emoji")
+        if args.push_to_hub is None and args.hub_model_id:
+            raise InputError("--hub-model-id", "nothing is to be uploaded", "give --push-to-hub too")
+        if args.push_to_hub == "" and not args.hub_model_id:
+            raise InputError(
+                "--push-to-hub", "there is no repository to push to", "give USER/NAME, such as ada/tidy-emoji"
+            )
         return args.hub_model_id
     return _one_of(args, "--push-to-hub", "--hub-model-id")
 
@@ -326,16 +513,24 @@ def _new_folder(stem):
     "Make a folder of that name, or of the next: two runs may begin in the same second."
     for i in range(1, 1000):
         path = Path(stem if i == 1 else f"{stem}-{i}")
-        try: path.mkdir(parents=True)
-        except FileExistsError: continue
-        except OSError as e: raise InputError("--output", f"cannot make {str(path)!r} ({e.strerror})", "name a folder you may write to") from None
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as e:
+            raise InputError(
+                "--output", f"cannot make {str(path)!r} ({e.strerror})", "name a folder you may write to"
+            ) from None
         return str(path)
     raise InputError("--output", f"there are a thousand folders {stem!r}", "name another")
 
 def _newest(name):
     "The latest run of that name that nobody writes to."
-    found = sorted((str(o) for o in Path("runs").glob(name + "*") if (o/"config.json").is_file()), reverse=True)
-    if not found: raise InputError("--resume", f"there is no run named runs/{name}…", "name its folder with --output")
+    found = sorted(
+        (str(o) for o in Path("runs").glob(name + "*") if (o / "config.json").is_file()), reverse=True
+    )
+    if not found:
+        raise InputError("--resume", f"there is no run named runs/{name}…", "name its folder with --output")
     from ddpo_nb.checkpoints import check_free
     for i, o in enumerate(found, 1):
         try: check_free(o, "--resume", own=True)
@@ -344,17 +539,33 @@ def _newest(name):
         else: return o
 
 def _output(args):
-    "The folder to write, made if it has no name yet; with --resume, one that holds a run and that nobody writes to."
-    name = "-".join([args.command, *([re.sub(r"[^\w.-]+", "_", args.reward.rpartition(":")[2])] if hasattr(args, "reward") else []), ""])  # a sum has signs that folders should not
-    if not args.resume: return args.output or _new_folder(f"runs/{name}{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    """The folder to write, made if it has no name yet; with --resume, one that holds a run and that
+    nobody writes to."""
+    # a sum has signs that folders should not
+    name = "-".join(
+        [
+            args.command,
+            *([re.sub(r"[^\w.-]+", "_", args.reward.rpartition(":")[2])] if hasattr(args, "reward") else []),
+            "",
+        ]
+    )
+    if not args.resume:
+        return args.output or _new_folder(f"runs/{name}{datetime.datetime.now():%Y%m%d-%H%M%S}")
     found = args.output or _newest(name)
-    if not (Path(found)/"config.json").is_file(): raise InputError("--resume", f"there is no run in {found!r}", "name its folder with --output, or leave out --resume")
+    if not (Path(found) / "config.json").is_file():
+        raise InputError(
+            "--resume", f"there is no run in {found!r}",
+            "name its folder with --output, or leave out --resume"
+        )
     return found
 
 @contextmanager
 def _folder(args):
     "The folder to write, the same for all processes; what was made for it goes again if it stays empty."
-    new, several, made = not args.output and not args.resume, int(os.environ.get("WORLD_SIZE", 1)) > 1, not Path("runs").exists()
+    new, several, made = (
+        not args.output and not args.resume, int(os.environ.get("WORLD_SIZE", 1)) > 1,
+        not Path("runs").exists()
+    )
     main = not several or os.environ.get("RANK", "0") == "0"
     output = _output(args) if main or args.output else None
     if several and not args.output:
@@ -418,19 +629,28 @@ def _race_in(output, args, names, seeds, queries, overrides):
     words = _words(args, output)
     from ddpo_nb.compare import compare
     again = shlex.join(["ddpo-nb", *words])
-    try: c = compare(args.reward, names, queries, seeds, args.model, args.prompts, output, args.lora, args.evaluation_samples, overrides, args.progress,
-                     args.command == "train", again, getattr(args, "init_lora", None), **_settings(args))
+    try:
+        c = compare(
+            args.reward, names, queries, seeds, args.model, args.prompts, output, args.lora,
+            args.evaluation_samples, overrides, args.progress, args.command == "train", again,
+            getattr(args, "init_lora", None), **_settings(args)
+        )
     except SystemExit as e:  # SIGTERM
         print(f"\nTerminated; what is finished is kept. To go on:\n  {_go_on(words)}", file=sys.stderr)
         return e.code, None
     except Exception as e:
         if type(e).__name__ == "ServerGone":
-            print(f"\nWhat is finished is kept, and no answer is asked for twice. With the server back, to go on:\n  {_go_on(words) if (Path(output)/'config.json').is_file() else again}", file=sys.stderr)
+            print(
+                "\nWhat is finished is kept, and no answer is asked for twice. With the server back, to go"
+                f" on:\n  {_go_on(words) if (Path(output)/'config.json').is_file() else again}",
+                file=sys.stderr,
+            )
         raise
     if os.environ.get("RANK", "0") != "0": return (130 if c.interrupted else 0), c
     for note in c.settings["notes"]: print(note)
     if c.evaluations: print(f"\n{c.table()}\n\n{c.headline()}\n\nreport: {Path(output)/'report.html'}")
-    if c.interrupted: print(f"\nInterrupted; what is finished is kept. To go on:\n  {_go_on(words)}", file=sys.stderr)
+    if c.interrupted:
+        print(f"\nInterrupted; what is finished is kept. To go on:\n  {_go_on(words)}", file=sys.stderr)
     return (130 if c.interrupted else 0), c
 
 # %% ../nbs/11_cli.ipynb #26ce3267
@@ -442,7 +662,10 @@ def _recipe(args):
     "What the recipe says, as the command line's defaults."
     from ddpo_nb.recipes import get_recipe
     r = get_recipe(args.recipe)
-    return dict(model=r.model, algorithm=r.algorithm, reward=r.reward, prompts=r.prompts, lora=r.lora, recipe_epochs=r.epochs) | r.beside(vars(args))
+    return dict(
+        model=r.model, algorithm=r.algorithm, reward=r.reward, prompts=r.prompts, lora=r.lora,
+        recipe_epochs=r.epochs
+    ) | r.beside(vars(args))
 
 def _dry_run(args, config, epochs, processes):
     from ddpo_nb.recipes import model_numbers, plan
@@ -455,10 +678,18 @@ def _push(args, c):
     from ddpo_nb.compare import BASE
     from ddpo_nb.hub import model_card, public, push
     name, s, own = args.algorithm, c.settings, (args.algorithm, args.seed)
-    files = {o: (c.folder/o).read_bytes() for o in ("before_after.png", "curves.png", "metrics.jsonl")} | {"config.json": json.dumps(public(s), indent=1)}
+    files = {o: (c.folder / o).read_bytes() for o in ("before_after.png", "curves.png", "metrics.jsonl")} | {
+        "config.json": json.dumps(public(s), indent=1)
+    }
     rows = [r for r in c.rows if (r["algorithm"], r["seed"]) == own]
-    card = model_card(args.model, name, s["reward_name"], s["configs"][name], rows, args.push_to_hub, args.lora, numbers={"before": c.summary(BASE), "after": c.summary(name)})
-    where = push(c.folder/"weights"/f"{name}-seed{args.seed}", args.push_to_hub, card, files, args.hf_user_access_token, args.private or None, again=_go_on(_words(args, c.folder)))
+    card = model_card(
+        args.model, name, s["reward_name"], s["configs"][name], rows, args.push_to_hub, args.lora,
+        numbers={"before": c.summary(BASE), "after": c.summary(name)}
+    )
+    where = push(
+        c.folder / "weights" / f"{name}-seed{args.seed}", args.push_to_hub, card, files,
+        args.hf_user_access_token, args.private or None, again=_go_on(_words(args, c.folder))
+    )
     print(f"uploaded: {where}")
 
 def _train(args):
@@ -475,13 +706,19 @@ def _train(args):
     if args.push_to_hub:
         from ddpo_nb.hub import check_access, check_repo_id
         check_repo_id(args.push_to_hub)
-        if main and not args.dry_run: check_access(args.push_to_hub, args.hf_user_access_token)  # rather now than after hours
+        # rather now than after hours
+        if main and not args.dry_run: check_access(args.push_to_hub, args.hf_user_access_token)
     from ddpo_nb.trainer import make_config
     config = make_config(args.algorithm, args.model, args.lora, **_settings(args))
     per_epoch = config.samples_per_epoch * processes
     if args.epochs and args.queries and args.queries != args.epochs * per_epoch:
-        raise InputError("--epochs", f"{args.epochs} of {per_epoch} pictures are not what --queries says, which is {args.queries}", "give one of them")
-    if args.queries is None: args.queries = (args.epochs or getattr(args, "recipe_epochs", None) or config.num_epochs) * per_epoch
+        raise InputError(
+            "--epochs",
+            f"{args.epochs} of {per_epoch} pictures are not what --queries says, which is {args.queries}",
+            "give one of them",
+        )
+    if args.queries is None:
+        args.queries = (args.epochs or getattr(args, "recipe_epochs", None) or config.num_epochs) * per_epoch
     if args.dry_run: return _dry_run(args, config, max(1, args.queries // per_epoch), processes)
     status, c = _race(args, [args.algorithm], [args.seed], args.queries)
     if args.push_to_hub and main and status == 0: _push(args, c)
@@ -494,7 +731,10 @@ def _policy(args):
     if args.eta > 1: raise InputError("--eta", f"{args.eta} is out of range", "give a number in [0, 1]")
     _check_lora("--lora", args.lora)
     if args.unet and not Path(args.unet).expanduser().exists():
-        raise InputError("--unet", f"there is no {args.unet!r}", "give a folder of trained weights, such as runs/x/weights/ddpo-is-seed0")
+        raise InputError(
+            "--unet", f"there is no {args.unet!r}",
+            "give a folder of trained weights, such as runs/x/weights/ddpo-is-seed0",
+        )
     from ddpo_nb.loading import fuse_lora, load_pipeline
     from ddpo_nb.policy import StableDiffusionPolicy
     from ddpo_nb.trainer import make_config, processes
@@ -504,13 +744,20 @@ def _policy(args):
     if text: fuse_lora(pipe)  # a policy's text encoder is as it is
     policy = StableDiffusionPolicy(pipe, use_lora=bool(args.lora) and not text)
     policy.pipeline.to(processes().device)
-    if (args.steps or 1) > policy.num_train_timesteps: raise InputError("--steps", f"{args.steps} is more than the model's {policy.num_train_timesteps}", "give fewer")
-    policy.configure(args.steps or usual.sample_num_steps, args.eta, usual.sample_guidance_scale if args.guidance is None else args.guidance)
+    if (args.steps or 1) > policy.num_train_timesteps:
+        raise InputError(
+            "--steps", f"{args.steps} is more than the model's {policy.num_train_timesteps}", "give fewer"
+        )
+    policy.configure(
+        args.steps or usual.sample_num_steps, args.eta,
+        usual.sample_guidance_scale if args.guidance is None else args.guidance,
+    )
     return policy
 
 def _sample(args):
     path = Path(args.output)
-    if path.suffix.lower() != ".png": raise InputError("--output", f"{args.output!r} is no PNG file", "give a name that ends in .png")
+    if path.suffix.lower() != ".png":
+        raise InputError("--output", f"{args.output!r} is no PNG file", "give a name that ends in .png")
     if path.is_dir(): raise InputError("--output", f"{args.output!r} is a folder", "give the name of a file")
     for o in args.prompt:
         if flaw := prompt_flaw(o): raise InputError("--prompt", f"one {flaw}", "give a short text")
@@ -520,11 +767,14 @@ def _sample(args):
     from ddpo_nb.rewards import to_uint8
     from ddpo_nb.rollout import rollout
     prompts = [p for p in args.prompt for _ in range(args.count)]
-    images = to_uint8(rollout(policy, prompts, exam_generators(args.seed, len(prompts)), batch_size=args.batch_size).images)
+    images = to_uint8(
+        rollout(policy, prompts, exam_generators(args.seed, len(prompts)), batch_size=args.batch_size).images
+    )
     columns = args.count if args.count > 1 else min(len(prompts), 8)
     height, width = images.shape[1:3]
     sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
-    for i, image in enumerate(images): sheet.paste(Image.fromarray(image), (i % columns * width, i // columns * height))
+    for i, image in enumerate(images):
+        sheet.paste(Image.fromarray(image), (i % columns * width, i // columns * height))
     sheet.save(out := io.BytesIO(), "PNG")
     write_atomic(path, out.getvalue())
     print(f"{len(images)} pictures of {width}×{height} in {path}")
@@ -541,17 +791,27 @@ def _evaluate(args):
     reward, name, *_ = load_reward(args.reward, args.model)
     policy, items = _policy(args), spread(items, args.samples)
     prompts, metadata = [p for p, _ in items], [dict(m) for _, m in items]
-    images = rollout(policy, prompts, exam_generators(args.seed, len(items)), metadata, args.batch_size).images
+    images = rollout(
+        policy, prompts, exam_generators(args.seed, len(items)), metadata, args.batch_size
+    ).images
     values = check_rewards(reward(images, prompts, metadata)[0], len(items), name)
-    print(f"{name}: {pm(*mean_interval(values))} (95 %, {len(values)} pictures, {args.prompts}, seed {args.seed})")
+    print(
+        f"{name}: {pm(*mean_interval(values))} (95 %, {len(values)} pictures, {args.prompts}, seed"
+        f" {args.seed})"
+    )
     return 0
 
 # %% ../nbs/11_cli.ipynb #df4685d5
 def _export(args):
     path = Path(args.output).expanduser()
     if path.suffix != ".safetensors":
-        raise InputError("--output", f"{args.output!r} is no .safetensors file", "give a name that ends in .safetensors")
-    if path.exists(): raise InputError("--output", f"{args.output!r} is there already", "name another file, or remove it first")
+        raise InputError(
+            "--output", f"{args.output!r} is no .safetensors file", "give a name that ends in .safetensors"
+        )
+    if path.exists():
+        raise InputError(
+            "--output", f"{args.output!r} is there already", "name another file, or remove it first"
+        )
     _check_lora("--lora", args.lora)
     from ddpo_nb.checkpoints import write_atomic
     from ddpo_nb.export import kohya_lora
@@ -567,12 +827,20 @@ def _train_aesthetic_in(output, args):
     from ddpo_nb.aesthetic import train_aesthetic
     from ddpo_nb.trainer import processes
     again = _go_on(_words(args, output))
-    try: _, report = train_aesthetic(args.ratings, args.images, args.clip, output, args.loss, args.epochs, args.seed, args.validation, args.cache, args.resume, args.progress, processes().device)
+    try:
+        _, report = train_aesthetic(
+            args.ratings, args.images, args.clip, output, args.loss, args.epochs, args.seed, args.validation,
+            args.cache, args.resume, args.progress, processes().device
+        )
     except (KeyboardInterrupt, SystemExit) as e:
         print(f"\nInterrupted; what is finished is kept. To go on:\n  {again}", file=sys.stderr)
         return getattr(e, "code", 130)
     left_out = report["left_out"]
-    if left_out: print(f"{len(left_out):,} pictures left out, such as {next(iter(left_out))}: {next(iter(left_out.values()))} (all in {Path(output)/'left_out.json'})")
+    if left_out:
+        print(
+            f"{len(left_out):,} pictures left out, such as {next(iter(left_out))}:"
+            f" {next(iter(left_out.values()))} (all in {Path(output)/'left_out.json'})"
+        )
     print(f"trained on {report['pictures']:,} pictures with {args.clip}, examined on {report['held_out']:,}:")
     for name, value in report["metrics"].items(): print(f"  {name:9}{value:7.4f}")
     print(f"head: {report['head']}")
@@ -580,7 +848,12 @@ def _train_aesthetic_in(output, args):
 
 
 # %% ../nbs/11_cli.ipynb #db9c8ffa
-_simple = str.maketrans({"−": "-", "±": "+/-", "×": "x", "…": "...", "’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "·": "*", "→": "->"})
+_simple = str.maketrans(
+    {
+        "−": "-", "±": "+/-", "×": "x", "…": "...", "’": "'", "‘": "'", "“": '"', "”": '"', "–": "-",
+        "·": "*", "→": "->"
+    }
+)
 
 def _simpler(error):
     "What a terminal that knows no such character shows instead."
@@ -603,7 +876,8 @@ def main(argv: list|None = None) -> int:
         return 141  # as a shell calls it
 
 def _main(words, from_shell):
-    for o in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"): os.environ.setdefault(o, "error")  # their advice is for programmers
+    # their advice is for programmers
+    for o in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"): os.environ.setdefault(o, "error")
     try:
         args = make_parser().parse_args(words)
         if getattr(args, "recipe", None): args = make_parser(_recipe(args)).parse_args(words)
@@ -638,7 +912,8 @@ def _run(args):
     except ValueError as e:
         if type(e).__name__ != "ModelError": raise
         message = str(e)
-        if getattr(args, "init_lora", None): message = re.sub("^--lora:", "--init-lora:", message)  # as it was given
+        # as it was given
+        if getattr(args, "init_lora", None): message = re.sub("^--lora:", "--init-lora:", message)
     except Exception as e:
         if type(e).__name__ in ("CheckpointError", "HubError", "ServerGone"):
             print(f"{_prog(args)}: {_line(str(e))}", file=sys.stderr)

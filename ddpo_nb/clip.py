@@ -25,13 +25,16 @@ OPENAI_CLIP = "openai/clip-vit-large-patch14"  # the CLIP of the paper's rewards
 class Embedder:
     "Unit vectors of pictures and texts, from a CLIP-like model of `transformers`."
     def __init__(self,
-        model,                 # a `CLIPModel`, `SiglipModel` or another with get_image_features and get_text_features
+        # a `CLIPModel`, `SiglipModel` or another with get_image_features and get_text_features
+        model,
         image_processor,       # its image processor
         tokenizer,             # its tokenizer
         name: str = "",        # where it came from
         batch_size: int = 64,  # pictures or texts embedded together: memory and speed
     ):
-        self.model, self.image_processor, self.tokenizer, self.name, self.batch_size = model.eval().requires_grad_(False), image_processor, tokenizer, name, batch_size
+        self.model, self.image_processor, self.tokenizer, self.name, self.batch_size = (
+            model.eval().requires_grad_(False), image_processor, tokenizer, name, batch_size
+        )
 
     @property
     def dim(self) -> int: return self.texts([""]).shape[1]  # D
@@ -40,7 +43,8 @@ class Embedder:
     def to(self, device): self.model.to(device); return self
 
 # %% ../nbs/05a_clip.ipynb #8fa7b216
-def _unit(features): return torch.nn.functional.normalize(getattr(features, "pooler_output", features).float(), dim=-1)
+def _unit(features):
+    return torch.nn.functional.normalize(getattr(features, "pooler_output", features).float(), dim=-1)
 
 @patch
 @torch.no_grad()
@@ -49,7 +53,13 @@ def images(self: Embedder,
 ) -> Tensor:         # (N, D) of length 1, fp32
     "Embed pictures. InputError if a value is not finite."
     parts, parameter = to_uint8(images), next(self.model.parameters())
-    embed = lambda part: _unit(self.model.get_image_features(pixel_values=self.image_processor(images=list(part), return_tensors="pt").pixel_values.to(parameter)))
+    embed = lambda part: _unit(
+        self.model.get_image_features(
+            pixel_values=self.image_processor(images=list(part), return_tensors="pt").pixel_values.to(
+                parameter
+            )
+        )
+    )
     return torch.cat([embed(parts[i:i+self.batch_size]) for i in range(0, len(parts), self.batch_size)])
 
 @patch
@@ -62,15 +72,24 @@ def texts(self: Embedder,
     length = self.model.config.text_config.max_position_embeddings
     wanted = ("input_ids",) if "siglip" in self.model.config.model_type else ("input_ids", "attention_mask")
     def embed(part):
-        tokens = self.tokenizer(part, padding="max_length", truncation=True, max_length=length, return_tensors="pt").to(self.device)
+        tokens = self.tokenizer(
+            part, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        ).to(self.device)
         given = {k: v for k, v in tokens.items() if k in wanted}
         return _unit(self.model.get_text_features(**given))
-    found = torch.cat([embed(distinct[i:i+self.batch_size]) for i in range(0, len(distinct), self.batch_size)])
+    found = torch.cat(
+        [embed(distinct[i : i + self.batch_size]) for i in range(0, len(distinct), self.batch_size)]
+    )
     place = {t: i for i, t in enumerate(distinct)}
     return found[[place[t] for t in texts]]
 
 # %% ../nbs/05a_clip.ipynb #2a62f556
-def _place(name): return str(resources.files("ddpo_nb")/"weights"/EMOJI_CLIP) if name == EMOJI_CLIP else os.path.expanduser(name)
+def _place(name):
+    return (
+        str(resources.files("ddpo_nb") / "weights" / EMOJI_CLIP)
+        if name == EMOJI_CLIP
+        else os.path.expanduser(name)
+    )
 
 def load_processors(
     name: str,               # "emoji-clip", a folder, or a hub id
@@ -86,13 +105,22 @@ def load_embedder(
     argument: str = "--clip",   # what the user calls this setting, for the error's message
     processor: str|None = None, # where image processor and tokenizer are, if not beside the weights
 ) -> Embedder:
-    "A CLIP-like model with its image processor and tokenizer; reads safetensors only. ModelError says what could not be loaded."
+    """A CLIP-like model with its image processor and tokenizer; reads safetensors only. ModelError says
+    what could not be loaded."""
     place = _place(name)
-    with _no_bars(), _one_line(argument, name, f"give {EMOJI_CLIP!r}, a folder in transformers' format, or a hub id such as {OPENAI_CLIP}"):
-        if not Path(place).exists() and (Path(place).is_absolute() or place.startswith((".", "~"))): raise OSError("there is no such folder")
+    with (
+        _no_bars(),
+        _one_line(
+            argument, name,
+            f"give {EMOJI_CLIP!r}, a folder in transformers' format, or a hub id such as {OPENAI_CLIP}",
+        ),
+    ):
+        if not Path(place).exists() and (Path(place).is_absolute() or place.startswith((".", "~"))):
+            raise OSError("there is no such folder")
         model = AutoModel.from_pretrained(place, trust_remote_code=False, use_safetensors=True,
                                           dtype=torch.float32)
-        if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"): raise ValueError(f"{type(model).__name__} does not embed both pictures and texts")
+        if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
+            raise ValueError(f"{type(model).__name__} does not embed both pictures and texts")
         parts = load_processors(processor or name)
     return Embedder(model.to(device), *parts, name=str(name))
 
@@ -104,7 +132,8 @@ def default_embedder(
 
 # %% ../nbs/05a_clip.ipynb #36e50c1e
 class CLIPAlignment:
-    "Reward: cosine similarity of picture and prompt, in [-1, 1]. `scale` and `prefix` make it CLIPScore (Hessel et al. 2021)."
+    """Reward: cosine similarity of picture and prompt, in [-1, 1]. `scale` and `prefix` make it CLIPScore
+    (Hessel et al. 2021)."""
     def __init__(self,
         embedder: Embedder,
         prefix: str = "",           # put before each prompt
@@ -116,7 +145,13 @@ class CLIPAlignment:
 
     def __call__(self, images: Tensor, prompts: list, metadata: list) -> tuple:
         "Rewards (N,) from images (N, 3, H, W) in [0, 1] and their prompts."
-        cosine = (self.embedder.images(images) * self.embedder.texts([self.prefix + p for p in prompts])).sum(1).double().cpu().numpy()
+        cosine = (
+            (self.embedder.images(images) * self.embedder.texts([self.prefix + p for p in prompts]))
+            .sum(1)
+            .double()
+            .cpu()
+            .numpy()
+        )
         return (cosine if self.scale is None else self.scale * np.maximum(cosine, 0)), {}
 
 def clip_alignment(model: str = EMOJI_SD, clip: str|None = None) -> CLIPAlignment:

@@ -21,8 +21,9 @@ from PIL import Image
 from scipy.special import stdtrit
 from tqdm.auto import tqdm
 from . import __version__
-from .checkpoints import (CheckpointError, FolderLock, append_line, check_free, check_writable, checkpoints, complaints, flush_tree, is_trace,
-                                 newest_whole, read_lines, write_atomic)
+from .checkpoints import (CheckpointError, FolderLock, append_line, check_free, check_writable,
+                                 checkpoints, complaints, flush_tree, is_trace, newest_whole, read_lines,
+                                 write_atomic)
 from .dashboard import write
 from .policy import EMOJI_SD, ModelError, StableDiffusionPolicy, load_pipeline
 from .prompts import PROMPT_SETS, InputError, PromptSource, prompt_source
@@ -30,8 +31,9 @@ from .redact import hide, keep_secret, named_secrets, redact
 from .reward_files import Guarded, RewardError, check_signature, guarded_file
 from .rewards import PromptAlignment, answer, check_rewards, get_reward, reward_name, to_uint8
 from .rollout import rollout, sample_generator
-from .trainer import (ALGORITHMS, RESULT_FREE, STATE_FILES, DDPOConfig, _plain, check_launcher, check_repeats, make_config,
-                             make_trainer, processes, takes, usable_precision, weighed_by_temperature)
+from .trainer import (ALGORITHMS, RESULT_FREE, STATE_FILES, DDPOConfig, _plain, check_launcher,
+                             check_repeats, make_config, make_trainer, processes, takes, usable_precision,
+                             weighed_by_temperature)
 
 # %% ../nbs/10_compare.ipynb #3843789d
 def t_quantile(
@@ -48,7 +50,9 @@ def mean_interval(
     "Mean of `values` and half the width of its 95 % interval by Student's t; ValueError if there are none."
     v = np.asarray(values, dtype=np.float64)
     if not len(v): raise ValueError("no values to take the mean of")
-    return float(v.mean()), float(t_quantile(len(v) - 1) * v.std(ddof=1) / math.sqrt(len(v))) if len(v) > 1 else math.nan
+    return float(v.mean()), (
+        float(t_quantile(len(v) - 1) * v.std(ddof=1) / math.sqrt(len(v))) if len(v) > 1 else math.nan
+    )
 
 # %% ../nbs/10_compare.ipynb #83c21e88
 def _halve(c):
@@ -57,16 +61,20 @@ def _halve(c):
     batches, size = (batches // 2, size) if batches > 1 else (1, max(1, size // 2))
     n, updates = batches * size, c.samples_per_epoch // c.samples_per_update
     m = n // updates if n % updates == 0 else math.gcd(n, c.samples_per_update)
-    return replace(c, sample_num_batches_per_epoch=batches, sample_batch_size=size, train_batch_size=m, train_gradient_accumulation_steps=1,
-                   samples_per_prompt=math.gcd(c.samples_per_prompt, n))
+    return replace(
+        c, sample_num_batches_per_epoch=batches, sample_batch_size=size, train_batch_size=m,
+        train_gradient_accumulation_steps=1, samples_per_prompt=math.gcd(c.samples_per_prompt, n)
+    )
 
 def fit_budget(
     configs: dict,        # algorithm -> config
     queries: int,         # the budget wished for
     processes: int = 1,   # each samples its own share
 ) -> tuple:               # configs with `num_epochs` set, budget, notes on what was changed
-    "Make whole epochs of every algorithm add up to the same number of reward queries, at most `queries`. InputError if there are too few, or if prompts would not come `samples_per_prompt` times."
-    if queries < processes: raise InputError("queries", f"{queries} is too small", f"give at least {processes}")
+    """Make whole epochs of every algorithm add up to the same number of reward queries, at most
+    `queries`. InputError if there are too few, or if prompts would not come `samples_per_prompt` times."""
+    if queries < processes:
+        raise InputError("queries", f"{queries} is too small", f"give at least {processes}")
     wished, configs, size = configs, dict(configs), lambda c: c.samples_per_epoch * processes
     while math.lcm(*map(size, configs.values())) > queries:
         name = max(configs, key=lambda a: size(configs[a]))
@@ -75,9 +83,17 @@ def fit_budget(
     budget = queries - queries % math.lcm(*map(size, configs.values()))
     notes = [f"An epoch of {a} was cut from {size(c)} to {size(configs[a])} pictures: the budget is small."
              for a, c in wished.items() if size(c) != size(configs[a])]
-    notes += [f"{a} gets {configs[a].samples_per_prompt} pictures of each prompt that is drawn, not {c.samples_per_prompt}: they have to fit its epochs."
-              for a, c in wished.items() if c.samples_per_prompt != configs[a].samples_per_prompt]
-    if budget < queries: notes.append(f"{budget:,} of the {queries:,} queries asked for are used: whole epochs, equally many queries for each algorithm.")
+    notes += [
+        f"{a} gets {configs[a].samples_per_prompt} pictures of each prompt that is drawn, not"
+        f" {c.samples_per_prompt}: they have to fit its epochs."
+        for a, c in wished.items()
+        if c.samples_per_prompt != configs[a].samples_per_prompt
+    ]
+    if budget < queries:
+        notes.append(
+            f"{budget:,} of the {queries:,} queries asked for are used: whole epochs, equally many queries"
+            " for each algorithm."
+        )
     return {a: replace(c, num_epochs=budget // size(c)) for a, c in configs.items()}, budget, notes
 
 # %% ../nbs/10_compare.ipynb #a09acc11
@@ -102,7 +118,10 @@ def exam_sets(
 ) -> dict:              # name of the set -> (prompt, metadata) pairs
     "Prompts to evaluate on: those of training, and two sets of which everything trained on is left out."
     known = {prompt for prompt, _ in items}
-    held_out = {name: [(p, {}) for p in PROMPT_SETS[name]() if p not in known] for name in ("unseen_animals", "everyday_objects")}
+    held_out = {
+        name: [(p, {}) for p in PROMPT_SETS[name]() if p not in known]
+        for name in ("unseen_animals", "everyday_objects")
+    }
     return {name: spread(o, n) for name, o in {"seen": list(items), **held_out}.items() if o}
 
 # %% ../nbs/10_compare.ipynb #7eb4f8f6
@@ -113,8 +132,12 @@ def latent_spread(
     vae,                  # an `AutoencoderKL` that was not trained
     batch_size: int = 64,
 ) -> list:                # P numbers
-    "Mean root-mean-square distance between the latents of every two pictures of a prompt, per latent dimension."
-    encode = lambda x: vae.encode((2 * x - 1).to(vae.device, vae.dtype)).latent_dist.mode().float() * vae.config.scaling_factor
+    """Mean root-mean-square distance between the latents of every two pictures of a prompt, per latent
+    dimension."""
+    encode = (
+        lambda x: vae.encode((2 * x - 1).to(vae.device, vae.dtype)).latent_dist.mode().float()
+        * vae.config.scaling_factor
+    )
     z = torch.cat([encode(x) for x in images.split(batch_size)]).flatten(1)
     return [float((torch.pdist(group) / group.shape[1]**0.5).mean()) for group in z.split(copies)]
 
@@ -141,20 +164,33 @@ def _pictures(images, most=256):
 _shown = dict(seen=6, unseen_animals=2, everyday_objects=2)  # pictures to keep of each set
 
 class Examiner:
-    "Puts the same prompts, from the same noise, to every policy; `base` is the model before training, and judges alignment and variety."
-    def __init__(self, base, reward_function, reward_name, items, samples=None, batch_size=64, mixed_precision="no", copies=6):
-        self.base, self.reward_function, self.reward_name, self.batch_size = base, reward_function, reward_name, batch_size
-        self.sets, self.varied, self.copies = exam_sets(items, samples), spread(items, min(copies, samples or copies, len(items))), copies
+    """Puts the same prompts, from the same noise, to every policy; `base` is the model before training,
+    and judges alignment and variety."""
+    def __init__(
+        self, base, reward_function, reward_name, items, samples=None, batch_size=64, mixed_precision="no",
+        copies=6
+    ):
+        self.base, self.reward_function, self.reward_name, self.batch_size = (
+            base, reward_function, reward_name, batch_size
+        )
+        self.sets, self.varied, self.copies = (
+            exam_sets(items, samples), spread(items, min(copies, samples or copies, len(items))), copies
+        )
         self.second = PromptAlignment(base.pipeline, batch_size=batch_size)
         self.dtype = dict(no=None, fp16=torch.float16, bf16=torch.bfloat16)[mixed_precision]
 
     @property
-    def batches(self): return sum(-(-len(o) // self.batch_size) for o in [*self.sets.values(), self.varied * self.copies])
+    def batches(self):
+        return sum(-(-len(o) // self.batch_size) for o in [*self.sets.values(), self.varied * self.copies])
 
     def draw(self, policy, items, generators, on_step=None):
         "Trajectories of `policy` for (prompt, metadata) pairs."
         cast = torch.autocast(policy.device.type, self.dtype) if self.dtype else contextlib.nullcontext()
-        with cast: return rollout(policy, [p for p, _ in items], generators, [dict(m) for _, m in items], self.batch_size, on_step)
+        with cast:
+            return rollout(
+                policy, [p for p, _ in items], generators, [dict(m) for _, m in items], self.batch_size,
+                on_step
+            )
 
     def score(self, images, items):
         "Checked rewards, one an image."
@@ -177,16 +213,29 @@ def __call__(self:Examiner, policy, name: str, seed: int, on_step=None) -> Evalu
         pictures += _pictures(images[chosen])
     varied = [o for o in self.varied for _ in range(self.copies)]
     images = self.draw(policy, varied, exam_generators(seed, len(varied), _VARIETY), on_step).images
-    diversity = dict(zip([p for p, _ in self.varied], latent_spread(images, self.copies, self.base.pipeline.vae, self.batch_size)))
+    diversity = dict(
+        zip(
+            [p for p, _ in self.varied],
+            latent_spread(images, self.copies, self.base.pipeline.vae, self.batch_size),
+        )
+    )
     if device.type != "cpu": self.base.pipeline.to("cpu")  # training needs the room
     return Evaluation(name, seed, rewards, second, diversity, shown, pictures, time.perf_counter() - start)
 
 # %% ../nbs/10_compare.ipynb #59ccda3a
 BASE = "base"
 _labels = {BASE: "base", "ddpo-is": "DDPO-IS", "ddpo-sf": "DDPO-SF", "rwr": "RWR", "rwr-sparse": "RWR-sparse"}
-_colours = {BASE: "#8a8f98", "ddpo-is": "#3d85c6", "ddpo-sf": "#2a9d8f", "rwr": "#e07b39", "rwr-sparse": "#b065c8"}
+_colours = {
+    BASE: "#8a8f98",
+    "ddpo-is": "#3d85c6",
+    "ddpo-sf": "#2a9d8f",
+    "rwr": "#e07b39",
+    "rwr-sparse": "#b065c8",
+}
 _units = dict.fromkeys(("jpeg_compressibility", "jpeg_incompressibility"), " (kB)")
-_set_labels = dict(seen="training prompts", unseen_animals="unseen animals", everyday_objects="everyday objects")
+_set_labels = dict(
+    seen="training prompts", unseen_animals="unseen animals", everyday_objects="everyday objects"
+)
 
 @dataclass
 class Comparison:
@@ -196,16 +245,26 @@ class Comparison:
     evaluations: dict = field(default_factory=dict, repr=False)  # (name, seed) -> Evaluation
     folder: Path|None = None                               # where it is kept
     interrupted: bool = False                              # stopped before all runs were finished
-    output: str|Path|None = field(default=None, repr=False)     # the folder, on all processes; `folder` is the main process's
-    extra: dict = field(default_factory=dict, repr=False)       # algorithm -> settings that stay out of config.json
+    # the folder, on all processes; `folder` is the main process's
+    output: str|Path|None = field(default=None, repr=False)
+    # algorithm -> settings that stay out of config.json
+    extra: dict = field(default_factory=dict, repr=False)
     given: dict = field(default_factory=dict, repr=False)       # model, init_lora and configs, not redacted
     keep_checkpoints: bool = field(default=False, repr=False)   # of finished runs too
     told_cut: bool = field(default=False, repr=False)           # that some prompts are too long
 
     @property
-    def names(self): return [a for a in self.settings["algorithms"] if any(n == a for n, _ in self.evaluations)]  # with a finished run
+    # with a finished run
+    def names(self):
+        return [a for a in self.settings["algorithms"] if any(n == a for n, _ in self.evaluations)]
     @property
-    def missing(self): return [(a, s) for s in self.settings["seeds"] for a in self.settings["algorithms"] if (a, s) not in self.evaluations]
+    def missing(self):
+        return [
+            (a, s)
+            for s in self.settings["seeds"]
+            for a in self.settings["algorithms"]
+            if (a, s) not in self.evaluations
+        ]
 
     def seeds(self, name):
         "Seeds of the finished runs of `name`."
@@ -231,7 +290,9 @@ def summary(self:Comparison,
         e = self.evaluations[n, s]
         return np.array(list(e.diversity.values()) if key == "diversity" else getattr(e, of)[key])
     if against is None: return _interval([values(name, s) for s in self.seeds(name)])
-    return _interval([values(name, s) - values(against, s) for s in self.seeds(name) if (against, s) in self.evaluations])
+    return _interval(
+        [values(name, s) - values(against, s) for s in self.seeds(name) if (against, s) in self.evaluations]
+    )
 
 # %% ../nbs/10_compare.ipynb #86a051a0
 def pm(mean: float, half: float, sign: bool = False, places: int = 3) -> str:
@@ -246,7 +307,10 @@ class Table(list):
     def __str__(self):
         cells = self._cells()
         widths = [max(map(len, column)) for column in zip(*cells)]
-        return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in cells)
+        return "\n".join(
+            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
+            for row in cells
+        )
     __repr__ = __str__
     def markdown(self) -> str:
         "As a Markdown table."
@@ -254,19 +318,31 @@ class Table(list):
         return "\n".join([lines[0], "|" + "---|" * len(self[0]), *lines[1:]]) if lines else ""
     def _repr_markdown_(self): return self.markdown()
     def _repr_html_(self):
-        head, *body = ["".join(f"<{t}>{escape(c)}</{t}>" for c in row) for t, row in zip(["th"] + ["td"] * len(self), self._cells())] or [""]
-        return f"<table><thead><tr>{head}</tr></thead><tbody>" + "".join(f"<tr>{r}</tr>" for r in body) + "</tbody></table>"
+        head, *body = [
+            "".join(f"<{t}>{escape(c)}</{t}>" for c in row)
+            for t, row in zip(["th"] + ["td"] * len(self), self._cells())
+        ] or [""]
+        return (
+            f"<table><thead><tr>{head}</tr></thead><tbody>"
+            + "".join(f"<tr>{r}</tr>" for r in body)
+            + "</tbody></table>"
+        )
 
 # %% ../nbs/10_compare.ipynb #60c77f5b
 @patch
 def table(self:Comparison) -> Table:
-    "One row for each set of weights: mean ± half of a 95 % interval, over seeds if there are several, over pictures otherwise."
+    """One row for each set of weights: mean ± half of a 95 % interval, over seeds if there are several,
+    over pictures otherwise."""
     def row(name):
         sets, e = list(self.evaluations[name, self.seeds(name)[0]].rewards), {}
         e["weights"], e["seeds"] = _labels.get(name, name), len(self.seeds(name))
         for key in sets: e[f"reward, {_set_labels[key]}"] = pm(*self.summary(name, key))
-        e["gain on training prompts"] = "" if name == BASE else pm(*self.summary(name, against=BASE), sign=True)
-        e["alignment"], e["variety"] = pm(*self.summary(name, of="second")), pm(*self.summary(name, "diversity"))
+        e["gain on training prompts"] = (
+            "" if name == BASE else pm(*self.summary(name, against=BASE), sign=True)
+        )
+        e["alignment"], e["variety"] = pm(*self.summary(name, of="second")), pm(
+            *self.summary(name, "diversity")
+        )
         return e
     return Table(row(n) for n in ([BASE] if self.seeds(BASE) else []) + self.names)
 
@@ -278,58 +354,95 @@ def headline(self:Comparison) -> str:
     if not self.seeds(BASE): return "The examination of the base model is missing."
     label, ranked = lambda n: _labels.get(n, n), sorted(self.names, key=lambda n: -self.summary(n)[0])
     gains = {n: self.summary(n, against=BASE) for n in ranked}
-    text = (f"From {self.settings['queries']:,} scored pictures each, " if len(ranked) > 1 else f"From {self.settings['queries']:,} scored pictures, ")
-    moves = [f"{label(n)} {'' if i else 'moved ' + self.settings['reward_name'] + ' '}by {pm(*gains[n], sign=True)}" for i, n in enumerate(ranked)]
-    text += ", ".join(moves[:-1]) + " and " * (len(moves) > 1) + moves[-1] + f"; the base model has {pm(*self.summary(BASE))}."
+    text = (
+        f"From {self.settings['queries']:,} scored pictures each, "
+        if len(ranked) > 1
+        else f"From {self.settings['queries']:,} scored pictures, "
+    )
+    moves = [
+        f"{label(n)} {'' if i else 'moved ' + self.settings['reward_name'] + ' '}by"
+        f" {pm(*gains[n], sign=True)}"
+        for i, n in enumerate(ranked)
+    ]
+    text += (
+        ", ".join(moves[:-1])
+        + " and " * (len(moves) > 1)
+        + moves[-1]
+        + f"; the base model has {pm(*self.summary(BASE))}."
+    )
     if len(ranked) > 1:
         lead, half = self.summary(ranked[0], against=ranked[1])
         known = math.isfinite(half)
-        text += f" {label(ranked[0])} is ahead of {label(ranked[1])} by {pm(lead, half)}." if known and lead > half else \
-                f" {label(ranked[0])} and {label(ranked[1])} are too close to call ({pm(lead, half, sign=True)})."
+        first, second = map(label, ranked[:2])
+        if known and lead > half: text += f" {first} is ahead of {second} by {pm(lead, half)}."
+        else: text += f" {first} and {second} are too close to call ({pm(lead, half, sign=True)})."
     return text
 
 # %% ../nbs/10_compare.ipynb #bbeafbe4
 class _Figure(Figure):
-    "A figure that a notebook shows, whatever its backend: made without pyplot, so that none stays open in a long run."
+    """A figure that a notebook shows, whatever its backend: made without pyplot, so that none stays open
+    in a long run."""
     def _repr_png_(self):
         self.savefig(out := io.BytesIO(), format="png", dpi=self.dpi)
-        Image.open(out).convert("RGB").quantize(160, dither=Image.Dither.NONE).save(small := io.BytesIO(), "PNG", optimize=True)
+        Image.open(out).convert("RGB").quantize(160, dither=Image.Dither.NONE).save(
+            small := io.BytesIO(), "PNG", optimize=True
+        )
         return small.getvalue()
 
 def _finite(values): return [v if v is not None else math.nan for v in values]
 
 @patch
 def curve(self:Comparison, name: str) -> tuple:
-    "Queries spent (E,), mean reward (E,) and half-width (E,): over seeds if there are several, over each epoch's pictures otherwise."
-    runs = [{r["queries"]: r for r in self.rows if r["algorithm"] == name and r["seed"] == s} for s in self.seeds(name)]
+    """Queries spent (E,), mean reward (E,) and half-width (E,): over seeds if there are several, over
+    each epoch's pictures otherwise."""
+    runs = [
+        {r["queries"]: r for r in self.rows if r["algorithm"] == name and r["seed"] == s}
+        for s in self.seeds(name)
+    ]
     runs = [run for run in runs if run]
     both = sorted(set.intersection(*map(set, runs))) if runs else []  # rows may have been lost
     if not both: return np.array([]), np.array([]), np.array([])
     epochs = self.settings.get("configs", {}).get(name, {}).get("num_epochs")
     n = self.settings["queries"] // epochs if epochs else both[0]
-    spent, means = np.array(both) - n, np.array([_finite(run[q]["reward_mean"] for q in both) for run in runs])
-    if len(runs) > 1: return spent, means.mean(0), t_quantile(len(runs) - 1) * means.std(0, ddof=1) / len(runs)**0.5
-    return spent, means[0], t_quantile(max(1, n - 1)) * np.array(_finite(runs[0][q]["reward_std"] for q in both)) / n**0.5
+    spent, means = np.array(both) - n, np.array(
+        [_finite(run[q]["reward_mean"] for q in both) for run in runs]
+    )
+    if len(runs) > 1:
+        return spent, means.mean(0), t_quantile(len(runs) - 1) * means.std(0, ddof=1) / len(runs) ** 0.5
+    return (
+        spent, means[0],
+        t_quantile(max(1, n - 1)) * np.array(_finite(runs[0][q]["reward_std"] for q in both)) / n**0.5,
+    )
 
 @patch
 def plot(self:Comparison, figsize=(6, 3), ink: str = "#333333", face: str = "white") -> Figure:
-    "Reward against queries for each algorithm, with a 95 % band, and the examination of the finished weights."
-    style = {k: ink for k in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")}
+    """Reward against queries for each algorithm, with a 95 % band, and the examination of the finished
+    weights."""
+    style = {
+        k: ink for k in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    }
     with rc_context(style | {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         fig = _Figure(figsize=figsize, dpi=80, facecolor=face, layout="constrained")
         ax = fig.subplots()
         ax.set_facecolor("none")
-        if self.seeds(BASE): ax.axhline(self.summary(BASE)[0], color=_colours[BASE], ls="--", lw=1.2, label=_labels[BASE])
+        if self.seeds(BASE):
+            ax.axhline(self.summary(BASE)[0], color=_colours[BASE], ls="--", lw=1.2, label=_labels[BASE])
         for i, name in enumerate(self.names):
             (x, mean, half), colour = self.curve(name), _colours.get(name)
             ax.plot(x, mean, color=colour, lw=2, marker="o", ms=3, label=_labels.get(name, name))
             ax.fill_between(x, mean - half, mean + half, color=colour, alpha=0.18, lw=0)
             end, half = self.summary(name)
-            ax.errorbar(self.settings["queries"] * (1 + 0.015 * i), end, half if math.isfinite(half) else None, color=colour, marker="D", ms=6, capsize=3, lw=1.5)
+            ax.errorbar(
+                self.settings["queries"] * (1 + 0.015 * i), end, half if math.isfinite(half) else None,
+                color=colour, marker="D", ms=6, capsize=3, lw=1.5
+            )
         for name, seed in self.missing:  # as far as they got
             run = [r for r in self.rows if (r["algorithm"], r["seed"]) == (name, seed)]
-            if run: ax.plot([r["queries"] - run[0]["queries"] for r in run], _finite(r["reward_mean"] for r in run), color=_colours[name], ls=":", lw=1.5,
-                            label=f"{_labels[name]}, seed {seed}, unfinished")
+            if run:
+                ax.plot(
+                    [r["queries"] - run[0]["queries"] for r in run], _finite(r["reward_mean"] for r in run),
+                    color=_colours[name], ls=":", lw=1.5, label=f"{_labels[name]}, seed {seed}, unfinished"
+                )
         ax.set_xlabel("reward queries spent")
         write(ax.set_ylabel, self.settings["reward_name"] + _units.get(self.settings["reward_name"], ""), 60)
         ax.grid(axis="y", color=ink, alpha=0.15, lw=0.6)
@@ -339,12 +452,15 @@ def plot(self:Comparison, figsize=(6, 3), ink: str = "#333333", face: str = "whi
 # %% ../nbs/10_compare.ipynb #c752ddbc
 @patch
 def gallery(self:Comparison, seed: int|None = None, face: str = "white", ink: str = "#333333") -> Figure:
-    "Pictures of each prompt from the same noise: the base model, then algorithm by algorithm, with the reward of each."
+    """Pictures of each prompt from the same noise: the base model, then algorithm by algorithm, with the
+    reward of each."""
     seed = self._shown_seed() if seed is None else seed
     rows = [self.evaluations[n, seed] for n in [BASE, *self.names] if (n, seed) in self.evaluations]
     if not rows: raise ValueError("nothing is finished yet: there is no picture to show")
     k = len(rows[0].pictures)
-    fig = _Figure(figsize=(0.8 * k + 0.9, 0.98 * len(rows) + 0.3), dpi=80, facecolor=face, layout="constrained")
+    fig = _Figure(
+        figsize=(0.8 * k + 0.9, 0.98 * len(rows) + 0.3), dpi=80, facecolor=face, layout="constrained"
+    )
     axes = fig.subplots(len(rows), k, squeeze=False)
     for i, (e, line) in enumerate(zip(rows, axes)):
         for (key, j, prompt), picture, ax in zip(e.shown, e.pictures, line):
@@ -367,33 +483,54 @@ _INK = "#010203"  # stands for the text's colour until the figure is part of the
 def _svg(fig):
     "The figure as inline SVG: as wide as its place, its ink the page's."
     with rc_context({"svg.hashsalt": "ddpo_nb"}):  # the same numbers, the same file
-        fig.savefig(out := io.StringIO(), format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        fig.savefig(
+            out := io.StringIO(), format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
     text = out.getvalue()
     head, body = text[text.index("<svg"):].split(">", 1)
     box = head.split('viewBox="')[1].split('"')[0]
-    return f'<svg viewBox="{box}" xmlns:xlink="http://www.w3.org/1999/xlink" role="img" aria-label="reward against queries">' + body.replace(_INK, "currentColor")
+    return (
+        f'<svg viewBox="{box}" xmlns:xlink="http://www.w3.org/1999/xlink" role="img" aria-label="reward'
+        ' against queries">'
+        + body.replace(_INK, "currentColor")
+    )
 
 def _data_uri(picture):
     picture.save(out := io.BytesIO(), "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 _css = """
-:root{color-scheme:light dark;--page:#f6f7f9;--card:#fff;--ink:#1d2430;--soft:#5c6675;--line:#e1e5ea;--accent:#3d85c6}
-@media(prefers-color-scheme:dark){:root{--page:#12151a;--card:#1b2027;--ink:#e6e9ee;--soft:#a0a9b6;--line:#303844;--accent:#7db4e6}}
-*{box-sizing:border-box}body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:60rem;margin:0 auto;padding:1.2rem .8rem 3rem}section,header{background:var(--card);border:1px solid var(--line);border-radius:14px;padding:1.1rem 1.2rem;margin:0 0 1rem}
-h1{font-size:1.05rem;font-weight:600;color:var(--soft);margin:0 0 .5rem}h2{font-size:1.1rem;margin:0 0 .5rem}p{margin:.4rem 0}.lead{font-size:1.28rem;line-height:1.4;font-weight:500;text-wrap:pretty}
-.soft,figcaption,small{color:var(--soft);font-size:.88rem}.warn{border-left:4px solid #e0a030;padding-left:.8rem}svg{width:100%;max-width:44rem;height:auto;display:block;margin:0 auto;color:var(--ink)}
-.wide{overflow-x:auto;margin:0 -.3rem;padding:0 .3rem}table{border-collapse:collapse;width:100%;font-size:.88rem;font-variant-numeric:tabular-nums}
-th,td{text-align:right;padding:.42rem .6rem;border-bottom:1px solid var(--line);white-space:nowrap}thead th{color:var(--soft);font-weight:500;white-space:normal;vertical-align:bottom;min-width:5.2rem}
-th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--card);min-width:0}tr:last-child td{border-bottom:0}
+:root{color-scheme:light dark;--page:#f6f7f9;--card:#fff;--ink:#1d2430;--soft:#5c6675;--line:#e1e5ea;
+--accent:#3d85c6}
+@media(prefers-color-scheme:dark){:root{--page:#12151a;--card:#1b2027;--ink:#e6e9ee;--soft:#a0a9b6;
+--line:#303844;--accent:#7db4e6}}
+*{box-sizing:border-box}body{margin:0;background:var(--page);color:var(--ink);
+font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main{max-width:60rem;margin:0 auto;padding:1.2rem .8rem 3rem}section,header{background:var(--card);
+border:1px solid var(--line);border-radius:14px;padding:1.1rem 1.2rem;margin:0 0 1rem}
+h1{font-size:1.05rem;font-weight:600;color:var(--soft);margin:0 0 .5rem}h2{font-size:1.1rem;margin:0 0 .5rem}
+p{margin:.4rem 0}.lead{font-size:1.28rem;line-height:1.4;font-weight:500;text-wrap:pretty}
+.soft,figcaption,small{color:var(--soft);font-size:.88rem}.warn{border-left:4px solid #e0a030;
+padding-left:.8rem}svg{width:100%;max-width:44rem;height:auto;display:block;margin:0 auto;color:var(--ink)}
+.wide{overflow-x:auto;margin:0 -.3rem;padding:0 .3rem}table{border-collapse:collapse;width:100%;
+font-size:.88rem;font-variant-numeric:tabular-nums}
+th,td{text-align:right;padding:.42rem .6rem;border-bottom:1px solid var(--line);white-space:nowrap}
+thead th{color:var(--soft);font-weight:500;white-space:normal;vertical-align:bottom;min-width:5.2rem}
+th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--card);min-width:0}
+tr:last-child td{border-bottom:0}
 .dot{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.45em}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,var(--wide)),1fr));gap:1rem}.cards h3{font-size:.92rem;margin:0 0 .35rem;font-weight:600}
-.strip{display:grid;gap:.4rem}.strip figure{margin:0;text-align:center}.strip img{width:100%;aspect-ratio:1;border-radius:8px;image-rendering:pixelated;display:block;background:var(--line)}
-figcaption{font-size:.7rem;line-height:1.25;margin-top:.2rem;white-space:nowrap}.half{color:var(--soft)}.bar{display:flex;height:1.15rem;border-radius:6px;overflow:hidden;margin:.25rem 0 .7rem}.bar i{display:block}
-.tag{font-size:.72rem;color:var(--soft);font-weight:400;margin-left:.4em}pre,code{font:.84rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
-pre{background:var(--page);border:1px solid var(--line);border-radius:8px;padding:.7rem;overflow-x:auto;margin:.5rem 0}summary{cursor:pointer;color:var(--accent);padding:.3rem 0}
-@media(max-width:40rem){.half{display:block;font-size:.88em}th,td{padding:.38rem .35rem}thead th{min-width:4.2rem}}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,var(--wide)),1fr));gap:1rem}
+.cards h3{font-size:.92rem;margin:0 0 .35rem;font-weight:600}
+.strip{display:grid;gap:.4rem}.strip figure{margin:0;text-align:center}.strip img{width:100%;aspect-ratio:1;
+border-radius:8px;image-rendering:pixelated;display:block;background:var(--line)}
+figcaption{font-size:.7rem;line-height:1.25;margin-top:.2rem;white-space:nowrap}.half{color:var(--soft)}
+.bar{display:flex;height:1.15rem;border-radius:6px;overflow:hidden;margin:.25rem 0 .7rem}.bar i{display:block}
+.tag{font-size:.72rem;color:var(--soft);font-weight:400;margin-left:.4em}
+pre,code{font:.84rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
+pre{background:var(--page);border:1px solid var(--line);border-radius:8px;padding:.7rem;overflow-x:auto;
+margin:.5rem 0}summary{cursor:pointer;color:var(--accent);padding:.3rem 0}
+@media(max-width:40rem){.half{display:block;font-size:.88em}th,td{padding:.38rem .35rem}
+thead th{min-width:4.2rem}}
 @media(min-width:40rem){main{padding-top:2rem}section,header{padding:1.5rem 1.8rem}.lead{font-size:1.45rem}}
 """
 
@@ -405,7 +542,8 @@ def _text(s): return escape(s).replace(" ± ", "&nbsp;±&nbsp;")  # no line ends
 def _html_table(head, rows):
     "Cells are HTML already."
     cells = lambda tag, row: "<tr>" + "".join(f"<{tag}>{c}</{tag}>" for c in row) + "</tr>"
-    return f'<div class="wide"><table><thead>{cells("th", head)}</thead><tbody>{"".join(cells("td", r) for r in rows)}</tbody></table></div>'
+    head, body = cells("th", head), "".join(cells("td", r) for r in rows)
+    return f'<div class="wide"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
 
 @patch
 def _named(self:Comparison, name): return _dot(name) + escape(_labels.get(name, name))
@@ -418,9 +556,17 @@ def _cards(self:Comparison):
     cards = []
     for k, (key, j, prompt) in enumerate(rows[0].shown if rows else []):
         tag = "" if key == "seen" else f'<span class="tag">never trained on</span>'
-        figures = "".join(f'<figure><img alt="{escape(prompt, quote=True)}, {escape(_labels.get(e.name, e.name))}" src="{_data_uri(e.pictures[k])}">'
-                          f'<figcaption>{escape(_labels.get(e.name, e.name))}<br>{pm(e.rewards[key][j], math.nan, places=2)}</figcaption></figure>' for e in rows)
-        cards.append(f'<div><h3>{escape(prompt)}{tag}</h3><div class="strip" style="grid-template-columns:repeat({len(rows)},minmax(0,1fr))">{figures}</div></div>')
+        figures = "".join(
+            f'<figure><img alt="{escape(prompt, quote=True)}, {escape(_labels.get(e.name, e.name))}"'
+            f' src="{_data_uri(e.pictures[k])}">'
+            f'<figcaption>{escape(_labels.get(e.name, e.name))}<br>'
+            f'{pm(e.rewards[key][j], math.nan, places=2)}</figcaption></figure>'
+            for e in rows
+        )
+        cards.append(
+            f'<div><h3>{escape(prompt)}{tag}</h3><div class="strip"'
+            f' style="grid-template-columns:repeat({len(rows)},minmax(0,1fr))">{figures}</div></div>'
+        )
     return f'<div class="cards" style="--wide:{4.4 * len(rows):.1f}rem">{"".join(cards)}</div>', seed
 
 # %% ../nbs/10_compare.ipynb #eee46534
@@ -430,8 +576,15 @@ def side_effects(self:Comparison) -> str:
     def of(name):
         change, half = self.summary(name, of="second", against=BASE)
         kept = self.summary(name, "diversity")[0] / max(self.summary(BASE, "diversity")[0], 1e-12)
-        verb = "did not change measurably" if not math.isfinite(half) or abs(change) <= half else "rose" if change > 0 else "fell"
-        return f"{_labels.get(name, name)} kept {kept:.0%} of the variety, and its alignment {verb} ({pm(change, half, sign=True)})."
+        verb = (
+            "did not change measurably"
+            if not math.isfinite(half) or abs(change) <= half
+            else "rose" if change > 0 else "fell"
+        )
+        return (
+            f"{_labels.get(name, name)} kept {kept:.0%} of the variety, and its alignment {verb}"
+            f" ({pm(change, half, sign=True)})."
+        )
     return " ".join(map(of, self.names))
 
 _parts = dict(sampling="#3d85c6", reward="#e0b030", training="#8e6bbf")
@@ -439,16 +592,25 @@ _parts = dict(sampling="#3d85c6", reward="#e0b030", training="#8e6bbf")
 @patch
 def times(self:Comparison) -> dict:
     "name -> mean seconds a run spent on sampling, reward and training."
-    total = lambda name, part: sum(r[f"seconds_{part}"] for r in self.rows if r["algorithm"] == name and r["seed"] in self.seeds(name)) / len(self.seeds(name))
+    total = lambda name, part: sum(
+        r[f"seconds_{part}"] for r in self.rows if r["algorithm"] == name and r["seed"] in self.seeds(name)
+    ) / len(self.seeds(name))
     return {name: {part: total(name, part) for part in _parts} for name in self.names}
 
 @patch
 def _time_bars(self:Comparison):
     most = max((sum(t.values()) for t in self.times().values()), default=0) or 1
-    legend = " ".join(f'<span style="white-space:nowrap"><span class="dot" style="background:{c}"></span>{p}</span>' for p, c in _parts.items())
-    bar = lambda name, t: (f'<div>{self._named(name)} <small>{sum(t.values()):.0f} s: ' + ", ".join(f"{p} {s / (sum(t.values()) or 1):.0%}" for p, s in t.items()) +
-        f'</small><div class="bar" style="width:{max(3, 100 * sum(t.values()) / most):.1f}%">' +
-        "".join(f'<i style="flex:{s:.4f} 0 0;background:{_parts[p]}"></i>' for p, s in t.items()) + "</div></div>")
+    legend = " ".join(
+        f'<span style="white-space:nowrap"><span class="dot" style="background:{c}"></span>{p}</span>'
+        for p, c in _parts.items()
+    )
+    bar = lambda name, t: (
+        f'<div>{self._named(name)} <small>{sum(t.values()):.0f} s: '
+        + ", ".join(f"{p} {s / (sum(t.values()) or 1):.0%}" for p, s in t.items())
+        + f'</small><div class="bar" style="width:{max(3, 100 * sum(t.values()) / most):.1f}%">'
+        + "".join(f'<i style="flex:{s:.4f} 0 0;background:{_parts[p]}"></i>' for p, s in t.items())
+        + "</div></div>"
+    )
     return f'<p class="soft">{legend}</p>' + "".join(bar(n, t) for n, t in self.times().items())
 
 # %% ../nbs/10_compare.ipynb #98c385a4
@@ -456,15 +618,34 @@ def _time_bars(self:Comparison):
 def _tables(self:Comparison):
     "HTML of the main table and of the two side tables."
     names = [BASE, *self.names] if self.seeds(BASE) else self.names
-    fold = lambda text: escape(text).replace(" ± ", ' <span class="half">± ') + ("</span>" if " ± " in text else "")  # on a phone, in two lines
+    # on a phone, in two lines
+    fold = lambda text: escape(text).replace(" ± ", ' <span class="half">± ') + (
+        "</span>" if " ± " in text else ""
+    )
     cell = lambda n, *a, **k: fold(pm(*self.summary(n, *a, **k)))
     gain = lambda n, key: "" if n == BASE else fold(pm(*self.summary(n, key, against=BASE), sign=True))
     sets = list(self.evaluations[BASE, self.seeds(BASE)[0]].rewards) if self.seeds(BASE) else []
-    main = _html_table(["", "runs", "reward", "gain over base"], [[self._named(n), len(self.seeds(n)), cell(n), gain(n, "seen")] for n in names])
-    held = _html_table(["", *(_set_labels[k] for k in sets)],
-                       [[self._named(n), *(cell(n, k) + (f'<small style="display:block">{gain(n, k)}</small>' if n != BASE else "") for k in sets)] for n in names])
-    other = _html_table(["", *(f"alignment, {_set_labels[k]}" for k in sets), "variety"],
-                        [[self._named(n), *(cell(n, k, of="second") for k in sets), cell(n, "diversity")] for n in names])
+    main = _html_table(
+        ["", "runs", "reward", "gain over base"],
+        [[self._named(n), len(self.seeds(n)), cell(n), gain(n, "seen")] for n in names],
+    )
+    held = _html_table(
+        ["", *(_set_labels[k] for k in sets)],
+        [
+            [
+                self._named(n),
+                *(
+                    cell(n, k) + (f'<small style="display:block">{gain(n, k)}</small>' if n != BASE else "")
+                    for k in sets
+                ),
+            ]
+            for n in names
+        ],
+    )
+    other = _html_table(
+        ["", *(f"alignment, {_set_labels[k]}" for k in sets), "variety"],
+        [[self._named(n), *(cell(n, k, of="second") for k in sets), cell(n, "diversity")] for n in names],
+    )
     return main, held, other
 
 @patch
@@ -472,36 +653,102 @@ def _about(self:Comparison):
     "Configuration, machine and command."
     s = self.settings
     differing = [k for k in next(iter(s["configs"].values())) if k != "seed"]
-    table = _html_table(["setting", *map(escape, s["configs"])], [[f"<code>{escape(k)}</code>", *(escape(str(c[k])) for c in s["configs"].values())] for k in differing])
-    facts = [("model", s["model"]), ("reward", s["reward"]), ("prompts", s["prompts"]), ("queries a run", f"{s['queries']:,}"), ("seeds", ", ".join(map(str, s["seeds"]))),
-             ("trained", "LoRA" if s["lora"] else "the whole UNet"), ("machine", s["machine"]), ("versions", s["versions"])]
-    rows = [[escape(k), f'<span style="white-space:normal;overflow-wrap:anywhere">{escape(str(v))}</span>'] for k, v in facts]
-    return (f"<pre>{escape(s['command'])}</pre>" if s["command"] else "") + _html_table(["", ""], rows) + f"<details><summary>All settings</summary>{table}</details>"
+    table = _html_table(
+        ["setting", *map(escape, s["configs"])],
+        [
+            [f"<code>{escape(k)}</code>", *(escape(str(c[k])) for c in s["configs"].values())]
+            for k in differing
+        ],
+    )
+    facts = [
+        ("model", s["model"]), ("reward", s["reward"]), ("prompts", s["prompts"]),
+        ("queries a run", f"{s['queries']:,}"), ("seeds", ", ".join(map(str, s["seeds"]))),
+        ("trained", "LoRA" if s["lora"] else "the whole UNet"), ("machine", s["machine"]),
+        ("versions", s["versions"])
+    ]
+    rows = [
+        [escape(k), f'<span style="white-space:normal;overflow-wrap:anywhere">{escape(str(v))}</span>']
+        for k, v in facts
+    ]
+    return (
+        (f"<pre>{escape(s['command'])}</pre>" if s["command"] else "")
+        + _html_table(["", ""], rows)
+        + f"<details><summary>All settings</summary>{table}</details>"
+    )
 
 # %% ../nbs/10_compare.ipynb #aa9c73b5
 @patch
 def html(self:Comparison) -> str:
     "The report as one self-contained page."
     s, several = self.settings, any(len(self.seeds(n)) > 1 for n in self.names)
-    band = "95 % band over seeds" if several else "one seed: the band is a 95 % interval over the pictures of each epoch, and says nothing about another seed"
+    band = (
+        "95 % band over seeds"
+        if several
+        else (
+            "one seed: the band is a 95 % interval over the pictures of each epoch, and says nothing about"
+            " another seed"
+        )
+    )
     title = f"{s['reward_name']} on {s['model']}: {', '.join(_labels[a] for a in s['algorithms'])}"
-    notes = [*s["notes"], *(["Not finished: " + ", ".join(f"{_labels[a]} seed {i}" for a, i in self.missing) + "."] if self.missing else [])]
-    head = f'<header><h1>{escape(title)}</h1><p class="lead">{_text(self.headline())}</p>' + "".join(f'<p class="soft warn">{escape(n)}</p>' for n in notes) + "</header>"
-    if not self.names: return _page(title, head + f"<section>{_svg(self.plot((4.7, 3.3), _INK, 'none'))}</section><section>{self._about()}</section>")
+    notes = [
+        *s["notes"],
+        *(
+            ["Not finished: " + ", ".join(f"{_labels[a]} seed {i}" for a, i in self.missing) + "."]
+            if self.missing
+            else []
+        ),
+    ]
+    head = (
+        f'<header><h1>{escape(title)}</h1><p class="lead">{_text(self.headline())}</p>'
+        + "".join(f'<p class="soft warn">{escape(n)}</p>' for n in notes)
+        + "</header>"
+    )
+    if not self.names:
+        figure = f"<section>{_svg(self.plot((4.7, 3.3), _INK, 'none'))}</section>"
+        return _page(title, head + figure + f"<section>{self._about()}</section>")
     (main, held, other), (cards, seed) = self._tables(), self._cards()
     pairs = "means over seeds" if several else "means over pictures"
-    parts = [("Reward against queries", _svg(self.plot((4.7, 3.3), _INK, "none")) +
-              f'<p class="soft">Mean reward of the pictures drawn while training, at the queries spent when they were drawn; {band}. Diamonds: the finished weights, examined on fixed prompts and noise.</p>' + main +
-              f'<p class="soft">Training prompts, same noise for all; {pairs}, ± half of a 95 % interval (Student’s t).</p>'),
-             ("Before and after, from the same noise", cards + f'<p class="soft">Seed {seed}. The number is the reward. Chosen by their place in the list, not by their looks.</p>'),
-             ("Does it carry over?", held + '<p class="soft">Reward on prompts that training never asked for, with the gain over the base model below it.</p>'),
-             ("What nobody trained for", f"<p>{_text(self.side_effects())}</p>" + other + '<p class="soft">Alignment: how much better the untouched model denoises a picture when told its prompt. Variety: mean distance between pictures of one prompt, in the untouched autoencoder’s latents. Both 95 %.</p>'),
-             ("Where the time went", self._time_bars()), ("How to make this again", self._about())]
+    parts = [
+        (
+            "Reward against queries",
+            _svg(self.plot((4.7, 3.3), _INK, "none"))
+            + '<p class="soft">Mean reward of the pictures drawn while training, at the queries spent when'
+            f' they were drawn; {band}. Diamonds: the finished weights, examined on fixed prompts and'
+            ' noise.</p>'
+            + main
+            + f'<p class="soft">Training prompts, same noise for all; {pairs}, ± half of a 95 % interval'
+            ' (Student’s t).</p>',
+        ),
+        (
+            "Before and after, from the same noise",
+            cards
+            + f'<p class="soft">Seed {seed}. The number is the reward. Chosen by their place in the list, not'
+            ' by their looks.</p>',
+        ),
+        (
+            "Does it carry over?",
+            held
+            + '<p class="soft">Reward on prompts that training never asked for, with the gain over the base'
+            ' model below it.</p>',
+        ),
+        (
+            "What nobody trained for",
+            f"<p>{_text(self.side_effects())}</p>"
+            + other
+            + '<p class="soft">Alignment: how much better the untouched model denoises a picture when told'
+            ' its prompt. Variety: mean distance between pictures of one prompt, in the untouched'
+            ' autoencoder’s latents. Both 95 %.</p>',
+        ),
+        ("Where the time went", self._time_bars()), ("How to make this again", self._about())
+    ]
     return _page(title, head + "".join(f"<section><h2>{h}</h2>{body}</section>" for h, body in parts))
 
 def _page(title, body):
-    return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-            f"<title>{escape(title)}</title><style>{_css}</style></head><body><main>{body}</main></body></html>")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport"'
+        ' content="width=device-width,initial-scale=1">'
+        f'<title>{escape(title)}</title><style>{_css}</style></head><body><main>{body}</main></body></html>'
+    )
 
 # %% ../nbs/10_compare.ipynb #687c3947
 def check_output(folder: Path, ours: str = "config.json"):
@@ -519,7 +766,8 @@ def keep(self:Comparison, e: Evaluation):
     "Add a finished evaluation, to the folder too if there is one."
     self.evaluations[e.name, e.seed] = e
     if self.folder is None: return
-    write_atomic(self.folder/"config.json", _json(self.settings))  # first of all: it makes the folder known as ours
+    # first of all: it makes the folder known as ours
+    write_atomic(self.folder/"config.json", _json(self.settings))
     place = self.folder/"results"/f"{e.name}-seed{e.seed}"
     strip = Image.new("RGB", (sum(o.width for o in e.pictures), max(o.height for o in e.pictures)))
     for i, o in enumerate(e.pictures): strip.paste(o, (sum(p.width for p in e.pictures[:i]), 0))
@@ -530,7 +778,10 @@ def keep(self:Comparison, e: Evaluation):
 @patch
 def write_rows(self:Comparison):
     "metrics.jsonl, in whole."
-    if self.folder: write_atomic(self.folder/"metrics.jsonl", "".join(json.dumps(r, allow_nan=False) + "\n" for r in self.rows))
+    if self.folder:
+        write_atomic(
+            self.folder / "metrics.jsonl", "".join(json.dumps(r, allow_nan=False) + "\n" for r in self.rows)
+        )
 
 @patch
 def add_row(self:Comparison, row: dict):
@@ -564,25 +815,37 @@ def _require(ok, what):
 
 def _fits(value, kinds):
     "Is it a dictionary with values of these kinds under these names?"
-    return isinstance(value, dict) and all(k in value and isinstance(value[k], kind) for k, kind in kinds.items())
+    return isinstance(value, dict) and all(
+        k in value and isinstance(value[k], kind) for k, kind in kinds.items()
+    )
 
-_evaluation_kinds = dict(name=str, seed=int, rewards=dict, second=dict, diversity=dict, shown=list, seconds=(int, float))
+_evaluation_kinds = dict(
+    name=str, seed=int, rewards=dict, second=dict, diversity=dict, shown=list, seconds=(int, float)
+)
 
 def _load_evaluation(path):
     "What `keep` wrote. ValueError, or whatever else a damaged file brings about, if it is not."
     found = json.loads(path.read_text(encoding="utf-8"))
-    _require(_fits(found, _evaluation_kinds) and found.keys() == _evaluation_kinds.keys(), "a part is missing, or of another kind")
+    _require(
+        _fits(found, _evaluation_kinds) and found.keys() == _evaluation_kinds.keys(),
+        "a part is missing, or of another kind",
+    )
     _require(path.stem == f"{found['name']}-seed{found['seed']}", "it is of another run")
     rewards, second = found["rewards"], found["second"]
     _require(rewards and rewards.keys() == second.keys(), "the sets of prompts do not agree")
     for o in (rewards, second):
         for key, values in o.items():
-            _require(isinstance(values, list) and values and all(map(_is_number, values)), "a reward is no number")
+            _require(
+                isinstance(values, list) and values and all(map(_is_number, values)), "a reward is no number"
+            )
             _require(len(values) == len(rewards[key]), "rewards are missing")
             o[key] = _finite(values)
-    _require(found["diversity"] and all(map(_is_number, found["diversity"].values())), "the variety is no number")
+    _require(
+        found["diversity"] and all(map(_is_number, found["diversity"].values())), "the variety is no number"
+    )
     found["diversity"] = dict(zip(found["diversity"], _finite(found["diversity"].values())))
-    for o in found["shown"]: _require(isinstance(o[2], str) and 0 <= o[1] < len(rewards[o[0]]), "a picture is of no prompt")
+    for o in found["shown"]:
+        _require(isinstance(o[2], str) and 0 <= o[1] < len(rewards[o[0]]), "a picture is of no prompt")
     e = Evaluation(**found)
     with Image.open(path.with_suffix(".png")) as strip: strip = strip.convert("RGB")
     width = strip.width // len(e.shown)
@@ -593,42 +856,59 @@ def _load_evaluation(path):
 def _evaluations(folder):
     "All that are whole; a warning names each that is not."
     for o in sorted((folder/"results").glob("*.json")):
-        try: yield _load_evaluation(o)
+        try:
+            yield _load_evaluation(o)
         except Exception as e:  # what is damaged may raise anything
             why = (str(e).splitlines() or [type(e).__name__])[0][:200]
-            warnings.warn(f"{o} or its picture is damaged ({why}), and left out: that run is examined again when it is taken up")
+            warnings.warn(
+                f"{o} or its picture is damaged ({why}), and left out: that run is examined again when it is"
+                " taken up"
+            )
 
-_row_kinds = dict(algorithm=str, seed=int, epoch=int, queries=int, seconds_sampling=(int, float), seconds_reward=(int, float),
-                  seconds_training=(int, float))
+_row_kinds = dict(
+    algorithm=str, seed=int, epoch=int, queries=int, seconds_sampling=(int, float),
+    seconds_reward=(int, float), seconds_training=(int, float)
+)
 
-def _is_row(o): return _fits(o, _row_kinds) and all(_is_number(o.get(k)) for k in ("reward_mean", "reward_std"))
+def _is_row(o):
+    return _fits(o, _row_kinds) and all(_is_number(o.get(k)) for k in ("reward_mean", "reward_std"))
 
 def _rows(folder, reward_name):
     "Rows of metrics; what is missing in metrics.jsonl may still stand in a run's own."
     rows = read_lines(folder/"metrics.jsonl", _is_row)
     have = {(r["algorithm"], r["seed"], r["epoch"]) for r in rows}
     for o in sorted((folder/"runs").glob("*/metrics.jsonl")):
-        own = [_plain(dict(algorithm=r["algorithm"], seed=r["seed"], reward=reward_name) | r) for r in read_lines(o, _is_row)]
+        own = [
+            _plain(dict(algorithm=r["algorithm"], seed=r["seed"], reward=reward_name) | r)
+            for r in read_lines(o, _is_row)
+        ]
         rows += [r for r in own if (r["algorithm"], r["seed"], r["epoch"]) not in have]
     first = {(r["algorithm"], r["seed"]): i for i, r in reversed([*enumerate(rows)])}
     return sorted(rows, key=lambda r: (first[r["algorithm"], r["seed"]], r["epoch"]))
 
-_setting_kinds = dict(model=str, reward=str, reward_name=str, queries=int, algorithms=list, seeds=list, configs=dict, notes=list,
-                      machine=str, versions=str)
+_setting_kinds = dict(
+    model=str, reward=str, reward_name=str, queries=int, algorithms=list, seeds=list, configs=dict,
+    notes=list, machine=str, versions=str
+)
 
 def _settings(folder):
     "What config.json says; InputError if it is no comparison's."
     try: found = json.loads((folder/"config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError): found = None
-    if not _fits(found, _setting_kinds) or not {*map(str, found["algorithms"])} <= {*found["configs"]} \
-            or not all(_fits(c, dict(algorithm=str)) for c in found["configs"].values()) or not all(type(s) is int for s in found["seeds"]):
+    if (
+        not _fits(found, _setting_kinds)
+        or not {*map(str, found["algorithms"])} <= {*found["configs"]}
+        or not all(_fits(c, dict(algorithm=str)) for c in found["configs"].values())
+        or not all(type(s) is int for s in found["seeds"])
+    ):
         raise InputError("folder", f"{str(folder)!r} holds no comparison (config.json is missing or damaged)",
                          "name a folder that `compare` or `train` wrote, or a new one")
     return found
 
 @patch(cls_method=True)
 def load(cls:Comparison, folder: str|Path) -> Comparison:
-    "The comparison that is kept in `folder`, with the runs that are finished; InputError if there is none, a warning for each damaged file."
+    """The comparison that is kept in `folder`, with the runs that are finished; InputError if there is
+    none, a warning for each damaged file."""
     folder = Path(folder).expanduser()
     settings = _settings(folder)
     order = {a: i for i, a in enumerate([BASE, *settings["algorithms"]])}
@@ -637,15 +917,16 @@ def load(cls:Comparison, folder: str|Path) -> Comparison:
 
 # %% ../nbs/10_compare.ipynb #4f3c177d
 def load_reward(reward, model: str = EMOJI_SD) -> tuple:
-    """(function, name, what to call it in config.json, digest of its file) from a name, `file.py:function`, or a callable.
-    InputError if there is none, RewardError if its file cannot be run."""
+    """(function, name, what to call it in config.json, digest of its file) from a name, `file.py:function`,
+    or a callable. InputError if there is none, RewardError if its file cannot be run."""
     if callable(reward):
         name = reward_name(reward)
         check_signature(reward, name, "reward")
         return Guarded(reward, name), name, f"{getattr(reward, '__module__', '')}.{name}", None
     path, _, function = str(reward).rpartition(":")
     if not path.endswith(".py"):
-        if str(reward).endswith(".py"): raise InputError("--reward", f"{reward!r} names no function", f"write {reward}:function")
+        if str(reward).endswith(".py"):
+            raise InputError("--reward", f"{reward!r} names no function", f"write {reward}:function")
         guarded, digest = Guarded(get_reward(reward, model), reward), None
     else:
         path = Path(path).expanduser()
@@ -660,65 +941,117 @@ def _listed(argument, values, ok, remedy):
     values = list(values) if isinstance(values, (list, tuple, range)) else [values]
     for v in values:
         if not ok(v): raise InputError(argument, f"{v!r} is not one", remedy)
-    if not values or len({*values}) < len(values): raise InputError(argument, "something is named twice" if values else "nothing is named", remedy)
+    if not values or len({*values}) < len(values):
+        raise InputError(argument, "something is named twice" if values else "nothing is named", remedy)
     return values
 
-_ours = ("run_name", "logdir", "resume_from", "push_to_hub", "hub_model_id")  # `compare` has folders and names of its own
-_private = (*_ours, "seed", "tracker_kwargs", "accelerator_kwargs", "project_kwargs")   # may hold secrets: not for config.json
+# `compare` has folders and names of its own
+_ours = ("run_name", "logdir", "resume_from", "push_to_hub", "hub_model_id")
+# may hold secrets: not for config.json
+_private = (*_ours, "seed", "tracker_kwargs", "accelerator_kwargs", "project_kwargs")
 
 def _configs(algorithms, model, lora, common, overrides):
     "The config of each algorithm; InputError for unknown settings, or if they would not be examined alike."
-    known = {f.name for f in fields(make_config("ddpo-is", model))} - {"algorithm", "seed", "num_epochs", *_ours}
+    known = {f.name for f in fields(make_config("ddpo-is", model))} - {
+        "algorithm", "seed", "num_epochs", *_ours
+    }
     given = {a: common | dict((overrides or {}).get(a, {})) for a in algorithms}
     for a in overrides or {}:
-        if a not in algorithms: raise InputError("overrides", f"{a!r} does not take part", f"choose from {', '.join(algorithms)}")
-    for name in {k for o in given.values() for k in o} - known: raise InputError(name, "there is no such setting", f"see the fields of DDPOConfig: {', '.join(sorted(known))}")
+        if a not in algorithms:
+            raise InputError("overrides", f"{a!r} does not take part", f"choose from {', '.join(algorithms)}")
+    for name in {k for o in given.values() for k in o} - known:
+        raise InputError(
+            name, "there is no such setting", f"see the fields of DDPOConfig: {', '.join(sorted(known))}"
+        )
     usual = {f.name: f.default for f in fields(DDPOConfig)}
     for name, value in common.items():  # each of the others leaves it out
         if value != usual[name] and not any(takes(a, name) for a in algorithms):
-            raise InputError(name, f"{' and '.join(algorithms)} {'do' if algorithms[1:] else 'does'} nothing with it", "leave it out, or add another algorithm")
+            raise InputError(
+                name,
+                f"{' and '.join(algorithms)} {'do' if algorithms[1:] else 'does'} nothing with it",
+                "leave it out, or add another algorithm",
+            )
     for a, own in (overrides or {}).items():
         for name in own:
-            if not takes(a, name): raise InputError(name, f"{a} does nothing with it", "leave it out, or set it for another algorithm")
-    if not lora and "lora_rank" in common: raise InputError("lora_rank", "no adapters are trained", "leave it out, or train a LoRA")
+            if not takes(a, name):
+                raise InputError(
+                    name, f"{a} does nothing with it", "leave it out, or set it for another algorithm"
+                )
+    if not lora and "lora_rank" in common:
+        raise InputError("lora_rank", "no adapters are trained", "leave it out, or train a LoRA")
     if any(isinstance(p := o.get("project_kwargs"), dict) and p.get("project_dir") for o in given.values()):
-        raise InputError("project_kwargs", "a comparison has a folder of its own, and no project_dir", "set output instead")
+        raise InputError(
+            "project_kwargs", "a comparison has a folder of its own, and no project_dir", "set output instead"
+        )
     configs = {a: make_config(a, model, lora, **o, logdir="") for a, o in given.items()}
     for c in configs.values(): check_launcher(c)
     usable = {p: usable_precision(p) for p in {c.mixed_precision for c in configs.values()}}
     configs = {a: replace(c, mixed_precision=usable[c.mixed_precision]) for a, c in configs.items()}
-    for name in ("sample_num_steps", "sample_eta", "sample_guidance_scale", "negative_prompts", "mixed_precision"):
+    for name in (
+        "sample_num_steps", "sample_eta", "sample_guidance_scale", "negative_prompts", "mixed_precision"
+    ):
         if len({getattr(c, name) for c in configs.values()}) > 1:
-            raise InputError(name, "differs between the algorithms", "set it alike for all: it decides how pictures are drawn when they are compared")
+            raise InputError(
+                name, "differs between the algorithms",
+                "set it alike for all: it decides how pictures are drawn when they are compared",
+            )
     return configs
 
 def _machine():
     device = processes().device
-    what = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads on {os.cpu_count()} cores"
+    what = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type}, {torch.get_num_threads()} threads on {os.cpu_count()} cores"
+    )
     return f"{platform.system()} {platform.machine()}, {what}"
 
 def _versions():
     from importlib.metadata import version
-    return f"ddpo_nb {__version__}, Python {platform.python_version()}, " + ", ".join(f"{p} {version(p)}" for p in ("torch", "diffusers", "transformers", "peft"))
+    return f"ddpo_nb {__version__}, Python {platform.python_version()}, " + ", ".join(
+        f"{p} {version(p)}" for p in ("torch", "diffusers", "transformers", "peft")
+    )
 
 # %% ../nbs/10_compare.ipynb #ffd5f1a8
-_identity = ("model", "reward", "reward_digest", "prompts", "prompts_digest", "queries", "lora", "init_lora", "evaluation_samples")
+_identity = (
+    "model", "reward", "reward_digest", "prompts", "prompts_digest", "queries", "lora", "init_lora",
+    "evaluation_samples"
+)
 
 def _join(new: dict, old: dict) -> dict:
     "Settings to go on with in a folder that holds `old`; InputError names what differs."
     differs = [f"{k} is {old.get(k)!r} there and {new[k]!r} here" for k in _identity if old.get(k) != new[k]]
     for a in set(new["configs"]) & set(old["configs"]):
-        differs += [f"{a}'s {k} is {was!r} there and {v!r} here" for k, v in new["configs"][a].items() if k not in RESULT_FREE and (was := old["configs"][a].get(k, getattr(DDPOConfig, k, None))) != v]  # a setting younger than the folder had its default
+        # a setting younger than the folder had its default
+        differs += [
+            f"{a}'s {k} is {was!r} there and {v!r} here"
+            for k, v in new["configs"][a].items()
+            if k not in RESULT_FREE and (was := old["configs"][a].get(k, getattr(DDPOConfig, k, None))) != v
+        ]
     if any(map(weighed_by_temperature, old["configs"].values())):
-        raise InputError("--output", "the RWR runs kept there are of when rwr_beta was a temperature, and today it is an inverse one", "name a new folder")
-    if differs: raise InputError("--output", f"another comparison is kept there: {differs[0]}" + (f" (and {len(differs) - 1} more)" if differs[1:] else ""),
-                                 "name a new folder, or give the settings it was made with")
+        raise InputError(
+            "--output",
+            "the RWR runs kept there are of when rwr_beta was a temperature, and today it is an inverse one",
+            "name a new folder",
+        )
+    if differs:
+        raise InputError(
+            "--output",
+            f"another comparison is kept there: {differs[0]}"
+            + (f" (and {len(differs) - 1} more)" if differs[1:] else ""),
+            "name a new folder, or give the settings it was made with",
+        )
     both = lambda k: [*old[k], *(v for v in new[k] if v not in old[k])]
-    return new | dict(algorithms=both("algorithms"), seeds=both("seeds"), configs=old["configs"] | new["configs"])
+    return new | dict(
+        algorithms=both("algorithms"), seeds=both("seeds"), configs=old["configs"] | new["configs"]
+    )
 
 def _plain_command(s, output):
-    words = ["ddpo-nb", "compare", "--model", s["model"], "--reward", s["reward"], "--algorithms", ",".join(s["algorithms"]), "--prompts", str(s["prompts"]),
-             "--queries", str(s["queries"]), "--seeds", ",".join(map(str, s["seeds"]))]
+    words = [
+        "ddpo-nb", "compare", "--model", s["model"], "--reward", s["reward"], "--algorithms",
+        ",".join(s["algorithms"]), "--prompts", str(s["prompts"]), "--queries", str(s["queries"]), "--seeds",
+        ",".join(map(str, s["seeds"]))
+    ]
     return shlex.join(map(hide, words + (["--output", str(output)] if output else [])))
 
 def _digest(items): return hashlib.sha256(json.dumps(items, default=str).encode()).hexdigest()[:16]
@@ -727,8 +1060,11 @@ def _base(model, init_lora):
     "The pipeline that training begins from."
     pipe = load_pipeline(model, init_lora)
     if getattr(pipe.text_encoder, "peft_config", None):
-        raise InputError("init_lora", f"{init_lora!r} has a part for the text encoder, which stays fixed in training",
-                         "sample and evaluate with it, or fuse it into a model of its own with diffusers' `fuse_lora`")
+        raise InputError(
+            "init_lora",
+            f"{init_lora!r} has a part for the text encoder, which stays fixed in training",
+            "sample and evaluate with it, or fuse it into a model of its own with diffusers' `fuse_lora`",
+        )
     return pipe
 
 def _with_its_rank(configs, init_lora, pipe, settings, overrides):
@@ -736,7 +1072,11 @@ def _with_its_rank(configs, init_lora, pipe, settings, overrides):
     rank = next(iter(pipe.unet.peft_config.values())).r
     for a, c in configs.items():
         if "lora_rank" in settings | (overrides or {}).get(a, {}) and c.lora_rank != rank:
-            raise InputError("lora_rank", f"{c.lora_rank} has no effect on {init_lora!r}, whose rank is {rank}", "leave it out")
+            raise InputError(
+                "lora_rank",
+                f"{c.lora_rank} has no effect on {init_lora!r}, whose rank is {rank}",
+                "leave it out",
+            )
     return {a: replace(c, lora_rank=rank) for a, c in configs.items()}
 
 # %% ../nbs/10_compare.ipynb #05985ae2
@@ -749,24 +1089,36 @@ def _trainer(self:Comparison, name, seed, make_prompts, reward):
         home = Path(self.output)/"runs"/f"{name}-seed{seed}"
         found = newest_whole(home/"checkpoints", STATE_FILES)
         if found is None:
-            if checkpoints(home/"checkpoints"): warnings.warn(f"no checkpoint in {str(home)!r} is whole: {name}, seed {seed}, begins again")
+            if checkpoints(home / "checkpoints"):
+                warnings.warn(f"no checkpoint in {str(home)!r} is whole: {name}, seed {seed}, begins again")
             if processes().is_main_process: shutil.rmtree(home, ignore_errors=True)
         extra = extra | dict(logdir=str(home.parent), run_name=home.name, resume_from=str(found or ""))
-    config = make_config(name, s["model"], **{"logdir": ""} | {k: v for k, v in s["configs"][name].items() if k != "algorithm"} | extra, seed=seed)
+    config = make_config(
+        name, s["model"],
+        **{"logdir": ""} | {k: v for k, v in s["configs"][name].items() if k != "algorithm"} | extra,
+        seed=seed,
+    )
     set_seed(seed)  # of the adapters
-    policy = StableDiffusionPolicy(load_pipeline(s["model"], s.get("init_lora")), use_lora=s["lora"], lora_rank=config.lora_rank)
+    policy = StableDiffusionPolicy(
+        load_pipeline(s["model"], s.get("init_lora")), use_lora=s["lora"], lora_rank=config.lora_rank
+    )
     policy.told_cut = self.told_cut
     return make_trainer(config, reward, make_prompts(seed), policy)
 
 @patch
 def _take_weights(self:Comparison, trainer, name, seed) -> bool:
-    "Take the weights of a run that was trained to its end, and whose examination is missing; False if there are none that are whole."
+    """Take the weights of a run that was trained to its end, and whose examination is missing; False if
+    there are none that are whole."""
     s, own = self.settings, [r["queries"] for r in self.rows if (r["algorithm"], r["seed"]) == (name, seed)]
     home = Path(self.output)/"weights"/f"{name}-seed{seed}" if self.output is not None else None
     if trainer.rows or home is None or not home.is_dir() or max(own, default=0) != s["queries"]: return False
-    try: trainer.policy.restore(home)
+    try:
+        trainer.policy.restore(home)
     except Exception as e:  # what is damaged may raise anything
-        warnings.warn(f"the weights in {str(home)!r} are damaged ({(str(e).splitlines() or [type(e).__name__])[0][:200]}): trained again")
+        warnings.warn(
+            f"the weights in {str(home)!r} are damaged"
+            f" ({(str(e).splitlines() or [type(e).__name__])[0][:200]}): trained again"
+        )
         return False
     return True
 
@@ -776,9 +1128,14 @@ def _fit(self:Comparison, trainer, name, seed, place, progress):
     s, own, share = self.settings, (name, seed), 0.5
     per_epoch = s["queries"] // trainer.config.num_epochs
     whole = lambda row: _plain(dict(algorithm=name, seed=seed, reward=s["reward_name"]) | row)
-    self.rows = [r for r in self.rows if (r["algorithm"], r["seed"]) != own] + [whole(r) for r in trainer.rows]
+    self.rows = [r for r in self.rows if (r["algorithm"], r["seed"]) != own] + [
+        whole(r) for r in trainer.rows
+    ]
     self.write_rows()
-    with tqdm(total=s["queries"], desc=f"{_labels[name]}, seed {seed} ({place})", unit="query", disable=not progress, dynamic_ncols=True, initial=trainer.queries) as bar:
+    with tqdm(
+        total=s["queries"], desc=f"{_labels[name]}, seed {seed} ({place})", unit="query",
+        disable=not progress, dynamic_ncols=True, initial=trainer.queries
+    ) as bar:
         def advance(stage, done, total):
             part = share * done / total if stage == "sampling" else share + (1 - share) * done / total
             bar.update(int(per_epoch * (trainer.epochs_done + part)) - bar.n)
@@ -790,7 +1147,8 @@ def _fit(self:Comparison, trainer, name, seed, place, progress):
         trainer.on_progress = advance
         trainer.train(on_row=on_row)
     if trainer.queries != s["queries"] and not trainer._past_its_best():
-        raise RuntimeError(f"{name} used {trainer.queries} queries, not {s['queries']}")  # equal budgets are the point
+        # equal budgets are the point
+        raise RuntimeError(f"{name} used {trainer.queries} queries, not {s['queries']}")
     self._keep_weights(trainer.policy, f"{name}-seed{seed}")
 
 @patch
@@ -798,15 +1156,20 @@ def _run(self:Comparison, name, seed, make_prompts, reward, examiner, place, pro
     "Train one algorithm with one seed, then examine what came out."
     trainer = self._trainer(name, seed, make_prompts, reward)
     if not self._take_weights(trainer, name, seed): self._fit(trainer, name, seed, place, progress)
-    for tracker in trainer.accelerator.trackers: tracker.finish()  # or the next run's numbers would go to this one
+    # or the next run's numbers would go to this one
+    for tracker in trainer.accelerator.trackers: tracker.finish()
     self._examine(examiner, trainer.policy, name, seed, progress)
-    if self.folder is not None and not self.keep_checkpoints: shutil.rmtree(self.folder/"runs", ignore_errors=True)
+    if self.folder is not None and not self.keep_checkpoints:
+        shutil.rmtree(self.folder / "runs", ignore_errors=True)
 
 # %% ../nbs/10_compare.ipynb #a1a44d60
 @patch
 def _examine(self:Comparison, examiner, policy, name, seed, progress):
     total = examiner.batches * len(policy.timesteps)
-    with tqdm(total=total, desc=f"examining {_labels[name]}, seed {seed}", unit="step", disable=not progress, leave=False, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=total, desc=f"examining {_labels[name]}, seed {seed}", unit="step", disable=not progress,
+        leave=False, dynamic_ncols=True
+    ) as bar:
         e = examiner(policy, name, seed, bar.update)
     self.keep(e)
 
@@ -826,41 +1189,62 @@ def _keep_weights(self:Comparison, policy, name):
 
 # %% ../nbs/10_compare.ipynb #14bfd19d
 def compare(
-    reward = "jpeg_compressibility",        # a name, "file.py:function", or a callable (images, prompts, metadata) -> (rewards, info)
+    # a name, "file.py:function", or a callable (images, prompts, metadata) -> (rewards, info)
+    reward = "jpeg_compressibility",
     algorithms = ("ddpo-is", "rwr"),        # of `ALGORITHMS`
     queries: int = QUERIES,                 # pictures scored in training, for each algorithm and seed
     seeds = (0,),                           # each is a run of its own
     model: str = EMOJI_SD,                  # "emoji-sd", a folder in diffusers' format, or a hub id
     prompts = "simple_animals",             # a named set, a file, or a list
-    output: str|Path|None = None,           # folder to keep everything in; a second call goes on with what is missing, from its last checkpoint
+    # folder to keep everything in; a second call goes on with what is missing, from its last
+    # checkpoint
+    output: str|Path|None = None,
     lora: bool = True,                      # train adapters; False: the whole UNet
-    evaluation_samples: int|None = None,    # pictures of each prompt set in the examination; None: one a prompt, at most 64
+    # pictures of each prompt set in the examination; None: one a prompt, at most 64
+    evaluation_samples: int|None = None,
     overrides: dict|None = None,            # algorithm -> settings for it alone
     progress: bool = True,                  # progress bars
     keep_checkpoints: bool = False,         # those of finished runs too, not only their weights
     command: str|None = None,               # what to print in the report as the way to make it again
-    init_lora: str|None = None,             # a LoRA to go on training: a folder, a .safetensors file, or a hub id
+    # a LoRA to go on training: a folder, a .safetensors file, or a hub id
+    init_lora: str|None = None,
     **settings,                             # fields of DDPOConfig, for all algorithms
 ) -> Comparison:                            # with `.interrupted` set if Ctrl-C stopped it
-    "Fine-tune `model` by each algorithm and seed on one budget of reward queries, and examine them alike. InputError or ModelError before anything is written."
+    """Fine-tune `model` by each algorithm and seed on one budget of reward queries, and examine them
+    alike. InputError or ModelError before anything is written."""
     keep_secret(*named_secrets([settings, overrides]))
-    algorithms = _listed("algorithms", algorithms, lambda a: a in ALGORITHMS, f"choose from {', '.join(ALGORITHMS)}")
-    seeds = _listed("seeds", seeds, lambda s: isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 2**32,
-                    "give whole numbers from 0 to 4294967295, each once, such as 0,1,2")
-    if not isinstance(queries, int) or queries < 1: raise InputError("queries", f"{queries!r} is not a positive whole number", f"give {QUERIES}, say")
+    algorithms = _listed(
+        "algorithms", algorithms, lambda a: a in ALGORITHMS, f"choose from {', '.join(ALGORITHMS)}"
+    )
+    seeds = _listed(
+        "seeds", seeds,
+        lambda s: isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 2**32,
+        "give whole numbers from 0 to 4294967295, each once, such as 0,1,2",
+    )
+    if not isinstance(queries, int) or queries < 1:
+        raise InputError("queries", f"{queries!r} is not a positive whole number", f"give {QUERIES}, say")
     if evaluation_samples is not None and (not isinstance(evaluation_samples, int) or evaluation_samples < 2):
         raise InputError("evaluation_samples", f"{evaluation_samples!r} is too few", "give at least 2")
     model, output, init_lora = (o if o is None else os.path.expanduser(o) for o in (model, output, init_lora))
-    make_prompts = lambda seed: prompt_source(prompts, seed) if isinstance(prompts, (str, Path)) else PromptSource(prompts, seed)
+    make_prompts = lambda seed: (
+        prompt_source(prompts, seed) if isinstance(prompts, (str, Path)) else PromptSource(prompts, seed)
+    )
     items = make_prompts(0).items
-    configs, budget, notes = fit_budget(_configs(algorithms, model, lora, settings, overrides), queries, processes().num_processes)
+    configs, budget, notes = fit_budget(
+        _configs(algorithms, model, lora, settings, overrides), queries, processes().num_processes
+    )
     base = _base(model, init_lora)
     if init_lora and lora: configs = _with_its_rank(configs, init_lora, base, settings, overrides)
     if output is not None and processes().is_main_process: check_free(output, "output")
     function, reward_name, spec, digest = load_reward(reward, str(model))
-    plan = dict(model=str(model), reward=spec, reward_name=reward_name, reward_digest=digest, prompts=str(prompts) if isinstance(prompts, (str, Path)) else f"{len(items)} prompts",
-                prompts_digest=_digest(items), queries=budget, algorithms=algorithms, seeds=seeds, lora=lora, evaluation_samples=evaluation_samples, init_lora=init_lora,
-                configs={a: asdict(c) for a, c in configs.items()}, notes=notes, machine=_machine(), versions=_versions(), command=command)
+    plan = dict(
+        model=str(model), reward=spec, reward_name=reward_name, reward_digest=digest,
+        prompts=str(prompts) if isinstance(prompts, (str, Path)) else f"{len(items)} prompts",
+        prompts_digest=_digest(items), queries=budget, algorithms=algorithms, seeds=seeds, lora=lora,
+        evaluation_samples=evaluation_samples, init_lora=init_lora,
+        configs={a: asdict(c) for a, c in configs.items()}, notes=notes, machine=_machine(),
+        versions=_versions(), command=command
+    )
     extra = {a: {k: c.pop(k) for k in _private if k.endswith("kwargs")} for a, c in plan["configs"].items()}
     for c in plan["configs"].values():
         for k in _private: c.pop(k, None)
@@ -874,11 +1258,20 @@ def compare(
     first = next(iter(configs.values()))
     base = StableDiffusionPolicy(base, use_lora=False)
     if first.sample_num_steps > base.num_train_timesteps:
-        raise InputError("sample_num_steps", f"{first.sample_num_steps} is more than the model's {base.num_train_timesteps}", "give fewer")
-    base.configure(first.sample_num_steps, first.sample_eta, first.sample_guidance_scale, first.negative_prompts)
+        raise InputError(
+            "sample_num_steps",
+            f"{first.sample_num_steps} is more than the model's {base.num_train_timesteps}",
+            "give fewer",
+        )
+    base.configure(
+        first.sample_num_steps, first.sample_eta, first.sample_guidance_scale, first.negative_prompts
+    )
     base.warn_cut([*(p for p, _ in items), first.negative_prompts])
     c.told_cut = base.told_cut
-    examiner = Examiner(base, function, reward_name, items, evaluation_samples, max(x.sample_batch_size for x in configs.values()), first.mixed_precision)
+    examiner = Examiner(
+        base, function, reward_name, items, evaluation_samples,
+        max(x.sample_batch_size for x in configs.values()), first.mixed_precision
+    )
     with FolderLock(c.folder, "output") if c.folder is not None else contextlib.nullcontext():
         c._go_on()
         return c._race(examiner, base, make_prompts, function, progress)
@@ -888,8 +1281,12 @@ def _go_on(self:Comparison):
     "Take up what an earlier call has left in the folder; all processes get to know it."
     if self.folder is not None and os.path.lexists(self.folder/"config.json"):
         old = Comparison.load(self.folder)
-        self.settings, self.evaluations, self.rows = _join(self.settings, old.settings), old.evaluations, old.rows
-    self.settings, self.evaluations, self.rows = broadcast_object_list([self.settings, self.evaluations, self.rows])
+        self.settings, self.evaluations, self.rows = (
+            _join(self.settings, old.settings), old.evaluations, old.rows
+        )
+    self.settings, self.evaluations, self.rows = broadcast_object_list(
+        [self.settings, self.evaluations, self.rows]
+    )
 
 @patch
 def _race(self:Comparison, examiner, base, make_prompts, reward, progress):
@@ -903,7 +1300,8 @@ def _race(self:Comparison, examiner, base, make_prompts, reward, progress):
             self.save()
     except KeyboardInterrupt: self.interrupted = True
     except BaseException:
-        with contextlib.suppress(CheckpointError): self._save_some()  # what ends the run is said, and not what follows from it
+        # what ends the run is said, and not what follows from it
+        with contextlib.suppress(CheckpointError): self._save_some()
         raise
     self._save_some()
     return self

@@ -18,10 +18,13 @@ from .checkpoints import checkpoints
 from .rewards import to_uint8
 
 # %% ../nbs/09a_dashboard.ipynb #608836b6
-_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei",
-          "Droid Sans Fallback", "PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic",
-          "Arial Unicode MS", "Noto Sans Arabic", "Noto Sans Hebrew", "Noto Sans Devanagari", "Noto Sans Thai", "Noto Emoji",
-          "Segoe UI Emoji", "Segoe UI Symbol", "Symbola")  # with letters that matplotlib's own font lacks
+_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Source Han Sans SC", "WenQuanYi Zen Hei",
+    "WenQuanYi Micro Hei", "Droid Sans Fallback", "PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo",
+    "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "Arial Unicode MS", "Noto Sans Arabic",
+    "Noto Sans Hebrew", "Noto Sans Devanagari", "Noto Sans Thai", "Noto Emoji", "Segoe UI Emoji",
+    "Segoe UI Symbol", "Symbola"
+)  # with letters that matplotlib's own font lacks
 
 @cache
 def _fallbacks():
@@ -36,8 +39,10 @@ def _lacks(family, characters):
 
 def drawable(
     text: str,
-) -> tuple:    # the text without what cannot be drawn, and the names of fonts that it needs beside the usual one
-    "What of a text a figure can show; for a character of no font there is a box, or nothing if it is no letter but an order."
+# the text without what cannot be drawn, and the names of fonts that it needs beside the usual one
+) -> tuple:
+    """What of a text a figure can show; for a character of no font there is a box, or nothing if it is no
+    letter but an order."""
     lacking, families = _lacks(None, sorted({*text} - {"\n"})), []
     for family in _fallbacks() if lacking else ():
         rest = _lacks(family, lacking)
@@ -78,14 +83,17 @@ def draw_curve(
     return _png(fig)
 
 def draw_pictures(
-    batch,         # images (n, 3, H, W) in [0, 1], prompts, metadata, rewards, reward metadata, as a hook gets it
+    # images (n, 3, H, W) in [0, 1], prompts, metadata, rewards, reward metadata, as a hook gets it
+    batch,
     most: int = 8,
 ) -> bytes:        # a PNG file
     "The first pictures of a batch in a row, with prompt and reward."
     images, prompts, _, rewards, _ = batch
     n = min(most, len(images))
     fig = Figure(figsize=(1.1 * n, 1.6), layout="constrained")
-    for ax, image, prompt, reward in zip(np.ravel(fig.subplots(1, n)), to_uint8(images[:n].float()), prompts, rewards):
+    for ax, image, prompt, reward in zip(
+        np.ravel(fig.subplots(1, n)), to_uint8(images[:n].float()), prompts, rewards
+    ):
         ax.imshow(image, interpolation="nearest")
         ax.set(xticks=[], yticks=[])
         write(ax.set_title, prompt, 30, 16, fontsize=8, pad=2)
@@ -99,7 +107,8 @@ def _in_notebook():  # fastcore's `in_jupyter` takes a terminal's IPython for on
     except NameError: return False
 
 class Dashboard:
-    "A live view of a trainer: reward curve, newest pictures, buttons to pause and to stop. `start()` it; in a terminal it prints instead."
+    """A live view of a trainer: reward curve, newest pictures, buttons to pause and to stop. `start()`
+    it; in a terminal it prints instead."""
     def __init__(self,
         trainer,                       # a `DDPOTrainer`; its hook goes on being called
         widgets: bool|None = None,     # None: if this is a notebook
@@ -116,17 +125,23 @@ class Dashboard:
 
     def _build(self):
         import ipywidgets as w
-        drawn = lambda: w.Image(layout=w.Layout(align_self="flex-start", max_width="100%"))  # as large as it was drawn
+        # as large as it was drawn
+        drawn = lambda: w.Image(layout=w.Layout(align_self="flex-start", max_width="100%"))
         self.curve, self.pictures, self.text = drawn(), drawn(), w.HTML("not started")
         self.pause = w.ToggleButton(description="Pause", icon="pause", disabled=True)
-        self.stop = w.Button(description="Stop and save" if self.trainer.home else "Stop", icon="stop", disabled=True)
+        self.stop = w.Button(
+            description="Stop and save" if self.trainer.home else "Stop", icon="stop", disabled=True
+        )
         self.bar = w.IntProgress(layout=w.Layout(margin="0 0 0 1rem"))
         self.trainer.on_progress = self._advance
         self.pause.observe(lambda change: self._pause(change["new"]), "value")
         self.stop.on_click(lambda _: self._stop())
         self.view = w.VBox([self.text, w.HBox([self.pause, self.stop, self.bar]), self.curve, self.pictures])
 
-    def _pause(self, on): self.trainer.paused = on; self.pause.description, self.pause.icon = ("Go on", "play") if on else ("Pause", "pause"); self._say("paused" if on else "running")
+    def _pause(self, on):
+        self.trainer.paused = on
+        self.pause.description, self.pause.icon = ("Go on", "play") if on else ("Pause", "pause")
+        self._say("paused" if on else "running")
     def _stop(self): self._say("stopping"); self._enable(False); self.trainer.stop()
     def _enable(self, on): self.pause.disabled = self.stop.disabled = not on
 
@@ -136,10 +151,18 @@ class Dashboard:
     def _say(self, state):
         t, total = self.trainer, self.total
         if state == "running" and t.paused: state = "paused"
-        left = (time.time() - self.began) / max(1, t.epochs_done - self.first) * (total - t.epochs_done) if t.epochs_done > self.first else None
-        line = f"{state}: epoch {t.epochs_done} of {total}, {t.queries:,} queries" + (f", reward {t.rows[-1]['reward_mean']:.3f}" if t.rows else "")
-        if left and state == "running": line += f", {left / 60:.0f} minutes left" if left > 90 else f", {left:.0f} seconds left"
-        if state == "stopped" and t.home: line += f"; go on with resume_from={str(checkpoints(t.home/'checkpoints')[0])!r}"
+        left = (
+            (time.time() - self.began) / max(1, t.epochs_done - self.first) * (total - t.epochs_done)
+            if t.epochs_done > self.first
+            else None
+        )
+        line = f"{state}: epoch {t.epochs_done} of {total}, {t.queries:,} queries" + (
+            f", reward {t.rows[-1]['reward_mean']:.3f}" if t.rows else ""
+        )
+        if left and state == "running":
+            line += f", {left / 60:.0f} minutes left" if left > 90 else f", {left:.0f} seconds left"
+        if state == "stopped" and t.home:
+            line += f"; go on with resume_from={str(checkpoints(t.home/'checkpoints')[0])!r}"
         if self.widgets: self.text.value = escape(line, quote=False)
         else: print(line, flush=True)
 
@@ -153,12 +176,19 @@ class Dashboard:
             self.error = e
             if not self.widgets: raise
         if self.widgets: self._enable(False); self.pause.value = False
-        if self.error: self.text.value = f"<pre>{escape(''.join(traceback.format_exception(self.error, limit=-3)))}</pre>"
-        else: self._say("finished" if self.trainer.epochs_done >= self.total else "stopped")
+        if self.error:
+            self.text.value = (
+                f"<pre>{escape(''.join(traceback.format_exception(self.error, limit=-3)))}</pre>"
+            )
+        else:
+            self._say("finished" if self.trainer.epochs_done >= self.total else "stopped")
 
     def start(self, epochs: int|None = None):
-        "Train, `epochs` in all (the config's number by default): in the background in a notebook, which shows the view; else until it is done."
-        self.total, self.first, self.began = epochs or self.trainer.config.num_epochs, self.trainer.epochs_done, time.time()
+        """Train, `epochs` in all (the config's number by default): in the background in a notebook,
+        which shows the view; else until it is done."""
+        self.total, self.first, self.began = (
+            epochs or self.trainer.config.num_epochs, self.trainer.epochs_done, time.time()
+        )
         if not self.widgets: return self._train(epochs)
         if self.thread and self.thread.is_alive(): raise RuntimeError("the run is under way already")
         self.error = None

@@ -28,23 +28,32 @@ STEP_WEIGHTINGS = ("equal", "variance")
 
 @dataclass
 class DDPO:
-    "DDPO-IS: importance-sampled policy gradient with PPO's clip, over every stochastic denoising step. InputError for bad settings."
+    """DDPO-IS: importance-sampled policy gradient with PPO's clip, over every stochastic denoising step.
+    InputError for bad settings."""
     clip_range: float = 1e-4        # the ratio is cut to 1 ± clip_range
     adv_clip_max: float = 5.0       # advantages are cut to ± this
     timestep_fraction: float = 1.0  # share of the steps that is trained on, drawn anew for each sample
     guidance: bool = True           # classifier-free guidance while training, as when sampling
-    step_weighting: str = "equal"   # "equal", as published, or "variance": each step's log-probability times its σ²
+    # "equal", as published, or "variance": each step's log-probability times its σ²
+    step_weighting: str = "equal"
     kl_coef: float = 0.0            # β, weight of the divergence from the pretrained model
     on_policy = False               # may take several updates on one batch of samples
 
     def __post_init__(self):
         if self.step_weighting not in STEP_WEIGHTINGS:
-            raise InputError("step_weighting", f"there is no {self.step_weighting!r}", f"choose from {', '.join(STEP_WEIGHTINGS)}")
+            raise InputError(
+                "step_weighting", f"there is no {self.step_weighting!r}",
+                f"choose from {', '.join(STEP_WEIGHTINGS)}"
+            )
         for name in ("clip_range", "adv_clip_max"):
-            if not getattr(self, name) > 0: raise InputError(name, f"{getattr(self, name)} is not positive", "give a number above 0")
+            if not getattr(self, name) > 0:
+                raise InputError(name, f"{getattr(self, name)} is not positive", "give a number above 0")
         if not self.kl_coef >= 0: raise InputError("kl_coef", f"{self.kl_coef} is negative", "give 0 or more")
         if not 0 < self.timestep_fraction <= 1:
-            raise InputError("timestep_fraction", f"{self.timestep_fraction} is not in (0, 1]", "give the share of steps to train on")
+            raise InputError(
+                "timestep_fraction", f"{self.timestep_fraction} is not in (0, 1]",
+                "give the share of steps to train on"
+            )
 
     def objective(self, advantage: Tensor, ratio: Tensor, log_prob: Tensor) -> Tensor:
         "What one transition costs, (M,)."
@@ -64,14 +73,17 @@ def examples(
     advantages: Tensor,          # normalised rewards, (N,)
     generator: torch.Generator,  # on the CPU; draws each sample's steps
 ) -> dict:
-    "A flat set of transitions: sample (M,), step (M,), advantage (M,); deterministic steps are left out, ValueError if none remain."
+    """A flat set of transitions: sample (M,), step (M,), advantage (M,); deterministic steps are left
+    out, ValueError if none remain."""
     steps, waiting = trajectories.stochastic.nonzero().flatten().cpu(), trajectories.latents.device
-    if not len(steps): raise ValueError("no step of these trajectories is stochastic: there is no policy gradient")
+    if not len(steps):
+        raise ValueError("no step of these trajectories is stochastic: there is no policy gradient")
     keep = max(1, int(len(steps) * self.timestep_fraction))
     order = torch.rand((len(trajectories), len(steps)), generator=generator).argsort(1)
     step, sample = steps[order[:, :keep]].flatten(), torch.arange(len(trajectories)).repeat_interleave(keep)
     advantage = advantages.to(trajectories.device).clamp(-self.adv_clip_max, self.adv_clip_max)[sample]
-    return dict(sample=sample.to(waiting), step=step.to(waiting), advantage=advantage)  # where latents wait, so do their indices
+    # where latents wait, so do their indices
+    return dict(sample=sample.to(waiting), step=step.to(waiting), advantage=advantage)
 
 # %% ../nbs/08_ddpo.ipynb #d3f6e167
 @patch
@@ -80,10 +92,16 @@ def loss(
     policy,                      # has `step`
     trajectories: Trajectories,
     examples: dict,              # some of what `examples` returned
-) -> tuple:  # loss (M,), and figures to log, (M,) each: ratio, approx_kl, kl_step, clip_fraction, and kl_pretrained if it has a price
-    "What each transition costs under today's weights; its mean over transitions is minus the policy-gradient surrogate over T."
+# loss (M,), and figures to log, (M,) each: ratio, approx_kl, kl_step, clip_fraction, and kl_pretrained if
+# it has a price
+) -> tuple:
+    """What each transition costs under today's weights; its mean over transitions is minus the
+    policy-gradient surrogate over T."""
     i = examples["sample"]
-    return self.cost(policy, *trajectories.transitions(i, examples["step"]), trajectories.conditioning[i], examples["advantage"])
+    return self.cost(
+        policy, *trajectories.transitions(i, examples["step"]), trajectories.conditioning[i],
+        examples["advantage"]
+    )
 
 @patch
 def cost(
@@ -112,7 +130,8 @@ def cost(
 # %% ../nbs/08_ddpo.ipynb #4cfd53c2
 @dataclass
 class DDPOSF(DDPO):
-    "DDPO-SF: the score-function (REINFORCE) estimator; valid only for the policy that sampled, so one update a batch."
+    """DDPO-SF: the score-function (REINFORCE) estimator; valid only for the policy that sampled, so one
+    update a batch."""
     on_policy = True
 
     def objective(self, advantage: Tensor, ratio: Tensor, log_prob: Tensor) -> Tensor:
@@ -122,6 +141,8 @@ class DDPOSF(DDPO):
 # %% ../nbs/08_ddpo.ipynb #4fb6b1a9
 @patch
 def divergence(self: DDPO, policy, step, x: Tensor, t: Tensor, conditioning) -> Tensor:
-    "KL(policy ‖ pretrained model) of the steps at states (x_t, t, c), (M,), reduced as the policy's log-probabilities; differentiable by the policy."
-    with policy.reference(), torch.no_grad(): pretrained = policy.step(x, t, conditioning, prev_sample=step.prev_sample, guidance=self.guidance)
+    """KL(policy ‖ pretrained model) of the steps at states (x_t, t, c), (M,), reduced as the policy's
+    log-probabilities; differentiable by the policy."""
+    with policy.reference(), torch.no_grad():
+        pretrained = policy.step(x, t, conditioning, prev_sample=step.prev_sample, guidance=self.guidance)
     return gaussian_kl(step.mean, pretrained.mean, step.std, policy.reduction)

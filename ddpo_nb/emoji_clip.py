@@ -17,15 +17,24 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 from .clip import Embedder
-from .emoji_sd import COLOUR_NAMES, FONT, NOUNS, WEIGHTS, _patterns, captions, glyph, load, load_state, save_state, scene, to_tensor, tokenize_captions
+from .emoji_sd import (COLOUR_NAMES, FONT, NOUNS, WEIGHTS, _patterns, captions, glyph, load,
+                              load_state, save_state, scene, to_tensor, tokenize_captions)
 from .prompts import InputError
 
 # %% ../nbs/12a_emoji_clip.ipynb #b98c7f66
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
-    "A CLIP for pictures of 64×64 pixels and texts of 16 tokens, (N, 128) each; the text half has the shape of Emoji Stable Diffusion's."
-    text = dict(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=tokenizer.model_max_length,
-                projection_dim=128, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    vision = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, hidden_act="gelu", image_size=64, patch_size=8, projection_dim=128)
+    """A CLIP for pictures of 64×64 pixels and texts of 16 tokens, (N, 128) each; the text half has the
+    shape of Emoji Stable Diffusion's."""
+    text = dict(
+        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=384, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=tokenizer.model_max_length, projection_dim=128,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id
+    )
+    vision = dict(
+        hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, hidden_act="gelu",
+        image_size=64, patch_size=8, projection_dim=128
+    )
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
 
 def build_image_processor() -> CLIPImageProcessor:
@@ -47,10 +56,13 @@ def soften(x: Tensor, rng: np.random.Generator) -> Tensor:
     "Blur and noise of random strength, drawn for each picture (N, 3, H, W) in [-1, 1]."
     blurred = F.avg_pool2d(F.pad(x, (1,) * 4, mode="replicate"), 3, 1)
     a, b = torch.from_numpy(rng.random((2, len(x), 1, 1, 1))).float()
-    return (torch.lerp(x, blurred, a) + 0.1 * b * torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32))).clamp(-1, 1)
+    return (
+        torch.lerp(x, blurred, a) + 0.1 * b * torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32))
+    ).clamp(-1, 1)
 
 def batch(rng: np.random.Generator, nouns: int = 48, colours: int = 2, font: str = FONT) -> tuple:
-    "Scenes (nouns·colours, 3, 64, 64) in [-1, 1] of distinct pairs that are not held out, with the indices of their nouns and colours."
+    """Scenes (nouns·colours, 3, 64, 64) in [-1, 1] of distinct pairs that are not held out, with the
+    indices of their nouns and colours."""
     seen = lambda n: [c for c in range(len(COLOUR_NAMES)) if not held_out(n, c)]
     pairs = [(n, c) for n in rng.permutation(len(NOUNS))[:nouns] for c in rng.permutation(seen(n))[:colours]]
     n, c = np.array(pairs).T
@@ -74,17 +86,22 @@ def contrastive_loss(
 
 # %% ../nbs/12a_emoji_clip.ipynb #27d6d2b1
 def pixels(x: Tensor, processor: CLIPImageProcessor) -> Tensor:
-    "Scenes in [-1, 1] as the network wants them: the processor's mean and spread, without its detour over bytes."
+    """Scenes in [-1, 1] as the network wants them: the processor's mean and spread, without its detour
+    over bytes."""
     mean, std = (torch.tensor(o)[:, None, None] for o in (processor.image_mean, processor.image_std))
     return ((x + 1) / 2 - mean) / std
 
-def train_clip(folder: Path, steps: int, device: str = "cpu", font: str = FONT, save_every: int = 200) -> Embedder:
+def train_clip(
+    folder: Path, steps: int, device: str = "cpu", font: str = FONT, save_every: int = 200
+) -> Embedder:
     "Train on fresh scenes, keeping the state in `folder`; goes on where it was stopped."
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     tokenizer, processor = build_tokenizer(), build_image_processor()
     ids, model = tokenize_captions(tokenizer), build_clip(tokenizer)
-    model.text_model.load_state_dict({k.removeprefix("text_model."): v for k, v in load().text_encoder.state_dict().items()})
+    model.text_model.load_state_dict(
+        {k.removeprefix("text_model."): v for k, v in load().text_encoder.state_dict().items()}
+    )
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), 1.5e-3, (0.9, 0.98), weight_decay=0.05)
     schedule = get_cosine_schedule_with_warmup(optimizer, 100, steps)
@@ -93,14 +110,17 @@ def train_clip(folder: Path, steps: int, device: str = "cpu", font: str = FONT, 
         rng = np.random.default_rng((5, step))
         x, n, c = batch(rng, font=font)
         p = torch.from_numpy(rng.integers(len(ids), size=len(x)))
-        out = model(pixel_values=pixels(soften(x, rng), processor).to(device), input_ids=ids[p, n, c].to(device))
+        out = model(
+            pixel_values=pixels(soften(x, rng), processor).to(device), input_ids=ids[p, n, c].to(device)
+        )
         loss = contrastive_loss(out.logits_per_image, matches(n, c, p).to(device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step(); schedule.step(); optimizer.zero_grad()
         with torch.no_grad(): model.logit_scale.clamp_(max=np.log(100))  # as CLIP does
         if step % 20 == 0: bar.set_postfix(loss=f"{loss.item():.3f}")
-        if (step + 1) % save_every == 0 or step + 1 == steps: save_state(folder, step + 1, dict(model=model), optimizer, schedule)
+        if (step + 1) % save_every == 0 or step + 1 == steps:
+            save_state(folder, step + 1, dict(model=model), optimizer, schedule)
     return Embedder(model.cpu(), processor, tokenizer, name=str(folder))
 
 def save_clip(embedder: Embedder, folder: Path):
@@ -110,10 +130,13 @@ def save_clip(embedder: Embedder, folder: Path):
 
 # %% ../nbs/12a_emoji_clip.ipynb #06fc46b4
 def retrieval(embedder: Embedder, images: Tensor, texts: list) -> tuple:
-    "Shares of pictures (N, 3, H, W) in [0, 1] whose own text, and of texts whose own picture, is the nearest of all N."
+    """Shares of pictures (N, 3, H, W) in [0, 1] whose own text, and of texts whose own picture, is the
+    nearest of all N."""
     similarity = embedder.images(images) @ embedder.texts(texts).T
     own = torch.arange(len(texts), device=similarity.device)
-    return (similarity.argmax(1) == own).float().mean().item(), (similarity.argmax(0) == own).float().mean().item()
+    return (similarity.argmax(1) == own).float().mean().item(), (
+        similarity.argmax(0) == own
+    ).float().mean().item()
 
 def unseen_scenes(seed: int = 1, pairs: list = PAIRS, font: str = FONT) -> tuple:
     "A fresh scene in [0, 1] of each pair, and its caption."
@@ -125,10 +148,14 @@ def unseen_scenes(seed: int = 1, pairs: list = PAIRS, font: str = FONT) -> tuple
 def main(argv: list|None = None) -> int:
     "Train Emoji CLIP from the font."
     parser = argparse.ArgumentParser(prog="python -m ddpo_nb.emoji_clip", description=main.__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and, in clip/, the result")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder for checkpoints and, in clip/, the result"
+    )
     parser.add_argument("--font", default=FONT, help="NotoColorEmoji.ttf (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=1800, help="of 96 pictures (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     try: glyph("cat", args.font)
     except InputError as e: print(f"error: {e}", file=sys.stderr); return 2

@@ -28,7 +28,10 @@ WEIGHTS = "weights/emoji-sd"  # inside the package
 
 def load(dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
     "The bundled Emoji Stable Diffusion, a `diffusers.StableDiffusionPipeline` on the CPU."
-    pipe = StableDiffusionPipeline.from_pretrained(str(resources.files("ddpo_nb") / WEIGHTS), dtype=dtype, safety_checker=None, requires_safety_checker=False)
+    pipe = StableDiffusionPipeline.from_pretrained(
+        str(resources.files("ddpo_nb") / WEIGHTS), dtype=dtype, safety_checker=None,
+        requires_safety_checker=False
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -37,24 +40,32 @@ def save(pipe: StableDiffusionPipeline, folder: Path):
     for part in (pipe.vae, pipe.text_encoder, pipe.unet): part.half()
     pipe.save_pretrained(folder)
     text, tokens = Path(folder) / "text_encoder/model.safetensors", Path(folder) / "tokenizer"
-    named = {"text_model." + k.removeprefix("text_model."): v for k, v in load_file(text).items()}  # transformers 4 wants the prefix
+    # transformers 4 wants the prefix
+    named = {"text_model." + k.removeprefix("text_model."): v for k, v in load_file(text).items()}
     save_file(named, text, metadata=dict(format="pt"))
     model = json.loads((tokens / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     (tokens / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
-    (tokens / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(m) + "\n" for m in model["merges"]), encoding="utf-8")
+    (tokens / "merges.txt").write_text(
+        "#version: 0.2\n" + "".join(" ".join(m) + "\n" for m in model["merges"]), encoding="utf-8"
+    )
 
 # %% ../nbs/12_emoji_sd.ipynb #fd7310e2
-_animals = """cat 1F431 dog 1F436 horse 1F434 monkey 1F435 rabbit 1F430 zebra 1F993 spider 1F577 bird 1F426 sheep 1F411 deer 1F98C cow 1F42E
-goat 1F410 lion 1F981 tiger 1F42F bear 1F43B raccoon 1F99D fox 1F98A wolf 1F43A lizard 1F98E beetle 1FAB2 ant 1F41C butterfly 1F98B fish 1F41F
-shark 1F988 whale 1F433 dolphin 1F42C squirrel 1F43F mouse 1F42D rat 1F400 snake 1F40D turtle 1F422 frog 1F438 chicken 1F414 duck 1F986
-goose 1FABF bee 1F41D pig 1F437 turkey 1F983 fly 1FAB0 llama 1F999 camel 1F42B bat 1F987 gorilla 1F98D hedgehog 1F994 kangaroo 1F998"""
-_unseen_animals = """elephant 1F418 giraffe 1F992 owl 1F989 penguin 1F427 octopus 1F419 panda 1F43C koala 1F428 crocodile 1F40A snail 1F40C
-ladybug 1F41E scorpion 1F982 crab 1F980 squid 1F991 parrot 1F99C peacock 1F99A flamingo 1F9A9 swan 1F9A2 eagle 1F985 otter 1F9A6 sloth 1F9A5
-unicorn 1F984 dragon 1F432 leopard 1F406 hamster 1F439 rooster 1F413 beaver 1F9AB"""
-_objects = """apple 1F34E banana 1F34C pizza 1F355 hamburger 1F354 strawberry 1F353 pineapple 1F34D watermelon 1F349 carrot 1F955 mushroom 1F344
-cake 1F370 doughnut 1F369 cookie 1F36A bread 1F35E egg 1F373 car 1F697 bus 1F68C train 1F682 airplane 2708 bicycle 1F6B2 sailboat 26F5
-rocket 1F680 tractor 1F69C tree 1F333 palm 1F334 cactus 1F335 sunflower 1F33B rose 1F339 sun 1F31E moon 1F319 star 2B50 cloud 2601 sky 26C5
-rainbow 1F308 desert 1F3DC volcano 1F30B snowman 26C4 umbrella 2602 house 1F3E0 castle 1F3F0 guitar 1F3B8 ball 26BD crown 1F451 key 1F511"""
+_animals = """cat 1F431 dog 1F436 horse 1F434 monkey 1F435 rabbit 1F430 zebra 1F993 spider 1F577 bird 1F426
+sheep 1F411 deer 1F98C cow 1F42E goat 1F410 lion 1F981 tiger 1F42F bear 1F43B raccoon 1F99D fox 1F98A
+wolf 1F43A lizard 1F98E beetle 1FAB2 ant 1F41C butterfly 1F98B fish 1F41F shark 1F988 whale 1F433
+dolphin 1F42C squirrel 1F43F mouse 1F42D rat 1F400 snake 1F40D turtle 1F422 frog 1F438 chicken 1F414
+duck 1F986 goose 1FABF bee 1F41D pig 1F437 turkey 1F983 fly 1FAB0 llama 1F999 camel 1F42B bat 1F987
+gorilla 1F98D hedgehog 1F994 kangaroo 1F998"""
+_unseen_animals = """elephant 1F418 giraffe 1F992 owl 1F989 penguin 1F427 octopus 1F419 panda 1F43C
+koala 1F428 crocodile 1F40A snail 1F40C ladybug 1F41E scorpion 1F982 crab 1F980 squid 1F991 parrot 1F99C
+peacock 1F99A flamingo 1F9A9 swan 1F9A2 eagle 1F985 otter 1F9A6 sloth 1F9A5 unicorn 1F984 dragon 1F432
+leopard 1F406 hamster 1F439 rooster 1F413 beaver 1F9AB"""
+_objects = """apple 1F34E banana 1F34C pizza 1F355 hamburger 1F354 strawberry 1F353 pineapple 1F34D
+watermelon 1F349 carrot 1F955 mushroom 1F344 cake 1F370 doughnut 1F369 cookie 1F36A bread 1F35E egg 1F373
+car 1F697 bus 1F68C train 1F682 airplane 2708 bicycle 1F6B2 sailboat 26F5 rocket 1F680 tractor 1F69C
+tree 1F333 palm 1F334 cactus 1F335 sunflower 1F33B rose 1F339 sun 1F31E moon 1F319 star 2B50 cloud 2601
+sky 26C5 rainbow 1F308 desert 1F3DC volcano 1F30B snowman 26C4 umbrella 2602 house 1F3E0 castle 1F3F0
+guitar 1F3B8 ball 26BD crown 1F451 key 1F511"""
 
 def _glyphs(table):
     words = table.split()
@@ -66,7 +77,8 @@ NOUNS = list(GLYPHS)
 
 # %% ../nbs/12_emoji_sd.ipynb #00c48aea
 COLOURS = dict(white=(245, 245, 245), gray=(150, 150, 150), red=(222, 78, 78), yellow=(245, 215, 90),
-               green=(98, 186, 98), blue=(92, 150, 236), purple=(158, 98, 206), pink=(250, 164, 206))  # name -> RGB
+               # name -> RGB
+               green=(98, 186, 98), blue=(92, 150, 236), purple=(158, 98, 206), pink=(250, 164, 206))
 COLOUR_NAMES = list(COLOURS)
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"  # Debian: apt install fonts-noto-color-emoji
 
@@ -74,8 +86,13 @@ FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"  # Debian: apt instal
 @cache
 def glyph(noun: str, font: str = FONT) -> Image.Image:
     "The noun's glyph, cropped and centred in a transparent square; InputError without the font."
-    try: f = ImageFont.truetype(font, 109)
-    except OSError: raise InputError("--font", f"cannot read {font}", "install Noto Color Emoji (Debian: fonts-noto-color-emoji) or give its path") from None
+    try:
+        f = ImageFont.truetype(font, 109)
+    except OSError:
+        raise InputError(
+            "--font", f"cannot read {font}",
+            "install Noto Color Emoji (Debian: fonts-noto-color-emoji) or give its path",
+        ) from None
     image = Image.new("RGBA", (160, 160))
     ImageDraw.Draw(image).text((10, 10), GLYPHS[noun], font=f, embedded_color=True)
     image = image.crop(image.getbbox())
@@ -114,14 +131,22 @@ def to_tensor(images: list) -> torch.Tensor:
 def random_scenes(n: int, rng: np.random.Generator, font: str = FONT) -> tuple:
     "n scenes (n, 3, 64, 64) in [-1, 1], with the indices of their nouns and colours, (n,) each."
     nouns, colours = rng.integers(len(NOUNS), size=n), rng.integers(len(COLOURS), size=n)
-    return to_tensor([scene(NOUNS[i], COLOUR_NAMES[c], rng, font) for i, c in zip(nouns, colours)]), nouns, colours
+    return (
+        to_tensor([scene(NOUNS[i], COLOUR_NAMES[c], rng, font) for i, c in zip(nouns, colours)]),
+        nouns, colours
+    )
 
 # %% ../nbs/12_emoji_sd.ipynb #3638afa6
-_patterns = ["{n}", "a {n}", "a {n} on a {c} background", "a {n} on {c}", "a {c} background with a {n}", "a picture of a {n}", "a photo of a {n} on a {c} background"]
+_patterns = [
+    "{n}", "a {n}", "a {n} on a {c} background", "a {n} on {c}", "a {c} background with a {n}",
+    "a picture of a {n}", "a photo of a {n} on a {c} background"
+]
 
 def _articles(text):
     words = text.split()
-    return " ".join("an" if w == "a" and follows[0] in "aeiou" else w for w, follows in zip(words, words[1:] + ["."]))
+    return " ".join(
+        "an" if w == "a" and follows[0] in "aeiou" else w for w, follows in zip(words, words[1:] + ["."])
+    )
 
 def captions(noun: str, colour: str) -> list:
     "Seven ways to ask for a scene."
@@ -129,14 +154,19 @@ def captions(noun: str, colour: str) -> list:
 
 # %% ../nbs/12_emoji_sd.ipynb #4bdc11c9
 def build_tokenizer() -> CLIPTokenizer:
-    "A `CLIPTokenizer` in which each word of the captions is one token and every letter, digit and common sign has its own."
+    """A `CLIPTokenizer` in which each word of the captions is one token and every letter, digit and
+    common sign has its own."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     signs = list("abcdefghijklmnopqrstuvwxyz0123456789,.!?'-")
-    words = sorted({*NOUNS, *COLOURS, *"a an on background with picture photo of the and in emoji drawing".split()})
+    words = sorted(
+        {*NOUNS, *COLOURS, *"a an on background with picture photo of the and in emoji drawing".split()}
+    )
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     bpe.normalizer, bpe.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(vocab_size=2000, min_frequency=2, initial_alphabet=signs, end_of_word_suffix="</w>",
-                                  special_tokens=["<|startoftext|>", "<|endoftext|>"], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, min_frequency=2, initial_alphabet=signs, end_of_word_suffix="</w>",
+        special_tokens=["<|startoftext|>", "<|endoftext|>"], show_progress=False
+    )
     bpe.train_from_iterator(words * 3 + signs, trainer)
     model = json.loads(bpe.to_str())["model"]
     vocab = dict(model["vocab"])
@@ -146,29 +176,44 @@ def build_tokenizer() -> CLIPTokenizer:
 # %% ../nbs/12_emoji_sd.ipynb #5002a657
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     "Two transformer layers of width 96: prompts to (N, 16, 96)."
-    return CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
-                                        max_position_embeddings=tokenizer.model_max_length, projection_dim=96, bos_token_id=tokenizer.bos_token_id,
-                                        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=96, intermediate_size=384, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=tokenizer.model_max_length, projection_dim=96,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id
+        )
+    )
 
 def build_vae() -> AutoencoderKL:
     "Images (N, 3, 64, 64) to latents (N, 8, 8, 8) and back."
-    return AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(16, 32, 64, 96),
-                         layers_per_block=1, latent_channels=8, norm_num_groups=8, sample_size=64)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 96), layers_per_block=1, latent_channels=8, norm_num_groups=8,
+        sample_size=64
+    )
 
 def build_unet() -> UNet2DConditionModel:
     "Predicts the noise in latents (N, 8, 8, 8) given timestep and text."
-    return UNet2DConditionModel(sample_size=8, in_channels=8, out_channels=8, block_out_channels=(64, 128), layers_per_block=1, norm_num_groups=16,
-                                down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
-                                cross_attention_dim=96, attention_head_dim=4)
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=8, out_channels=8, block_out_channels=(64, 128), layers_per_block=1,
+        norm_num_groups=16, down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2, cross_attention_dim=96, attention_head_dim=4
+    )
 
 def build_scheduler() -> DDIMScheduler:
     "The noise schedule and sampler settings of Stable Diffusion 1.5."
-    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        set_alpha_to_one=False, steps_offset=1
+    )
 
 def assemble(vae, tokenizer, text_encoder, unet) -> StableDiffusionPipeline:
     "The parts as a pipeline."
-    return StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=build_scheduler(),
-                                   safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    return StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=build_scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
 
 # %% ../nbs/12_emoji_sd.ipynb #08b2026d
 def _atomic(path: Path, write):
@@ -180,11 +225,17 @@ def _atomic(path: Path, write):
 def save_state(folder: Path, step: int, modules: dict, optimizer, schedule, ema=None):
     "Write everything a training needs to go on."
     tensors = {f"{m}/{k}": v for m, module in modules.items() for k, v in module.state_dict().items()}
-    for i, moments in optimizer.state_dict()["state"].items(): tensors |= {f"optimizer/{i}/{k}": torch.as_tensor(v) for k, v in moments.items()}
+    for i, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{i}/{k}": torch.as_tensor(v) for k, v in moments.items()}
     if ema: tensors |= {f"ema/{i}": v for i, v in enumerate(ema.shadow_params)}
-    info = dict(step=step, schedule=schedule.state_dict(), ema=dict(optimization_step=ema.optimization_step) if ema else {})
+    info = dict(
+        step=step, schedule=schedule.state_dict(),
+        ema=dict(optimization_step=ema.optimization_step) if ema else {}
+    )
     tensors = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
-    _atomic(folder / "state.safetensors", lambda f: save_file(tensors, f, metadata=dict(info=json.dumps(info))))
+    _atomic(
+        folder / "state.safetensors", lambda f: save_file(tensors, f, metadata=dict(info=json.dumps(info)))
+    )
 
 def load_state(folder: Path, modules: dict, optimizer, schedule, ema=None) -> int:
     "Take up what `save_state` wrote; returns the step to go on from, 0 if there is nothing."
@@ -201,7 +252,8 @@ def load_state(folder: Path, modules: dict, optimizer, schedule, ema=None) -> in
         state["state"].setdefault(int(i), {})[moment] = value
     optimizer.load_state_dict(state)
     schedule.load_state_dict(info["schedule"])
-    for group, rate in zip(optimizer.param_groups, schedule.get_last_lr()): group["lr"] = rate  # the schedule sets it only after the next step
+    # the schedule sets it only after the next step
+    for group, rate in zip(optimizer.param_groups, schedule.get_last_lr()): group["lr"] = rate
     if ema:
         for i, p in enumerate(ema.shadow_params): p.copy_(tensors[f"ema/{i}"])
         ema.optimization_step = info["ema"]["optimization_step"]
@@ -217,7 +269,9 @@ def vae_loss(vae, x):
     error = (y - x).pow(2).mean()
     return (y - x).abs().mean() + error + 0.5 * _edges(y, x) + 1e-6 * latent.kl().mean(), error
 
-def train_vae(folder: Path, steps: int, device: str = "cpu", font: str = FONT, batch: int = 32, save_every: int = 500) -> AutoencoderKL:
+def train_vae(
+    folder: Path, steps: int, device: str = "cpu", font: str = FONT, batch: int = 32, save_every: int = 500
+) -> AutoencoderKL:
     "Train the autoencoder on fresh scenes, keeping its state in `folder`; goes on where it was stopped."
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -233,25 +287,31 @@ def train_vae(folder: Path, steps: int, device: str = "cpu", font: str = FONT, b
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step(); schedule.step(); optimizer.zero_grad()
         if step % 50 == 0: bar.set_postfix(psnr=f"{10 * np.log10(4 / error.item()):.1f} dB")
-        if (step + 1) % save_every == 0 or step + 1 == steps: save_state(folder, step + 1, dict(vae=vae), optimizer, schedule)
+        if (step + 1) % save_every == 0 or step + 1 == steps:
+            save_state(folder, step + 1, dict(vae=vae), optimizer, schedule)
     return vae.eval()
 
 # %% ../nbs/12_emoji_sd.ipynb #a90b032b
 @torch.no_grad()
 def encode_scenes(vae, repeats: int = 24, device: str = "cpu", font: str = FONT) -> tuple:
-    "Latents (M, 8, 8, 8) of every noun on every colour, `repeats` times, with the indices of noun and colour, (M,) each."
+    """Latents (M, 8, 8, 8) of every noun on every colour, `repeats` times, with the indices of noun and
+    colour, (M,) each."""
     rng, latents = np.random.default_rng(1), []
     pairs = [(i, c) for i in range(len(NOUNS)) for c in range(len(COLOURS))]
     for _ in tqdm(range(repeats), "encoding scenes"):
         x = to_tensor([scene(NOUNS[i], COLOUR_NAMES[c], rng, font) for i, c in pairs])
-        with torch.autocast(device, torch.bfloat16): latents += [vae.encode(part.to(device)).latent_dist.mean.float() for part in x.split(128)]
+        with torch.autocast(device, torch.bfloat16):
+            latents += [vae.encode(part.to(device)).latent_dist.mean.float() for part in x.split(128)]
     nouns, colours = torch.tensor(pairs * repeats).T
     return torch.cat(latents), nouns.to(device), colours.to(device)
 
 def tokenize_captions(tokenizer) -> torch.Tensor:
     "Token ids of every caption there is: (patterns, nouns, colours, 16)."
     text = [captions(n, c)[p] for p in range(len(_patterns)) for n in NOUNS for c in COLOURS]
-    ids = tokenizer(text, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+    ids = tokenizer(
+        text, padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
+        return_tensors="pt"
+    ).input_ids
     return ids.reshape(len(_patterns), len(NOUNS), len(COLOURS), -1)
 
 # %% ../nbs/12_emoji_sd.ipynb #f33624da
@@ -264,19 +324,26 @@ def unet_loss(unet, text_encoder, scheduler, latents, ids, generator):
     snr = compute_snr(scheduler, t)
     return ((prediction - noise).pow(2).flatten(1).mean(1) * snr.clamp(max=5) / snr).mean()
 
-def train_unet(folder: Path, vae, steps: int, device: str = "cpu", font: str = FONT, batch: int = 64, save_every: int = 500,
-               repeats: int = 24, text_encoder: CLIPTextModel|None = None) -> StableDiffusionPipeline:
-    """Train UNet and text encoder on encoded scenes, keeping the state in `folder`; returns the pipeline with averaged weights.
-    A `text_encoder` that is given learns only if its weights ask for gradients."""
+def train_unet(
+    folder: Path, vae, steps: int, device: str = "cpu", font: str = FONT, batch: int = 64,
+    save_every: int = 500, repeats: int = 24, text_encoder: CLIPTextModel | None = None
+) -> StableDiffusionPipeline:
+    """Train UNet and text encoder on encoded scenes, keeping the state in `folder`; returns the pipeline with
+    averaged weights. A `text_encoder` that is given learns only if its weights ask for gradients."""
     folder.mkdir(parents=True, exist_ok=True)
     latents, nouns, colours = encode_scenes(vae, repeats, device, font)
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     latents = latents * vae.config.scaling_factor
     torch.manual_seed(0)
-    if not (folder / "tokenizer").exists(): build_tokenizer().save_pretrained(folder / "tokenizer")  # built anew, equally frequent pairs could swap places
+    # built anew, equally frequent pairs could swap places
+    if not (folder / "tokenizer").exists(): build_tokenizer().save_pretrained(folder / "tokenizer")
     tokenizer, scheduler = CLIPTokenizer.from_pretrained(folder / "tokenizer"), build_scheduler()
-    ids, empty = tokenize_captions(tokenizer).to(device), tokenizer("", padding="max_length", return_tensors="pt").input_ids.to(device)
-    parts = dict(text_encoder=(text_encoder or build_text_encoder(tokenizer)).to(device), unet=build_unet().to(device))
+    ids, empty = tokenize_captions(tokenizer).to(device), tokenizer(
+        "", padding="max_length", return_tensors="pt"
+    ).input_ids.to(device)
+    parts = dict(
+        text_encoder=(text_encoder or build_text_encoder(tokenizer)).to(device), unet=build_unet().to(device)
+    )
     parameters = [p for part in parts.values() for p in part.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, 1.2e-3, (0.9, 0.99), weight_decay=1e-2)
     schedule = get_cosine_schedule_with_warmup(optimizer, 300, steps)
@@ -292,7 +359,8 @@ def train_unet(folder: Path, vae, steps: int, device: str = "cpu", font: str = F
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step(); schedule.step(); optimizer.zero_grad(); ema.step(parameters)
         if step % 50 == 0: bar.set_postfix(loss=f"{loss.item():.3f}")
-        if (step + 1) % save_every == 0 or step + 1 == steps: save_state(folder, step + 1, parts, optimizer, schedule, ema)
+        if (step + 1) % save_every == 0 or step + 1 == steps:
+            save_state(folder, step + 1, parts, optimizer, schedule, ema)
     ema.copy_to(parameters)
     return assemble(vae.cpu(), tokenizer, parts["text_encoder"].cpu().eval(), parts["unet"].cpu().eval())
 
@@ -300,16 +368,23 @@ def train_unet(folder: Path, vae, steps: int, device: str = "cpu", font: str = F
 def main(argv: list|None = None) -> int:
     "Train Emoji Stable Diffusion from the font."
     parser = argparse.ArgumentParser(prog="python -m ddpo_nb.emoji_sd", description=main.__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and, in pipeline/, the result")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder for checkpoints and, in pipeline/, the result"
+    )
     parser.add_argument("--font", default=FONT, help="NotoColorEmoji.ttf (default: %(default)s)")
     parser.add_argument("--vae-steps", type=int, default=6500, help="of 32 scenes (default: %(default)s)")
     parser.add_argument("--unet-steps", type=int, default=6000, help="of 64 latents (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     try: glyph("cat", args.font)
     except InputError as e: print(f"error: {e}", file=sys.stderr); return 2
     vae = train_vae(args.output / "vae", args.vae_steps, args.device, args.font)
-    save(train_unet(args.output / "unet", vae, args.unet_steps, args.device, args.font), args.output / "pipeline")
+    save(
+        train_unet(args.output / "unet", vae, args.unet_steps, args.device, args.font),
+        args.output / "pipeline",
+    )
     print(f"wrote {args.output / 'pipeline'}")
     return 0
 

@@ -28,7 +28,8 @@ def check_repo_id(
     if repo_id.count("/") != 1: wrong(f"{shown} is not of the form USER/NAME")
     for part in repo_id.split("/"):
         if not part: wrong(f"{shown} lacks a half")
-        if not re.fullmatch(r"[A-Za-z0-9._-]+", part): wrong(f"{shown} has characters other than letters, digits, '-', '_' and '.'")
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", part):
+            wrong(f"{shown} has characters other than letters, digits, '-', '_' and '.'")
         if part[0] in "-." or part[-1] in "-.": wrong(f"{shown} has a '-' or '.' at the edge of a name")
         if len(part) > 96: wrong(f"{shown} has a name of more than 96 characters")
     if "--" in repo_id or ".." in repo_id: wrong(f"{shown} has '--' or '..' in it")
@@ -57,29 +58,68 @@ def public(
 # %% ../nbs/10b_hub.ipynb #51b2d77f
 PROJECT = "https://github.com/ddpo-nb/ddpo_nb"
 
-def _on_hub(base_model): return bool(re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", base_model)) and base_model != "emoji-sd" and not Path(base_model).exists()
+def _on_hub(base_model):
+    return (
+        bool(re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", base_model))
+        and base_model != "emoji-sd"
+        and not Path(base_model).exists()
+    )
 
 def _loading(base_model, repo_id, lora, prompt, config):
     "Python lines that draw a picture with the uploaded weights."
     emoji, parts = base_model == "emoji-sd", [] if lora else ["UNet2DConditionModel"]
     base = base_model if _on_hub(base_model) else f"path/to/{Path(base_model).name}"
-    lines = [] if emoji and lora else [f"from diffusers import {', '.join(parts if emoji else ['DDIMScheduler', 'StableDiffusionPipeline', *parts])}"]
-    if emoji: lines += [f"from ddpo_nb import emoji_sd  # pip install git+{PROJECT}", "", "pipe = emoji_sd.load()"]
-    else: lines += ["", f"pipe = StableDiffusionPipeline.from_{'single_file' if base.endswith('.safetensors') else 'pretrained'}({base!r})", "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"]
-    lines.append(f"pipe.load_lora_weights({repo_id!r})" if lora else f"pipe.unet = UNet2DConditionModel.from_pretrained({repo_id!r}, subfolder='unet')")
-    given = dict(num_inference_steps="sample_num_steps", guidance_scale="sample_guidance_scale", eta="sample_eta")
-    options = "".join(f", {k}={config[v]!r}" for k, v in given.items() if isinstance(config.get(v), (int, float)))
+    lines = (
+        []
+        if emoji and lora
+        else [
+            "from diffusers import"
+            f" {', '.join(parts if emoji else ['DDIMScheduler', 'StableDiffusionPipeline', *parts])}"
+        ]
+    )
+    if emoji:
+        lines += [f"from ddpo_nb import emoji_sd  # pip install git+{PROJECT}", "", "pipe = emoji_sd.load()"]
+    else:
+        kind = "single_file" if base.endswith(".safetensors") else "pretrained"
+        lines += [
+            "",
+            f"pipe = StableDiffusionPipeline.from_{kind}({base!r})",
+            "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)",
+        ]
+    lines.append(
+        f"pipe.load_lora_weights({repo_id!r})"
+        if lora
+        else f"pipe.unet = UNet2DConditionModel.from_pretrained({repo_id!r}, subfolder='unet')"
+    )
+    given = dict(
+        num_inference_steps="sample_num_steps", guidance_scale="sample_guidance_scale", eta="sample_eta"
+    )
+    options = "".join(
+        f", {k}={config[v]!r}" for k, v in given.items() if isinstance(config.get(v), (int, float))
+    )
     return "\n".join([*lines, f"pipe({prompt!r}{options}).images[0]"])
 
 # %% ../nbs/10b_hub.ipynb #272a5ecf
-_LICENCES = {"emoji-sd": "apache-2.0", "stable-diffusion-v1": "creativeml-openrail-m", "stable-diffusion-2": "openrail++"}
+_LICENCES = {
+    "emoji-sd": "apache-2.0", "stable-diffusion-v1": "creativeml-openrail-m",
+    "stable-diffusion-2": "openrail++"
+}
 
 def _licence(base_model, licence):
     "The card's licence fields, and a sentence for the reader."
-    known = licence or next((v for k, v in _LICENCES.items() if base_model == k or (_on_hub(base_model) and base_model.rpartition("/")[2].startswith(k))), None)
+    known = licence or next(
+        (
+            v
+            for k, v in _LICENCES.items()
+            if base_model == k or (_on_hub(base_model) and base_model.rpartition("/")[2].startswith(k))
+        ),
+        None,
+    )
     fields = dict(license=known) if known else dict(license="other", license_name="that-of-the-base-model")
     if not known and _on_hub(base_model): fields["license_link"] = f"https://huggingface.co/{base_model}"
-    return fields, "Weights that are derived from a model follow its licence" + (f": here that is `{known}`." if known else "; see the base model's own page.")
+    return fields, "Weights that are derived from a model follow its licence" + (
+        f": here that is `{known}`." if known else "; see the base model's own page."
+    )
 
 # %% ../nbs/10b_hub.ipynb #0501b7ca
 _CITATION = f"""```bibtex
@@ -99,7 +139,10 @@ _CITATION = f"""```bibtex
   url     = {{{PROJECT}}}
 }}
 ```"""
-_PICTURES = {"before_after.png": "The same prompts and the same noise, before training and after", "curves.png": "Reward against the number of pictures that were scored"}
+_PICTURES = {
+    "before_after.png": "The same prompts and the same noise, before training and after",
+    "curves.png": "Reward against the number of pictures that were scored",
+}
 
 def _md(text):
     "A text that Markdown and HTML show as it is, on one line."
@@ -114,18 +157,37 @@ def _code(text):
 
 def _cell(value):
     "Something for a cell of a Markdown table: a (mean, half-width) pair, a number or a text."
-    if isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value):
+    if (
+        isinstance(value, (tuple, list))
+        and len(value) == 2
+        and all(isinstance(v, (int, float)) for v in value)
+    ):
         return f"{value[0]:.4g}" + (f" ± {value[1]:.2g}" if math.isfinite(value[1]) else "")
-    return f"{value:.5g}" if isinstance(value, float) else re.sub(r"(?<!\\)\|", r"\\|", " ".join(_text(value).split()))
+    return (
+        f"{value:.5g}"
+        if isinstance(value, float)
+        else re.sub(r"(?<!\\)\|", r"\\|", " ".join(_text(value).split()))
+    )
 
-def _table(head, rows): return "\n".join(f"| {' | '.join(map(_cell, r))} |" for r in (head, ["---"] * len(head), *rows))
+def _table(head, rows):
+    return "\n".join(f"| {' | '.join(map(_cell, r))} |" for r in (head, ["---"] * len(head), *rows))
 
 def _training(base_model, algorithm, reward, config, rows, lora):
     rewards = [r["reward_mean"] for r in rows if r.get("reward_mean") is not None]
-    known = dict(queries=[r["queries"] for r in rows if "queries" in r][-1:], seed=[config.get("seed", rows[-1].get("seed") if rows else None)])
-    facts = [("base model", base_model), ("algorithm", algorithm), ("reward", _md(reward)), ("trained", "LoRA of the UNet's attention layers" if lora else "the whole UNet"),
-             *((k, v) for k, o in known.items() for v in o if v is not None)]
-    if rewards: facts += [("mean reward in the first epoch", float(rewards[0])), ("mean reward in the last epoch", float(rewards[-1]))]
+    known = dict(
+        queries=[r["queries"] for r in rows if "queries" in r][-1:],
+        seed=[config.get("seed", rows[-1].get("seed") if rows else None)]
+    )
+    facts = [
+        ("base model", base_model), ("algorithm", algorithm), ("reward", _md(reward)),
+        ("trained", "LoRA of the UNet's attention layers" if lora else "the whole UNet"),
+        *((k, v) for k, o in known.items() for v in o if v is not None),
+    ]
+    if rewards:
+        facts += [
+            ("mean reward in the first epoch", float(rewards[0])),
+            ("mean reward in the last epoch", float(rewards[-1]))
+        ]
     return _table(["", ""], facts)
 
 # %% ../nbs/10b_hub.ipynb #ca75756c
@@ -138,44 +200,103 @@ def model_card(
     repo_id: str,                    # where the weights go, "USER/NAME"
     lora: bool = True,               # adapters, or the whole UNet
     pictures = tuple(_PICTURES),     # names of pictures that are uploaded too
-    numbers: dict|str|None = None,   # the examination: name -> number, text or (mean, half-width); or a table in Markdown
+    # the examination: name -> number, text or (mean, half-width); or a table in Markdown
+    numbers: dict|str|None = None,
     licence: str|None = None,        # of the weights; None: the base model's, if known
     prompt: str|None = None,         # for the lines that load
 ) -> str:                            # README.md
     "A model card for the hub."
     base_model, on_hub, kind = str(base_model), _on_hub(str(base_model)), "LoRA" if lora else "UNet"
     fields, terms = _licence(base_model, licence)
-    base = f"[{base_model}](https://huggingface.co/{base_model})" if on_hub else f"[Emoji SD]({PROJECT})" if base_model == "emoji-sd" else _code(Path(base_model).name)
-    data = ModelCardData(**fields, library_name="diffusers", pipeline_tag="text-to-image", base_model=base_model if on_hub else None,
-                         base_model_relation=("adapter" if lora else "finetune") if on_hub else None,
-                         tags=["ddpo_nb", algorithm.partition("-")[0], algorithm, "reinforcement-learning", kind.lower(), "text-to-image", "stable-diffusion", "diffusers"])
-    local = str(Path(base_model).expanduser()) if not on_hub and "/" in base_model else None  # only the folder's name is anybody's business
-    shown = {k: Path(v).name if local and isinstance(v, str) and Path(v).expanduser() == Path(local) else v for k, v in public(config).items()}
-    hint = "The base model was a folder: put your own path to it there." if not on_hub and base_model != "emoji-sd" else ""
-    code = _loading(base_model, repo_id, lora, prompt or ("a bear on a blue background" if base_model == "emoji-sd" else "a bear"), shown)
-    others = (f"\n\nFor ComfyUI and A1111: `ddpo-nb export --lora {repo_id} --output {repo_id.rpartition('/')[2]}.safetensors`."
-              if lora and base_model != "emoji-sd" else "")
-    parts = [f"# {repo_id.rpartition('/')[2]}",
-             f"{kind} weights for {base}, trained with reinforcement learning (`{algorithm}`) for a higher {_code(reward)}. Made with [ddpo_nb]({PROJECT}).",
-             *(f"![{_PICTURES.get(o, o)}]({o})\n\n*{_PICTURES.get(o, o)}.*" for o in pictures),
-             f"## How to load\n\n```python\n{code}\n```" + (f"\n\n{hint}" if hint else "") + others,
-             "## Training\n\n" + _training(base if on_hub else _md(Path(base_model).name), algorithm, reward, shown, rows, lora)]
-    if numbers: parts.append("## Evaluation\n\n" + (numbers.strip() if isinstance(numbers, str) else _table(["weights", _md(reward)], list(numbers.items()))))
-    parts += [f"<details><summary>All settings</summary>\n\n```json\n{json.dumps(shown, indent=1, ensure_ascii=False)}\n```\n\n</details>",
-              "## Limits\n\nTraining pushes one number up. What the reward does not see, such as variety or faithfulness to the prompt, may have become worse: look before you rely on it.",
-              f"## Licence\n\n{terms}", f"## Citation\n\n{_CITATION}"]
+    base = (
+        f"[{base_model}](https://huggingface.co/{base_model})"
+        if on_hub
+        else f"[Emoji SD]({PROJECT})" if base_model == "emoji-sd" else _code(Path(base_model).name)
+    )
+    data = ModelCardData(
+        **fields, library_name="diffusers", pipeline_tag="text-to-image",
+        base_model=base_model if on_hub else None,
+        base_model_relation=("adapter" if lora else "finetune") if on_hub else None,
+        tags=[
+            "ddpo_nb", algorithm.partition("-")[0], algorithm, "reinforcement-learning", kind.lower(),
+            "text-to-image", "stable-diffusion", "diffusers"
+        ],
+    )
+    # only the folder's name is anybody's business
+    local = str(Path(base_model).expanduser()) if not on_hub and "/" in base_model else None
+    shown = {
+        k: Path(v).name if local and isinstance(v, str) and Path(v).expanduser() == Path(local) else v
+        for k, v in public(config).items()
+    }
+    hint = (
+        "The base model was a folder: put your own path to it there."
+        if not on_hub and base_model != "emoji-sd"
+        else ""
+    )
+    code = _loading(
+        base_model, repo_id, lora,
+        prompt or ("a bear on a blue background" if base_model == "emoji-sd" else "a bear"),
+        shown,
+    )
+    others = (
+        f"\n\nFor ComfyUI and A1111: `ddpo-nb export --lora {repo_id} --output"
+        f" {repo_id.rpartition('/')[2]}.safetensors`."
+        if lora and base_model != "emoji-sd"
+        else ""
+    )
+    parts = [
+        f"# {repo_id.rpartition('/')[2]}",
+        (
+            f"{kind} weights for {base}, trained with reinforcement learning (`{algorithm}`) for a higher"
+            f" {_code(reward)}. Made with [ddpo_nb]({PROJECT})."
+        ),
+        *(f"![{_PICTURES.get(o, o)}]({o})\n\n*{_PICTURES.get(o, o)}.*" for o in pictures),
+        f"## How to load\n\n```python\n{code}\n```" + (f"\n\n{hint}" if hint else "") + others,
+        "## Training\n\n"
+        + _training(base if on_hub else _md(Path(base_model).name), algorithm, reward, shown, rows, lora),
+    ]
+    if numbers:
+        parts.append(
+            "## Evaluation\n\n"
+            + (
+                numbers.strip()
+                if isinstance(numbers, str)
+                else _table(["weights", _md(reward)], list(numbers.items()))
+            )
+        )
+    parts += [
+        (
+            "<details><summary>All settings</summary>\n\n"
+            f"```json\n{json.dumps(shown, indent=1, ensure_ascii=False)}\n```\n\n</details>"
+        ),
+        (
+            "## Limits\n\nTraining pushes one number up. What the reward does not see, such as variety or"
+            " faithfulness to the prompt, may have become worse: look before you rely on it."
+        ),
+        f"## Licence\n\n{terms}",
+        f"## Citation\n\n{_CITATION}",
+    ]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"))
 
 # %% ../nbs/10b_hub.ipynb #b23f2f63
-class HubError(RuntimeError): "The hub refused or could not be reached; its text is one line that says why and what to do next, without the token."
+class HubError(RuntimeError):
+    """The hub refused or could not be reached; its text is one line that says why and what to do next,
+    without the token."""
 
 _new_token = "make a token that can write at https://huggingface.co/settings/tokens"
 
 def _api(token, endpoint):
     "A client with a token; InputError if there is none, or none that could be one."
     token = (token or get_token() or "").strip()
-    if not token: raise InputError("--push-to-hub", "there is no token for the hub", "log in with `hf auth login`, or set HF_TOKEN, or give --hf-user-access-token")
-    if not re.fullmatch(r"[!-~]+", token): raise InputError("--hf-user-access-token", "the token has characters that no token has", "copy it once more")
+    if not token:
+        raise InputError(
+            "--push-to-hub", "there is no token for the hub",
+            "log in with `hf auth login`, or set HF_TOKEN, or give --hf-user-access-token",
+        )
+    if not re.fullmatch(r"[!-~]+", token):
+        raise InputError(
+            "--hf-user-access-token", "the token has characters that no token has", "copy it once more"
+        )
     return HfApi(endpoint=endpoint, token=token, library_name="ddpo_nb", library_version=__version__)
 
 def _why(e, endpoint):
@@ -185,18 +306,27 @@ def _why(e, endpoint):
     status = next((o.response.status_code for o in chain if getattr(o, "response", None) is not None), None)
     if status == 401: return f"the hub does not accept the token (401): {_new_token}"
     if status == 403: return f"the token may not write there (403): {_new_token}"
-    if any(isinstance(o, OfflineModeIsEnabled) for o in chain): return "the hub is switched off by HF_HUB_OFFLINE: unset it"
-    if status is None and any(type(o).__module__.startswith("httpx") for o in chain): return f"{endpoint} does not answer: check the network"
-    said = next((o.server_message for o in chain if getattr(o, "server_message", None)), None) or str(e) or type(e).__name__
+    if any(isinstance(o, OfflineModeIsEnabled) for o in chain):
+        return "the hub is switched off by HF_HUB_OFFLINE: unset it"
+    if status is None and any(type(o).__module__.startswith("httpx") for o in chain):
+        return f"{endpoint} does not answer: check the network"
+    said = (
+        next((o.server_message for o in chain if getattr(o, "server_message", None)), None)
+        or str(e)
+        or type(e).__name__
+    )
     return (f"the hub answers {status}: " if status else "") + " ".join(said.split())[:300].rstrip(".")
 
 @contextmanager
 def _asking(api, then):
     "Turn whatever the client raises into a HubError of one line."
-    try: yield
+    try:
+        yield
     except Exception as e:
         quoted = api.token in "".join(traceback.format_exception(e))
-        raise HubError(" ".join(f"--push-to-hub: {_why(e, api.endpoint)}; {then}".split()).replace(api.token, "***")) from (None if quoted else e)
+        raise HubError(
+            " ".join(f"--push-to-hub: {_why(e, api.endpoint)}; {then}".split()).replace(api.token, "***")
+        ) from (None if quoted else e)
 
 # %% ../nbs/10b_hub.ipynb #8f536d63
 def check_access(
@@ -204,15 +334,20 @@ def check_access(
     token: str|None = None,      # None: from the environment or the hub's own login
     endpoint: str|None = None,   # another hub's address; None: HF_ENDPOINT, or huggingface.co
 ) -> str:                        # whose token it is
-    "Ask the hub whether the token can write to `repo_id`, as far as it tells; nothing is made there. InputError or HubError if not."
+    """Ask the hub whether the token can write to `repo_id`, as far as it tells; nothing is made there.
+    InputError or HubError if not."""
     user = check_repo_id(repo_id).partition("/")[0]
     api = _api(token, endpoint)
     with _asking(api, "nothing was trained"): me = api.whoami()
     role = ((me.get("auth") or {}).get("accessToken") or {}).get("role")
     places = {me["name"].lower(), *(o["name"].lower() for o in me.get("orgs") or [])}
     if role == "read": raise HubError(f"--push-to-hub: this token can only read; {_new_token}")
-    if role == "write" and user.lower() not in places:  # a fine-grained token may be good for places that are not listed
-        raise HubError(f"--push-to-hub: the token belongs to {me['name']}, who does not write to {user}; give {me['name']}/{repo_id.partition('/')[2]}, or a token of {user}")
+    # a fine-grained token may be good for places that are not listed
+    if role == "write" and user.lower() not in places:
+        raise HubError(
+            f"--push-to-hub: the token belongs to {me['name']}, who does not write to {user}; give"
+            f" {me['name']}/{repo_id.partition('/')[2]}, or a token of {user}"
+        )
     return me["name"]
 
 def owned(
@@ -220,7 +355,8 @@ def owned(
     token: str|None = None,      # None: from the environment or the hub's own login
     endpoint: str|None = None,   # another hub's address; None: HF_ENDPOINT, or huggingface.co
 ) -> str:                        # "USER/NAME"
-    "The name of a repository in full: a bare one is of the token's owner. InputError or HubError if that cannot be."
+    """The name of a repository in full: a bare one is of the token's owner. InputError or HubError if
+    that cannot be."""
     if not isinstance(repo_id, str) or "/" in repo_id: return check_repo_id(repo_id)
     check_repo_id(f"owner/{repo_id}")
     api = _api(token, endpoint)
@@ -235,9 +371,17 @@ def _contents(weights, card, files):
     "Name in the repository -> bytes, or the file to read."
     folder = Path(weights).expanduser()
     known = {o.relative_to(folder).as_posix(): o for o in sorted(folder.rglob("*")) if o.is_file()}
-    found = {k: o for k, o in known.items() if _WEIGHTS.fullmatch(k)}  # no checkpoints, no caches, nothing hidden
-    if not any(o.endswith(".safetensors") for o in found): raise InputError("weights", f"{str(weights)!r} holds no safetensors files", "give a folder that `save_pretrained` wrote")
-    return {k: v.encode() if isinstance(v, str) else bytes(v) for k, v in ((files or {}) | {"README.md": card}).items()} | found
+    # no checkpoints, no caches, nothing hidden
+    found = {k: o for k, o in known.items() if _WEIGHTS.fullmatch(k)}
+    if not any(o.endswith(".safetensors") for o in found):
+        raise InputError(
+            "weights", f"{str(weights)!r} holds no safetensors files",
+            "give a folder that `save_pretrained` wrote"
+        )
+    return {
+        k: v.encode() if isinstance(v, str) else bytes(v)
+        for k, v in ((files or {}) | {"README.md": card}).items()
+    } | found
 
 def push(
     weights: str|Path,             # folder in diffusers' format: LoRA, or the whole UNet as `unet/`
@@ -252,16 +396,24 @@ def push(
     endpoint: str|None = None,     # another hub's address; None: HF_ENDPOINT, or huggingface.co
     again: str|None = None,        # command that uploads once more, for the message if it fails
 ) -> str:                          # address of the repository, of its branch, or of the pull request
-    "Upload weights, card and files in one commit. InputError before anything is contacted, HubError after; files that the repository has besides are left alone."
+    """Upload weights, card and files in one commit. InputError before anything is contacted, HubError
+    after; files that the repository has besides are left alone."""
     check_repo_id(repo_id)
     if revision and create_pr: raise InputError("revision", "cannot go with create_pr", "give one of them")
     api, contents = _api(token, endpoint), _contents(weights, card, files)
     for name, data in {**contents, "the commit message": commit_message.encode()}.items():
-        if isinstance(data, bytes) and api.token.encode() in data: raise InputError("--push-to-hub", f"{name} holds the token", "take it out: others would read it")
-    again = again or shlex.join(["hf", "upload", repo_id, str(weights), "."] + (["--revision", revision] if revision else []) + (["--create-pr"] if create_pr else []))
+        if isinstance(data, bytes) and api.token.encode() in data:
+            raise InputError("--push-to-hub", f"{name} holds the token", "take it out: others would read it")
+    again = again or shlex.join(
+        ["hf", "upload", repo_id, str(weights), "."]
+        + (["--revision", revision] if revision else [])
+        + (["--create-pr"] if create_pr else [])
+    )
     with _asking(api, f"the weights are safe in {weights}; to upload them: {again}"):
         url = str(api.create_repo(repo_id, private=private, exist_ok=True))
         if revision: api.create_branch(repo_id, branch=revision, exist_ok=True)
         added = [CommitOperationAdd(k, v if isinstance(v, bytes) else str(v)) for k, v in contents.items()]
-        commit = api.create_commit(repo_id, added, commit_message=commit_message, revision=revision, create_pr=create_pr)
+        commit = api.create_commit(
+            repo_id, added, commit_message=commit_message, revision=revision, create_pr=create_pr
+        )
     return commit.pr_url or (f"{url}/tree/{revision}" if revision else url)

@@ -15,17 +15,24 @@ from torch import Tensor
 def _stds(std, n, dtype, device):
     "Standard deviations as a tensor, (1,) or (n,); ValueError unless positive."
     if not isinstance(std, Tensor): std = torch.tensor(std, dtype=dtype)
-    if std.device.type == "cpu" and not (std > 0).all():  # on a GPU the question would have to wait for the answer
-        raise ValueError(f"std must be positive, not {std.min().item():g}: a step without noise has no density")
+    # on a GPU the question would have to wait for the answer
+    if std.device.type == "cpu" and not (std > 0).all():
+        raise ValueError(
+            f"std must be positive, not {std.min().item():g}: a step without noise has no density"
+        )
     std = std.to(device, dtype).reshape(-1)
-    if len(std) not in (1, n): raise ValueError(f"std must be one number or one a sample ({n}), not {len(std)}")
+    if len(std) not in (1, n):
+        raise ValueError(f"std must be one number or one a sample ({n}), not {len(std)}")
     return std
 
 def _in_stds(x, mean, std, reduction):
     "(x - mean)/std as (N, n), and std as a tensor; ValueError if something does not fit."
-    if reduction not in ("mean", "sum"): raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
     if x.ndim == 0 or x.shape != mean.shape:
-        raise ValueError(f"x and mean must have one shape, samples first, not {tuple(x.shape)} and {tuple(mean.shape)}")
+        raise ValueError(
+            f"x and mean must have one shape, samples first, not {tuple(x.shape)} and {tuple(mean.shape)}"
+        )
     dtype = torch.promote_types(torch.promote_types(x.dtype, mean.dtype), torch.float32)
     N, n = len(x), math.prod(x.shape[1:])
     std = _stds(std, N, dtype, x.device)
@@ -36,9 +43,12 @@ def gaussian_log_prob(
     x: Tensor,                # where the density is evaluated, shape (N, ...)
     mean: Tensor,             # mean of the Gaussian, same shape as x
     std: Tensor|float,        # one standard deviation for all samples, or one a sample (N,)
-    reduction: str = "mean",  # "sum": the exact log-density; "mean": divided by the number of dimensions, as DDPO's published code does
+    # "sum": the exact log-density; "mean": divided by the number of dimensions, as DDPO's published
+    # code does
+    reduction: str = "mean",
 ) -> Tensor:                  # log-density in nats, one value a sample, shape (N,)
-    "Log-density of the isotropic Gaussian N(mean, std² I) at `x`, in at least fp32; ValueError if shapes, `std` or `reduction` do not fit."
+    """Log-density of the isotropic Gaussian N(mean, std² I) at `x`, in at least fp32; ValueError if
+    shapes, `std` or `reduction` do not fit."""
     z, std = _in_stds(x, mean, std, reduction)
     log_density = -0.5 * z.square().mean(1) - std.log() - 0.5 * math.log(2 * math.pi)
     return log_density if reduction == "mean" else z.shape[1] * log_density
@@ -50,6 +60,7 @@ def gaussian_kl(
     std: Tensor|float,        # the standard deviation of both: one for all samples, or one a sample (N,)
     reduction: str = "mean",  # "sum": the exact divergence; "mean": divided by the number of dimensions
 ) -> Tensor:                  # in nats, one value a sample, shape (N,)
-    "Kullback–Leibler divergence of two isotropic Gaussians with one standard deviation, in at least fp32; ValueError if shapes, `std` or `reduction` do not fit."
+    """Kullback–Leibler divergence of two isotropic Gaussians with one standard deviation, in at least
+    fp32; ValueError if shapes, `std` or `reduction` do not fit."""
     z, _ = _in_stds(mean, other, std, reduction)
     return 0.5 * (z.square().mean(1) if reduction == "mean" else z.square().sum(1))

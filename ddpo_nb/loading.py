@@ -281,8 +281,10 @@ def _fitted(layers, network, part, alpha):
         down = _shaped(o.down, (r, *w.shape[1:]))
         up = _shaped(o.up, (w.shape[0], r, *(1 for _ in w.shape[2:])))
         if down is None or up is None:
-            raise ValueError(f"its layer {_shown(name)} has {o.down[0].numel()} inputs and "
-                             f"{len(o.up)} outputs, the model's {w[0].numel()} and {len(w)}: it was made for another model")
+            raise ValueError(
+                f"its layer {_shown(name)} has {o.down[0].numel()} inputs and "
+                f"{len(o.up)} outputs, the model's {w[0].numel()} and {len(w)}: it was made for another model"
+            )
         fitted[name] = LoraLayer(down, up, o.alpha or alpha(name, r), o.bias, o.magnitude)
     return fitted
 
@@ -365,7 +367,9 @@ def check_pipeline(pipe):
     "ValueError unless a pipeline draws from a latent, a timestep and a text, by noise that can be undone."
     unet, vae, noise = pipe.unet.config, pipe.vae.config, pipe.scheduler.config
     def no(reason):
-        raise ValueError("it is not a text-to-image model of the Stable Diffusion 1.x or 2.x family: " + reason)
+        raise ValueError(
+            "it is not a text-to-image model of the Stable Diffusion 1.x or 2.x family: " + reason
+        )
     for name, what in _WANTS.items():
         if unet.get(name) is not None: no(f"its UNet also wants {what}")
     if str(unet.get("attention_type", "default")) != "default": no("its UNet also wants boxes (GLIGEN)")
@@ -383,9 +387,11 @@ def check_pipeline(pipe):
     kind = noise.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "sample", "v_prediction"): no(f"its network predicts {kind!r}")
     if kind == "epsilon" and _ddim(noise).alphas_cumprod.min() < 1e-10:
-        raise ValueError("its noise ends with nothing of the picture left (zero terminal SNR), where a network "
-                         "that predicts the noise says nothing about the picture: the step divides by zero. "
-                         "Such a model has to predict v")
+        raise ValueError(
+            "its noise ends with nothing of the picture left (zero terminal SNR), where a network "
+            "that predicts the noise says nothing about the picture: the step divides by zero. "
+            "Such a model has to predict v"
+        )
 
 _STEMS = dict(unet="diffusion_pytorch_model", vae="diffusion_pytorch_model", text_encoder="model")
 _CONFIGS = dict(unet="config.json", vae="config.json", text_encoder="config.json",
@@ -496,14 +502,19 @@ def _from_single_file(path):
     _check_single_file(path)
     beside = config_beside(path)
     if beside: _check_configs(beside)
-    try: return StableDiffusionPipeline.from_single_file(
-        str(path), config=str(beside) if beside else None, local_files_only=bool(beside),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    try:
+        return StableDiffusionPipeline.from_single_file(
+            str(path), config=str(beside) if beside else None, local_files_only=bool(beside),
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
     except Exception as e:
-        if beside: raise
-        raise ValueError(f"its configuration is not at hand, neither in a folder {path.stem!r} beside it "
-                         "nor on the hub: put that of a model of its kind there, or convert it where there is "
-                         "a network, with `StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)`") from e
+        if beside:
+            raise
+        raise ValueError(
+            f"its configuration is not at hand, neither in a folder {path.stem!r} beside it "
+            "nor on the hub: put that of a model of its kind there, or convert it where there is "
+            "a network, with `StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)`"
+        ) from e
 
 # %% ../nbs/01b_loading.ipynb #488afddb
 def _folder(path, inner=None):

@@ -18,19 +18,29 @@ from .likelihood import gaussian_log_prob
 
 # %% ../nbs/01_mdp.ipynb #6d15df2f
 def _timesteps(scheduler, timestep, device):
-    "Timesteps as a tensor (N,) or (1,) of indices; ValueError if the scheduler is not ready or has no such timestep."
+    """Timesteps as a tensor (N,) or (1,) of indices; ValueError if the scheduler is not ready or has no
+    such timestep."""
     if not hasattr(scheduler, "final_alpha_cumprod"):
-        raise ValueError(f"scheduler must be a DDIMScheduler (DDIMScheduler.from_config makes one), not {type(scheduler).__name__}")
-    if scheduler.num_inference_steps is None: raise ValueError("call scheduler.set_timesteps(n) before taking a step")
+        raise ValueError(
+            "scheduler must be a DDIMScheduler (DDIMScheduler.from_config makes one), not"
+            f" {type(scheduler).__name__}"
+        )
+    if scheduler.num_inference_steps is None:
+        raise ValueError("call scheduler.set_timesteps(n) before taking a step")
     t, last = torch.as_tensor(timestep).reshape(-1).long(), scheduler.config.num_train_timesteps - 1
-    if t.device.type == "cpu" and not ((0 <= t) & (t <= last)).all():  # -1 would silently mean the last, noisiest timestep
-        raise ValueError(f"timestep must be between 0 and {last}, not {t.tolist()}; a scheduler that asks for it needs another number of steps")
+    # -1 would silently mean the last, noisiest timestep
+    if t.device.type == "cpu" and not ((0 <= t) & (t <= last)).all():
+        raise ValueError(
+            f"timestep must be between 0 and {last}, not {t.tolist()}; a scheduler that asks for it needs"
+            " another number of steps"
+        )
     return t.to(device)
 
 # %% ../nbs/01_mdp.ipynb #08ea74c7
 def _alpha_bars(scheduler, t):
     "ᾱ at timestep `t` (N,) and at the timestep that `diffusers.DDIMScheduler.step` goes to from there."
-    alphas = scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(t.device)  # moved once, as `DDIMScheduler.add_noise` does
+    # moved once, as `DDIMScheduler.add_noise` does
+    alphas = scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(t.device)
     prev = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     return alphas[t], torch.where(prev >= 0, alphas[prev.clamp(min=0)], float(scheduler.final_alpha_cumprod))
 
@@ -40,7 +50,8 @@ def step_std(
     timestep: Tensor|int,  # t, (N,)
     eta: float,            # 0: deterministic DDIM, 1: as much noise as DDPM
 ) -> Tensor:               # σ_t (N,), 0 where the step is deterministic
-    "Standard deviation of the DDIM step's Gaussian at each `timestep` (Song et al. 2021, eq. 16); ValueError as `ddim_step`."
+    """Standard deviation of the DDIM step's Gaussian at each `timestep` (Song et al. 2021, eq. 16);
+    ValueError as `ddim_step`."""
     if not 0 <= eta <= 1: raise ValueError(f"eta must be between 0 and 1, not {eta}")
     t = _timesteps(scheduler, timestep, timestep.device if isinstance(timestep, Tensor) else None)
     a, a_prev = _alpha_bars(scheduler, t)
@@ -50,11 +61,18 @@ def step_std(
 def _predictions(scheduler, model_output, sample, a):
     "x̂₀ and ε̂ from what the network predicts; `a` is ᾱ_t, shaped to broadcast."
     config = scheduler.config
-    if config.prediction_type == "epsilon": x0, eps = (sample - (1 - a)**0.5 * model_output) / a**0.5, model_output
-    elif config.prediction_type == "sample": x0, eps = model_output, (sample - a**0.5 * model_output) / (1 - a)**0.5
+    if config.prediction_type == "epsilon":
+        x0, eps = (sample - (1 - a) ** 0.5 * model_output) / a**0.5, model_output
+    elif config.prediction_type == "sample":
+        x0, eps = model_output, (sample - a**0.5 * model_output) / (1 - a) ** 0.5
     elif config.prediction_type == "v_prediction":
-        x0, eps = a**0.5 * sample - (1 - a)**0.5 * model_output, a**0.5 * model_output + (1 - a)**0.5 * sample
-    else: raise ValueError(f"prediction_type must be epsilon, sample or v_prediction, not {config.prediction_type!r}")
+        x0, eps = (
+            a**0.5 * sample - (1 - a) ** 0.5 * model_output, a**0.5 * model_output + (1 - a) ** 0.5 * sample
+        )
+    else:
+        raise ValueError(
+            f"prediction_type must be epsilon, sample or v_prediction, not {config.prediction_type!r}"
+        )
     if config.thresholding: x0 = scheduler._threshold_sample(x0)
     elif config.clip_sample: x0 = x0.clamp(-config.clip_sample_range, config.clip_sample_range)
     return x0, eps  # ε̂ stays as it was before clipping, as in `DDIMScheduler.step`
@@ -62,7 +80,8 @@ def _predictions(scheduler, model_output, sample, a):
 # %% ../nbs/01_mdp.ipynb #2781d13a
 @dataclass
 class DDIMStep:
-    "One step of the policy: the Gaussian over the next latent, an action drawn from it (or given), and its log-density."
+    """One step of the policy: the Gaussian over the next latent, an action drawn from it (or given), and
+    its log-density."""
     mean: Tensor         # (N, C, H, W)
     std: Tensor          # (N,), 0 where the step is deterministic
     prev_sample: Tensor  # (N, C, H, W), x_{t-1}
@@ -78,7 +97,9 @@ def draw_noise(
 ) -> Tensor:
     "Standard normal numbers, drawn where the generators are and sent to `device` without waiting for it."
     first = generator[0] if isinstance(generator, list) else generator
-    noise = randn_tensor(shape, generator=generator, device=first.device if first is not None else device, dtype=dtype)
+    noise = randn_tensor(
+        shape, generator=generator, device=first.device if first is not None else device, dtype=dtype
+    )
     if noise.device.type == "cpu" and device.type == "cuda": noise = noise.pin_memory()
     return noise.to(device, non_blocking=True)
 
@@ -86,9 +107,14 @@ def draw_noise(
 def _check_step(model_output, sample, t, prev_sample, generator):
     "ValueError unless the arguments of a step fit together."
     if model_output.shape != sample.shape:
-        raise ValueError(f"model_output and sample must have one shape, not {tuple(model_output.shape)} and {tuple(sample.shape)}")
-    if len(t) not in (1, len(sample)): raise ValueError(f"timestep must be one number or one a sample ({len(sample)}), not {len(t)}")
-    if prev_sample is not None and generator is not None: raise ValueError("give prev_sample to score it or generator to draw one, not both")
+        raise ValueError(
+            f"model_output and sample must have one shape, not {tuple(model_output.shape)} and"
+            f" {tuple(sample.shape)}"
+        )
+    if len(t) not in (1, len(sample)):
+        raise ValueError(f"timestep must be one number or one a sample ({len(sample)}), not {len(t)}")
+    if prev_sample is not None and generator is not None:
+        raise ValueError("give prev_sample to score it or generator to draw one, not both")
 
 # %% ../nbs/01_mdp.ipynb #b6cfc6c3
 def ddim_step(
@@ -101,7 +127,8 @@ def ddim_step(
     generator = None,                 # a torch.Generator, or a list of them, one a sample
     reduction: str = "mean",          # of the log-density, see `gaussian_log_prob`
 ) -> DDIMStep:
-    "The DDIM step from x_t as a Gaussian policy over x_{t-1}, taken exactly as `DDIMScheduler.step` takes it; ValueError if arguments do not fit."
+    """The DDIM step from x_t as a Gaussian policy over x_{t-1}, taken exactly as `DDIMScheduler.step`
+    takes it; ValueError if arguments do not fit."""
     t = _timesteps(scheduler, timestep, sample.device)
     _check_step(model_output, sample, t, prev_sample, generator)
     t, shape = t.expand(len(sample)), (-1,) + (1,) * (sample.ndim - 1)
@@ -113,7 +140,8 @@ def ddim_step(
     action = prev_sample
     if prev_sample is None:
         noise = draw_noise(sample.shape, generator, sample.device, model_output.dtype) if eta > 0 else 0
-        prev_sample = (mean + sigma * noise).to(sample.dtype)  # rounded first: what is stored is what is scored
+        # rounded first: what is stored is what is scored
+        prev_sample = (mean + sigma * noise).to(sample.dtype)
         action = prev_sample.detach()
     stochastic = std > 0
     log_prob = gaussian_log_prob(action, mean, torch.where(stochastic, std, 1.), reduction)
@@ -122,7 +150,8 @@ def ddim_step(
 # %% ../nbs/01_mdp.ipynb #3bd12e77
 @dataclass
 class Trajectories:
-    "N denoising trajectories of T steps: states x_T … x_0, the actions' log-probabilities, and what they were conditioned on."
+    """N denoising trajectories of T steps: states x_T … x_0, the actions' log-probabilities, and what
+    they were conditioned on."""
     latents: Tensor      # (N, T+1, C, H, W): x_T first, x_0 last
     timesteps: Tensor    # (T,)
     log_probs: Tensor    # (N, T), under the policy that sampled
@@ -147,7 +176,9 @@ def transitions(
     steps: Tensor,    # (M,) indices of steps, 0 the first
 ) -> tuple:           # x_t (M,C,H,W), t (M,), x_{t-1} (M,C,H,W), log-probability (M,)
     "The transitions (x_t, t) → x_{t-1} at the given samples and steps."
-    states = lambda k: self.latents[samples.to(self.latents.device), k.to(self.latents.device)].to(self.device)
+    states = lambda k: self.latents[samples.to(self.latents.device), k.to(self.latents.device)].to(
+        self.device
+    )
     return states(steps), self.timesteps[steps], states(steps + 1), self.log_probs[samples, steps]
 
 @patch

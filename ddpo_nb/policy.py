@@ -22,37 +22,48 @@ from fastcore.basics import patch
 from peft import LoraConfig
 from peft.tuners import lora
 from safetensors.torch import load_file
-from .loading import EMOJI_SD, ModelError, adapter_tensors, check_pipeline, fuse_lora, load_pipeline, _ddim, _quiet
+from .loading import (EMOJI_SD, ModelError, adapter_tensors, check_pipeline, fuse_lora, load_pipeline,
+                             _ddim, _quiet)
 from .mdp import DDIMStep, ddim_step, draw_noise, step_std
 
 # %% ../nbs/02_policy.ipynb #ea4a76e9
 _ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 class SmallLora(lora.Linear):
-    "peft's layer for a small matrix in fp32 on a CPU: one product with W' = W + (α/r)BA, where peft takes three thin ones and a sum."
+    """peft's layer for a small matrix in fp32 on a CPU: one product with W' = W + (α/r)BA, where peft
+    takes three thin ones and a sum."""
     most = 2**17  # entries of W: beyond, the gradient of W' as a whole costs more than it saves
 
     def forward(self, x, *args, **kwargs):
         name, w = self.active_adapters[0], self.base_layer.weight
-        alone = len(self.active_adapters) == 1 and not (self.disable_adapters or self.merged or args or kwargs)
-        plain = alone and name not in self.lora_variant and self.lora_B[name].bias is None  # not DoRA or another of peft's
+        alone = len(self.active_adapters) == 1 and not (
+            self.disable_adapters or self.merged or args or kwargs
+        )
+        # not DoRA or another of peft's
+        plain = alone and name not in self.lora_variant and self.lora_B[name].bias is None
         small = x.device.type == "cpu" and x.dtype == w.dtype == torch.float32 and w.numel() <= self.most
-        if not (plain and small) or torch.is_autocast_enabled("cpu"): return super().forward(x, *args, **kwargs)
+        if not (plain and small) or torch.is_autocast_enabled("cpu"):
+            return super().forward(x, *args, **kwargs)
         changed = w + self.scaling[name] * (self.lora_B[name].weight @ self.lora_A[name].weight)
         return F.linear(self.lora_dropout[name](x), changed, self.base_layer.bias)
 
 def _check_text_encoder(pipeline):
     "ModelError if a LoRA changes the text encoder: training would neither change that part nor save it."
     if getattr(pipeline.text_encoder, "peft_config", None):
-        raise ModelError("the LoRA has a part for the text encoder, which stays fixed in training: fuse it first "
-                         "(pipe.fuse_lora(), pipe.unload_lora_weights(), pipe.save_pretrained(FOLDER))")
+        raise ModelError(
+            "the LoRA has a part for the text encoder, which stays fixed in training: fuse it first "
+            "(pipe.fuse_lora(), pipe.unload_lora_weights(), pipe.save_pretrained(FOLDER))"
+        )
 
 def _train_lora(pipeline, rank):
     unet = pipeline.unet
-    if len(getattr(unet, "peft_config", {})) > 1: raise ModelError("the pipeline has several LoRAs: fuse all but the one to train")
+    if len(getattr(unet, "peft_config", {})) > 1:
+        raise ModelError("the pipeline has several LoRAs: fuse all but the one to train")
     _check_text_encoder(pipeline)
     if not getattr(unet, "peft_config", None):  # a LoRA that was loaded goes on training
-        unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=_ATTENTION))
+        unet.add_adapter(
+            LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=_ATTENTION)
+        )
     for name, p in unet.named_parameters():
         if "lora_" in name: p.requires_grad_(True).data = p.data.float()
     for m in unet.modules():
@@ -60,27 +71,40 @@ def _train_lora(pipeline, rank):
 
 def _train_whole(pipeline):
     _check_text_encoder(pipeline)
-    if getattr(pipeline.unet, "peft_config", None):  # an adapter's layers among the UNet's own could not be saved as a plain UNet
+    # an adapter's layers among the UNet's own could not be saved as a plain UNet
+    if getattr(pipeline.unet, "peft_config", None):
         fuse_lora(pipeline)
     pipeline.unet.float().requires_grad_(True)
 
 # %% ../nbs/02_policy.ipynb #6928c0c9
 class KeepingAttention(AttnProcessor2_0):
-    "diffusers' fused attention, which can keep the keys and values of a text in `kept` (layer -> keys, values), and find them there the next time."
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, kept=None):
-        if encoder_hidden_states is None or kept is None: return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+    """diffusers' fused attention, which can keep the keys and values of a text in `kept` (layer -> keys,
+    values), and find them there the next time."""
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, kept=None
+    ):
+        if encoder_hidden_states is None or kept is None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         heads = lambda o: o.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-        if attn not in kept: kept[attn] = heads(attn.to_k(encoder_hidden_states)), heads(attn.to_v(encoder_hidden_states))
-        out = F.scaled_dot_product_attention(heads(attn.to_q(hidden_states)), *kept[attn]).transpose(1, 2).flatten(2)
+        if attn not in kept:
+            kept[attn] = heads(attn.to_k(encoder_hidden_states)), heads(attn.to_v(encoder_hidden_states))
+        out = (
+            F.scaled_dot_product_attention(heads(attn.to_q(hidden_states)), *kept[attn])
+            .transpose(1, 2)
+            .flatten(2)
+        )
         return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
 
 def _is_plain(attn):
     "Is there nothing in this layer that `KeepingAttention` would leave out?"
     extras = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k", "residual_connection")
-    return type(attn.processor) in (AttnProcessor2_0, KeepingAttention) and not any(getattr(attn, o, None) for o in extras)
+    return type(attn.processor) in (AttnProcessor2_0, KeepingAttention) and not any(
+        getattr(attn, o, None) for o in extras
+    )
 
 def let_attention_keep(unet) -> bool:
-    "Make all attention layers of a UNet `KeepingAttention`; False, and nothing is changed, if some have a way of their own."
+    """Make all attention layers of a UNet `KeepingAttention`; False, and nothing is changed, if some have
+    a way of their own."""
     layers = [m for m in unet.modules() if isinstance(m, Attention)]
     if not all(map(_is_plain, layers)): return False
     for m in layers: m.set_processor(KeepingAttention())
@@ -88,7 +112,8 @@ def let_attention_keep(unet) -> bool:
 
 # %% ../nbs/02_policy.ipynb #375bd5b6
 class StableDiffusionPolicy:
-    "Stable Diffusion as a policy over denoising steps: encode prompts, predict, step, decode; trainable by LoRA or whole."
+    """Stable Diffusion as a policy over denoising steps: encode prompts, predict, step, decode; trainable
+    by LoRA or whole."""
     def __init__(self,
         pipeline: StableDiffusionPipeline,
         use_lora: bool = True,       # train low-rank adapters of the attention layers; False: the whole UNet
@@ -113,7 +138,8 @@ class StableDiffusionPolicy:
         self.told_cut = False  # that prompts are longer than what the text encoder reads
         self.unet = pipeline.unet  # every forward goes through this name: `accelerator.prepare` may wrap it
         self._keeps, self._kept = False, None
-        if not isinstance(pipeline.scheduler, DDIMScheduler): pipeline.scheduler = _ddim(pipeline.scheduler.config)
+        if not isinstance(pipeline.scheduler, DDIMScheduler):
+            pipeline.scheduler = _ddim(pipeline.scheduler.config)
         self.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
 
     @property
@@ -123,7 +149,8 @@ class StableDiffusionPolicy:
 
     @classmethod
     def view(cls, pipeline):
-        "A policy around a pipeline that is only to be drawn from: no weight is touched, none is made trainable."
+        """A policy around a pipeline that is only to be drawn from: no weight is touched, none is
+        made trainable."""
         policy = cls.__new__(cls)
         policy.use_lora = True
         policy.hold(pipeline)
@@ -133,7 +160,8 @@ class StableDiffusionPolicy:
         for part in self.parts: part.requires_grad_(False)
 
     def thaw(self, lora_rank: int = 4):
-        "Make the adapters trainable, or the whole UNet, and the rest ready for it. A second time changes nothing."
+        """Make the adapters trainable, or the whole UNet, and the rest ready for it. A second time
+        changes nothing."""
         if self.use_lora: _train_lora(self.pipeline, lora_rank)
         else: _train_whole(self.pipeline)
         self.settle()
@@ -146,9 +174,13 @@ class StableDiffusionPolicy:
     def get_trainable_layers(self): return self.pipeline.unet
 
     def train_layers(self, layers):
-        "Take what `get_trainable_layers` returned, a module or a list of weights, for what is trained. ModelError if there is nothing in it."
+        """Take what `get_trainable_layers` returned, a module or a list of weights, for what is
+        trained. ModelError if there is nothing in it."""
         self._layers = layers if isinstance(layers, torch.nn.Module) else list(layers)
-        if not self.trainable_parameters(): raise ModelError("get_trainable_layers: nothing in it requires a gradient; return a module or weights that do")
+        if not self.trainable_parameters():
+            raise ModelError(
+                "get_trainable_layers: nothing in it requires a gradient; return a module or weights that do"
+            )
 
     def trainable_parameters(self) -> list:
         layers = self.pipeline.unet if self._layers is None else self._layers
@@ -158,22 +190,28 @@ class StableDiffusionPolicy:
 @patch
 def configure(self: StableDiffusionPolicy,
     num_steps: int = 50,         # T, denoising steps
-    eta: float = 1.0,            # share of DDPM's noise in a DDIM step, in [0, 1]; at 0 there is no policy gradient
+    # share of DDPM's noise in a DDIM step, in [0, 1]; at 0 there is no policy gradient
+    eta: float = 1.0,
     guidance_scale: float = 5.0, # w; 1 switches guidance off
     negative_prompt: str = "",   # what to steer away from
     reduction: str = "mean",     # of log-densities, see `gaussian_log_prob`
 ):
     "Set how the policy samples. ValueError if there would be no step, or if a number is out of its range."
     most = self.scheduler.config.num_train_timesteps
-    if not 1 <= num_steps <= most: raise ValueError(f"num_steps must be between 1 and {most}, not {num_steps}")
+    if not 1 <= num_steps <= most:
+        raise ValueError(f"num_steps must be between 1 and {most}, not {num_steps}")
     if not 0 <= eta <= 1: raise ValueError(f"eta must be between 0 and 1, not {eta}")
-    if reduction not in ("mean", "sum"): raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
-    self.eta, self.guidance_scale, self.negative_prompt, self.reduction = eta, guidance_scale, negative_prompt, reduction
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
+    self.eta, self.guidance_scale, self.negative_prompt, self.reduction = (
+        eta, guidance_scale, negative_prompt, reduction
+    )
     for scheduler in (self.scheduler, self.pipeline.scheduler): scheduler.set_timesteps(num_steps)
 
 # %% ../nbs/02_policy.ipynb #3257c627
 @patch(as_prop=True)
-def device(self: StableDiffusionPolicy): return next(self.pipeline.unet.parameters()).device  # diffusers' own property walks all modules
+# diffusers' own property walks all modules
+def device(self: StableDiffusionPolicy): return next(self.pipeline.unet.parameters()).device
 
 @patch(as_prop=True)
 def timesteps(self: StableDiffusionPolicy) -> Tensor:
@@ -197,7 +235,8 @@ def latent_shape(self: StableDiffusionPolicy) -> tuple:
 # %% ../nbs/02_policy.ipynb #7bf2a3b5
 @dataclass(eq=False)
 class Conditioning:
-    "What Stable Diffusion is conditioned on: text embeddings of the prompts and of the negative prompt, (N, L, D) each. Indexable by sample."
+    """What Stable Diffusion is conditioned on: text embeddings of the prompts and of the negative prompt,
+    (N, L, D) each. Indexable by sample."""
     prompt: Tensor
     negative: Tensor
     def __getitem__(self, i): return Conditioning(self.prompt[i], self.negative[i])
@@ -207,14 +246,17 @@ def _read_part(tokenizer, texts):
     "What the text encoder will read of each text (a tuple of tokens), and whether that is not all."
     with _quiet():
         whole = tokenizer(texts, truncation=False, padding=False).input_ids
-        read = tokenizer(texts, truncation=True, padding=False, max_length=tokenizer.model_max_length).input_ids
+        read = tokenizer(
+            texts, truncation=True, padding=False, max_length=tokenizer.model_max_length
+        ).input_ids
     return [*map(tuple, read)], [len(a) > len(b) for a, b in zip(whole, read)]
 
 def _short(text, most=60): return repr(text if len(text) <= most else text[:most] + "…")
 
 @patch
 def warn_cut(self: StableDiffusionPolicy, prompts: list):
-    "A warning, once in the policy's life, if prompts are longer than what the text encoder reads; it says which of them become the same."
+    """A warning, once in the policy's life, if prompts are longer than what the text encoder reads; it
+    says which of them become the same."""
     distinct = [o for o in dict.fromkeys(prompts) if o]
     if self.told_cut or not distinct or not hasattr(self.pipeline, "tokenizer"): return
     parts, cut = _read_part(self.pipeline.tokenizer, distinct)
@@ -223,7 +265,9 @@ def warn_cut(self: StableDiffusionPolicy, prompts: list):
     for text, part, long in zip(distinct, parts, cut):
         other, was_long = first.setdefault(part, (text, long))
         if other is not text and (long or was_long): same.append(other)
-    what = f"{sum(cut)} of {len(distinct)} prompts are longer than the {most} tokens that the text encoder reads"
+    what = (
+        f"{sum(cut)} of {len(distinct)} prompts are longer than the {most} tokens that the text encoder reads"
+    )
     what += f", and are cut, such as {_short(distinct[cut.index(True)])}"
     if same:
         what += f"; {len(same)} cannot be told from another then, such as {_short(same[0])}"
@@ -231,7 +275,8 @@ def warn_cut(self: StableDiffusionPolicy, prompts: list):
     self.told_cut = True
     warnings.warn(what, stacklevel=3)
 
-EMBEDDINGS_KEPT = 2**28  # bytes: of Stable Diffusion 1.5, a thousand prompts; what was asked for longest ago goes first
+# bytes: of Stable Diffusion 1.5, a thousand prompts; what was asked for longest ago goes first
+EMBEDDINGS_KEPT = 2**28
 
 @patch
 def embed(self: StableDiffusionPolicy, texts: list) -> Tensor:
@@ -241,7 +286,8 @@ def embed(self: StableDiffusionPolicy, texts: list) -> Tensor:
 @patch
 @torch.no_grad()
 def encode(self: StableDiffusionPolicy, prompts: list) -> Conditioning:
-    "Text embeddings of `prompts`; a distinct prompt goes through the text encoder once, as long as `EMBEDDINGS_KEPT` has room for all."
+    """Text embeddings of `prompts`; a distinct prompt goes through the text encoder once, as long as
+    `EMBEDDINGS_KEPT` has room for all."""
     asked, known = sorted({self.negative_prompt, *prompts}), self._embeddings
     new = [p for p in asked if p not in known]
     if new:
@@ -260,17 +306,25 @@ def network(self: StableDiffusionPolicy,
     text: Tensor,    # (N, L, D)
     kept: dict|None = None, # where attention keeps what it finds for just these texts
 ) -> Tensor:         # (N, C, H, W), fp32
-    "The UNet's raw output; the same for a row whatever the batch it stands in, for small latents on a CPU to the last bit."
+    """The UNet's raw output; the same for a row whatever the batch it stands in, for small latents on a
+    CPU to the last bit."""
     n, dtype = len(latents), self.pipeline.unet.dtype
     missing = max(0, 16 - n) if latents.device.type == "cpu" and latents[0].numel() <= 4096 else 0
     fill = lambda v: torch.cat([v, v[-1:].expand(missing, *v.shape[1:])]) if missing else v
     how = {} if kept is None else dict(cross_attention_kwargs=dict(kept=kept))
-    return self._bare()(fill(latents.to(dtype)), fill(t), fill(text.to(dtype)), **how, return_dict=False)[0][:n].float()
+    return self._bare()(fill(latents.to(dtype)), fill(t), fill(text.to(dtype)), **how, return_dict=False)[0][
+        :n
+    ].float()
 
 @patch
 def _bare(self: StableDiffusionPolicy):
-    "Without gradients there is nothing to exchange with other processes, and the wrapper that would do so is left out."
-    return self.unet.module if isinstance(self.unet, DistributedDataParallel) and not torch.is_grad_enabled() else self.unet
+    """Without gradients there is nothing to exchange with other processes, and the wrapper that would do
+    so is left out."""
+    return (
+        self.unet.module
+        if isinstance(self.unet, DistributedDataParallel) and not torch.is_grad_enabled()
+        else self.unet
+    )
 
 # %% ../nbs/02_policy.ipynb #3534d137
 @patch
@@ -283,7 +337,9 @@ def predict(self: StableDiffusionPolicy,
     "The UNet's prediction at (x_t, t, c), with classifier-free guidance (Ho & Salimans 2022)."
     kept = self._keep(cond, guidance)
     if not guidance or self.guidance_scale <= 1: return self.network(latents, t, cond.prompt, kept)
-    without, given = self.network(torch.cat([latents, latents]), torch.cat([t, t]), torch.cat([cond.negative, cond.prompt]), kept).chunk(2)
+    without, given = self.network(
+        torch.cat([latents, latents]), torch.cat([t, t]), torch.cat([cond.negative, cond.prompt]), kept
+    ).chunk(2)
     return without + self.guidance_scale * (given - without)
 
 # %% ../nbs/02_policy.ipynb #2ad2e450
@@ -298,7 +354,8 @@ def steady(self: StableDiffusionPolicy):
 @patch
 def _keep(self: StableDiffusionPolicy, cond, guidance):
     "Where attention keeps what it finds for `cond`, or None; a compiled network has no place for it."
-    if self._kept is None or not self._keeps or torch.is_grad_enabled() or hasattr(self._bare(), "_orig_mod"): return None
+    if self._kept is None or not self._keeps or torch.is_grad_enabled() or hasattr(self._bare(), "_orig_mod"):
+        return None
     if self._kept[0] is not cond or self._kept[1] != guidance: self._kept = cond, guidance, {}
     return self._kept[2]
 
@@ -313,7 +370,10 @@ def step(self: StableDiffusionPolicy,
     guidance: bool = True,
 ) -> DDIMStep:
     "The policy's Gaussian at the state (x_t, t, c), with an action drawn, or with `prev_sample` scored."
-    return ddim_step(self.scheduler, self.predict(latents, t, cond, guidance), t, latents, self.eta, prev_sample, generator, self.reduction)
+    return ddim_step(
+        self.scheduler, self.predict(latents, t, cond, guidance), t, latents, self.eta, prev_sample,
+        generator, self.reduction
+    )
 
 @patch
 def initial_latents(self: StableDiffusionPolicy, generators: list) -> Tensor:
@@ -343,10 +403,13 @@ def denoising_error(self: StableDiffusionPolicy,
     cond: Conditioning,
     guidance: bool = True,
 ) -> Tensor:               # (N,)
-    "Mean squared error of the prediction at x_t = sqrt(ᾱ_t) x₀ + sqrt(1-ᾱ_t) ε against its training target (ε, x₀ or v)."
+    """Mean squared error of the prediction at x_t = sqrt(ᾱ_t) x₀ + sqrt(1-ᾱ_t) ε against its training
+    target (ε, x₀ or v)."""
     prediction = self.predict(self.scheduler.add_noise(x0, noise, t), t, cond, guidance)
     kind = self.scheduler.config.prediction_type
-    target = noise if kind == "epsilon" else x0 if kind == "sample" else self.scheduler.get_velocity(x0, noise, t)
+    target = (
+        noise if kind == "epsilon" else x0 if kind == "sample" else self.scheduler.get_velocity(x0, noise, t)
+    )
     return (prediction - target).square().flatten(1).mean(1)
 
 # %% ../nbs/02_policy.ipynb #95ef6196
@@ -358,7 +421,8 @@ def keep_reference(self: StableDiffusionPolicy):
 @patch
 @contextmanager
 def reference(self: StableDiffusionPolicy):
-    "Within this context the policy predicts as the model it was made from: without its LoRA, or by the copy that `keep_reference` made."
+    """Within this context the policy predicts as the model it was made from: without its LoRA, or by the
+    copy that `keep_reference` made."""
     trained, unet, kept = self.unet, self.pipeline.unet, self._kept
     self.unet, self._kept = unet if self.use_lora else self._pretrained, None
     if self.use_lora: unet.disable_adapters()
@@ -379,7 +443,8 @@ def follow_umask(*places):
 def _lora_layers(unet):
     "The adapter's weights under diffusers' names; they share their memory with the UNet."
     layers = convert_state_dict_to_diffusers(adapter_tensors(unet, next(iter(unet.peft_config))))
-    return {k.removeprefix("base_model.model."): v for k, v in layers.items()}  # peft's own wrapper puts that before
+    # peft's own wrapper puts that before
+    return {k.removeprefix("base_model.model."): v for k, v in layers.items()}
 
 @patch
 def save_weights(self: StableDiffusionPolicy, folder: str|Path):
@@ -390,7 +455,9 @@ def save_weights(self: StableDiffusionPolicy, folder: str|Path):
         unet.save_pretrained(Path(folder)/"unet")
         return follow_umask(*Path(folder).glob("unet/*.safetensors"))
     config, = unet.peft_config.values()
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=_lora_layers(unet), unet_lora_adapter_metadata=config.to_dict())
+    StableDiffusionPipeline.save_lora_weights(
+        folder, unet_lora_layers=_lora_layers(unet), unet_lora_adapter_metadata=config.to_dict()
+    )
     follow_umask(Path(folder)/"pytorch_lora_weights.safetensors")
 
 @patch
@@ -398,13 +465,17 @@ def save_pretrained(self: StableDiffusionPolicy, folder: str|Path): self.save_we
 
 @patch
 def restore(self: StableDiffusionPolicy, folder: str|Path):
-    "Set the trained weights to those that `save_weights` wrote, to the last bit. ModelError if they are not of this policy's shape."
+    """Set the trained weights to those that `save_weights` wrote, to the last bit. ModelError if they are
+    not of this policy's shape."""
     unet = self.pipeline.unet
     if self.use_lora:
         kept = load_file(Path(folder)/"pytorch_lora_weights.safetensors")
         own = {f"unet.{k}": v for k, v in _lora_layers(unet).items()}
     else: kept, own = load_file(Path(folder)/"unet/diffusion_pytorch_model.safetensors"), unet.state_dict()
     if {k: v.shape for k, v in kept.items()} != {k: v.shape for k, v in own.items()}:
-        raise ModelError(f"the weights in {str(folder)!r} are not of this policy's shape: take the same model, and LoRA of the same rank")
+        raise ModelError(
+            f"the weights in {str(folder)!r} are not of this policy's shape: take the same model, and LoRA of"
+            " the same rank"
+        )
     with torch.no_grad():
         for k, v in kept.items(): own[k].copy_(v)  # `own` shares its memory with the UNet

@@ -16,7 +16,8 @@ from fastcore.basics import patch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel, CLIPConfig, CLIPModel
+from transformers import (AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel,
+                          CLIPConfig, CLIPModel)
 from .clip import CLIPAlignment, Embedder, load_embedder, load_processors
 from .loading import EMOJI_SD, _no_bars, _one_line
 from .prompts import InputError
@@ -24,7 +25,8 @@ from .rewards import to_uint8
 
 # %% ../nbs/05d_preference.ipynb #d5a00008
 PICKSCORE = "yuvalkirstain/PickScore_v1"
-CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # where PickScore and HPSv2 began; their image processor and tokenizer
+# where PickScore and HPSv2 began; their image processor and tokenizer
+CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 class PickScore:
     "Reward: exp(logit_scale) times the cosine of picture and prompt (Kirstain et al. 2023)."
@@ -51,15 +53,30 @@ def read_weights(
     place: str,  # a file, a folder that holds `file`, or a hub id
     file: str,   # name of the file, there or on the hub
 ) -> dict:       # name -> tensor
-    "Weights of a .safetensors or .pt file; nothing but tensors is ever read. OSError or ValueError if that cannot be done."
+    """Weights of a .safetensors or .pt file; nothing but tensors is ever read. OSError or ValueError if
+    that cannot be done."""
     path = Path(place).expanduser()
-    if path.is_dir(): path = path/file
-    elif not path.is_file() and (path.is_absolute() or str(place).startswith((".", "~")) or path.suffix in (".pt", ".safetensors")): raise OSError("there is no such file")
-    elif not path.is_file(): path = Path(hf_hub_download(place, file))
-    try: state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    if path.is_dir():
+        path = path / file
+    elif not path.is_file() and (
+        path.is_absolute() or str(place).startswith((".", "~")) or path.suffix in (".pt", ".safetensors")
+    ):
+        raise OSError("there is no such file")
+    elif not path.is_file():
+        path = Path(hf_hub_download(place, file))
+    try:
+        state = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except Exception as e:
-        if type(e).__name__ != "UnpicklingError": raise  # what torch raises at anything but tensors
-        raise ValueError(f"{path.name} is no file of tensors, or holds more than tensors, which could run code as it is read") from None
+        if type(e).__name__ != "UnpicklingError":
+            raise  # what torch raises at anything but tensors
+        raise ValueError(
+            f"{path.name} is no file of tensors, or holds more than tensors, which could run code as it is"
+            " read"
+        ) from None
     state = state.get("state_dict", state)
     return {k.removeprefix("module."): v for k, v in state.items()}
 
@@ -69,22 +86,41 @@ def build(
     state: dict,  # its weights, by its own names
     **kwargs,     # for the class
 ):
-    "A model in eval mode with exactly these weights. ValueError, in one line, if some are missing, left over or of another shape."
+    """A model in eval mode with exactly these weights. ValueError, in one line, if some are missing, left
+    over or of another shape."""
     with torch.device("meta"): wanted = kind(config, **kwargs).state_dict()
     missing, extra = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
     shapes = [k for k in wanted if k in state and state[k].shape != wanted[k].shape]
     wrong = ((missing, "missing"), (extra, "unknown"), (shapes, "of another shape"))
-    if any(names for names, _ in wrong): raise ValueError(f"of {len(wanted)} weights, " + ", ".join(f"{len(names)} {what} (first: {names[0]})" for names, what in wrong if names))
-    return kind.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32, **kwargs).eval().requires_grad_(False)
+    if any(names for names, _ in wrong):
+        raise ValueError(
+            f"of {len(wanted)} weights, "
+            + ", ".join(f"{len(names)} {what} (first: {names[0]})" for names, what in wrong if names)
+        )
+    return (
+        kind.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32, **kwargs)
+        .eval()
+        .requires_grad_(False)
+    )
 
 # %% ../nbs/05d_preference.ipynb #d5a0000c
-_block = dict(ln_1="layer_norm1", ln_2="layer_norm2", attn="self_attn") | {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
-_open_clip = [(r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"), (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
-              (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."), (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."), (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
-              (r"^visual\.proj$", "visual_projection.weight"), (r"^text_projection$", "text_projection.weight"), (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
-              (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"), (r"^ln_final\.", "text_model.final_layer_norm."),
-              (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."), (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
-              *((rf"^(\w+\.encoder\.layers\.\d+)\.{re.escape(a)}\.", rf"\1.{b}.") for a, b in _block.items())]
+_block = dict(ln_1="layer_norm1", ln_2="layer_norm2", attn="self_attn") | {
+    "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"
+}
+_open_clip = [
+    (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
+    (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
+    (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
+    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),
+    (r"^visual\.ln_post\.", "vision_model.post_layernorm."), (r"^visual\.proj$", "visual_projection.weight"),
+    (r"^text_projection$", "text_projection.weight"),
+    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
+    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
+    (r"^ln_final\.", "text_model.final_layer_norm."),
+    (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
+    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
+    *((rf"^(\w+\.encoder\.layers\.\d+)\.{re.escape(a)}\.", rf"\1.{b}.") for a, b in _block.items()),
+]
 
 def _rename(name, table):
     for old, new in table: name = re.sub(old, new, name)
@@ -93,20 +129,31 @@ def _rename(name, table):
 def from_open_clip(
     state: dict,  # weights of open_clip's `CLIP` with a ViT
 ) -> dict:        # the same for `CLIPModel`
-    "Rename, split query, key and value, transpose the final projections. A name that it does not know stays as it is."
+    """Rename, split query, key and value, transpose the final projections. A name that it does not know
+    stays as it is."""
     out = {}
     for k, v in state.items():
         name = _rename(k, _open_clip)
-        if ".in_proj_" in name: out |= {name.replace("in_proj_", f"{p}_proj."): part for p, part in zip("qkv", v.chunk(3))}
-        else: out[name] = v.T.contiguous() if k in ("visual.proj", "text_projection") else v
+        if ".in_proj_" in name:
+            out |= {name.replace("in_proj_", f"{p}_proj."): part for p, part in zip("qkv", v.chunk(3))}
+        else:
+            out[name] = v.T.contiguous() if k in ("visual.proj", "text_projection") else v
     return out
 
 # %% ../nbs/05d_preference.ipynb #d5a0000d
 HPS_V2 = "xswu/HPSv2"
 HPS_FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
-VIT_H = dict(projection_dim=1024,  # CLIP ViT-H/14
-    text_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, hidden_act="gelu", projection_dim=1024),
-    vision_config=dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14, hidden_act="gelu", projection_dim=1024))
+VIT_H = dict(
+    projection_dim=1024,  # CLIP ViT-H/14
+    text_config=dict(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+        hidden_act="gelu", projection_dim=1024
+    ),
+    vision_config=dict(
+        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14,
+        hidden_act="gelu", projection_dim=1024
+    ),
+)
 
 def load_open_clip(
     weights: str,             # a file, folder or hub id that holds weights of open_clip's `CLIP`
@@ -116,7 +163,10 @@ def load_open_clip(
     argument: str = "--clip", # for the error's message
 ) -> Embedder:
     "An embedder from open_clip's weights. ModelError says in one line what could not be loaded."
-    with _no_bars(), _one_line(argument, weights, f"give {HPS_V2}, or a file of open_clip's weights of that size"):
+    with (
+        _no_bars(),
+        _one_line(argument, weights, f"give {HPS_V2}, or a file of open_clip's weights of that size"),
+    ):
         model = build(CLIPModel, CLIPConfig(**config), from_open_clip(read_weights(weights, file)))
         return Embedder(model, *load_processors(processor), name=str(weights))
 
@@ -126,8 +176,10 @@ def hps_v2(
     weights: str = HPS_V2,   # a folder or hub id that holds them, or the file
     **kwargs,                # for `load_open_clip`
 ) -> CLIPAlignment:
-    "HPSv2 (Wu et al. 2023) with the published weights: the cosine of picture and prompt. Tables in papers show 100 times that. ModelError if they cannot be loaded."
-    if version not in HPS_FILES: raise InputError("hps_v2", f"there is no version {version!r}", f"choose from {', '.join(HPS_FILES)}")
+    """HPSv2 (Wu et al. 2023) with the published weights: the cosine of picture and prompt. Tables in
+    papers show 100 times that. ModelError if they cannot be loaded."""
+    if version not in HPS_FILES:
+        raise InputError("hps_v2", f"there is no version {version!r}", f"choose from {', '.join(HPS_FILES)}")
     return CLIPAlignment(load_open_clip(weights, HPS_FILES[version], argument="hps_v2", **kwargs))
 
 # %% ../nbs/05d_preference.ipynb #d5a0000f
@@ -142,7 +194,9 @@ class ImageReward:
         tokenizer,
         batch_size: int = 16, # pictures scored together: memory and speed, never the result
     ):
-        self.vision, self.text, self.head, self.image_processor, self.tokenizer, self.batch_size = vision.eval(), text.eval(), head.eval(), image_processor, tokenizer, batch_size
+        self.vision, self.text, self.head, self.image_processor, self.tokenizer, self.batch_size = (
+            vision.eval(), text.eval(), head.eval(), image_processor, tokenizer, batch_size
+        )
 
     def to(self, device):
         for part in (self.vision, self.text, self.head): part.to(device)
@@ -152,28 +206,44 @@ class ImageReward:
     def __call__(self, images: Tensor, prompts: list, metadata: list) -> tuple:
         "Rewards (N,) from images (N, 3, H, W) in [0, 1] and their prompts."
         n = self.batch_size
-        return np.concatenate([self.score(images[i:i+n], prompts[i:i+n]) for i in range(0, len(images), n)]), {}
+        return (
+            np.concatenate(
+                [self.score(images[i : i + n], prompts[i : i + n]) for i in range(0, len(images), n)]
+            ),
+            {},
+        )
 
 @patch
 def score(self: ImageReward, images: Tensor, prompts: list) -> np.ndarray:
     "The reward (N,) of one batch. Of a prompt, the first 35 tokens are read."
     device = self.head.weight.device
     pixels = self.image_processor(images=list(to_uint8(images)), return_tensors="pt").pixel_values.to(device)
-    tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=35, return_tensors="pt").to(device)
+    tokens = self.tokenizer(
+        list(prompts), padding="max_length", truncation=True, max_length=35, return_tensors="pt"
+    ).to(device)
     patches = self.vision(pixel_values=pixels).last_hidden_state
-    read = self.text(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=patches).last_hidden_state[:, 0]
+    read = self.text(
+        input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=patches
+    ).last_hidden_state[:, 0]
     return ((self.head(read)[:, 0] - self.MEAN) / self.STD).double().cpu().numpy()
 
 # %% ../nbs/05d_preference.ipynb #d5a00010
-_blip_vision = [(r"^cls_token$", "embeddings.class_embedding"), (r"^pos_embed$", "embeddings.position_embedding"), (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
-                (r"^norm\.", "post_layernorm."), (r"^blocks\.(\d+)\.norm(\d)\.", r"encoder.layers.\1.layer_norm\2."), (r"^blocks\.(\d+)\.attn\.qkv\.", r"encoder.layers.\1.self_attn.qkv."),
-                (r"^blocks\.(\d+)\.attn\.proj\.", r"encoder.layers.\1.self_attn.projection."), (r"^blocks\.(\d+)\.mlp\.", r"encoder.layers.\1.mlp.")]
+_blip_vision = [
+    (r"^cls_token$", "embeddings.class_embedding"), (r"^pos_embed$", "embeddings.position_embedding"),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embedding."), (r"^norm\.", "post_layernorm."),
+    (r"^blocks\.(\d+)\.norm(\d)\.", r"encoder.layers.\1.layer_norm\2."),
+    (r"^blocks\.(\d+)\.attn\.qkv\.", r"encoder.layers.\1.self_attn.qkv."),
+    (r"^blocks\.(\d+)\.attn\.proj\.", r"encoder.layers.\1.self_attn.projection."),
+    (r"^blocks\.(\d+)\.mlp\.", r"encoder.layers.\1.mlp."),
+]
 
 def fold(
     layers: list,  # (weight, bias) of linear layers that follow one another
 ) -> torch.nn.Linear:
     "Their product: one linear layer that computes the same."
-    weight, bias = torch.eye(layers[0][0].shape[1], dtype=torch.double), torch.zeros(layers[0][0].shape[1], dtype=torch.double)
+    weight, bias = torch.eye(layers[0][0].shape[1], dtype=torch.double), torch.zeros(
+        layers[0][0].shape[1], dtype=torch.double
+    )
     for w, b in layers: weight, bias = w.double() @ weight, w.double() @ bias + b.double()
     out = torch.nn.Linear(weight.shape[1], weight.shape[0])
     out.weight.data, out.bias.data = weight.float(), bias.float()
@@ -181,20 +251,41 @@ def fold(
 
 def from_image_reward(
     state: dict,  # weights of THUDM's `ImageReward`
-) -> tuple:       # for `BlipVisionModel`, for `BlipTextModel`, and the head's (weight, bias) pairs in their order
-    "Sort the weights by network and give them transformers' names. ValueError for names that are none of theirs."
+# for `BlipVisionModel`, for `BlipTextModel`, and the head's (weight, bias) pairs in their order
+) -> tuple:
+    """Sort the weights by network and give them transformers' names. ValueError for names that are none
+    of theirs."""
     part = lambda prefix: {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     vision, text, head = part("blip.visual_encoder."), part("blip.text_encoder."), part("mlp.layers.")
-    other = [k for k in state if not k.startswith(("blip.visual_encoder.", "blip.text_encoder.", "mlp.layers.", "blip.vision_proj.", "blip.text_proj."))]  # the last two serve BLIP's training
+    # the last two serve BLIP's training
+    other = [
+        k
+        for k in state
+        if not k.startswith(
+            (
+                "blip.visual_encoder.", "blip.text_encoder.", "mlp.layers.", "blip.vision_proj.",
+                "blip.text_proj."
+            )
+        )
+    ]
     if other: raise ValueError(f"{len(other)} weights are unknown (first: {other[0]})")
     places = sorted({int(k.split(".")[0]) for k in head})
-    return ({_rename(k, _blip_vision): v for k, v in vision.items()}, {k: v for k, v in text.items() if not k.endswith("position_ids")},
-            [(head[f"{i}.weight"], head[f"{i}.bias"]) for i in places])
+    return (
+        {_rename(k, _blip_vision): v for k, v in vision.items()},
+        {k: v for k, v in text.items() if not k.endswith("position_ids")},
+        [(head[f"{i}.weight"], head[f"{i}.bias"]) for i in places]
+    )
 
 # %% ../nbs/05d_preference.ipynb #d5a00011
 IMAGE_REWARD, BERT = "THUDM/ImageReward", "google-bert/bert-base-uncased"
-BLIP_VISION = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224, patch_size=16, layer_norm_eps=1e-6)
-BLIP_TEXT = dict(vocab_size=30524, hidden_size=768, encoder_hidden_size=1024, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+BLIP_VISION = dict(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224,
+    patch_size=16, layer_norm_eps=1e-6
+)
+BLIP_TEXT = dict(
+    vocab_size=30524, hidden_size=768, encoder_hidden_size=1024, intermediate_size=3072, num_hidden_layers=12,
+    num_attention_heads=12
+)
 
 def image_reward(
     model: str = EMOJI_SD,        # the diffusion model; the judge is the same for all
@@ -208,7 +299,11 @@ def image_reward(
     with _no_bars(), _one_line("image_reward", weights, f"give {IMAGE_REWARD}, or the file ImageReward.pt"):
         vision, text, head = from_image_reward(read_weights(weights, "ImageReward.pt"))
         if not head: raise ValueError("there are no weights of its head")
-        parts = build(BlipVisionModel, BlipVisionConfig(**vision_config), vision), build(BlipTextModel, BlipTextConfig(**text_config), text, add_pooling_layer=False), fold(head)
+        parts = (
+            build(BlipVisionModel, BlipVisionConfig(**vision_config), vision),
+            build(BlipTextModel, BlipTextConfig(**text_config), text, add_pooling_layer=False),
+            fold(head),
+        )
         image_processor, = load_processors(processor, tokenizer=False)
         tokens = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         return ImageReward(*parts, image_processor, tokens)

@@ -17,13 +17,15 @@ from pathlib import Path
 
 # %% ../nbs/04_prompts.ipynb #0aa3a5c7
 class InputError(ValueError):
-    "Something the user gave that cannot be used; its text is one line: the argument, what is wrong, what would be right."
+    """Something the user gave that cannot be used; its text is one line: the argument, what is wrong,
+    what would be right."""
     def __init__(self,
         argument: str,  # what the user set, as they know it: "--prompts"
         problem: str,   # what is wrong with it
         remedy: str,    # what would be right
     ):
-        super().__init__(argument, problem, remedy)  # the three of them, so that the error survives pickling between processes
+        # the three of them, so that the error survives pickling between processes
+        super().__init__(argument, problem, remedy)
         self.argument, self.problem, self.remedy = argument, problem, remedy
 
     def __str__(self): return f"{self.argument}: {self.problem}; {self.remedy}"
@@ -35,22 +37,36 @@ def _lines(
     text = resources.files("ddpo_nb").joinpath("data", f"{name}.txt").read_text(encoding="utf-8")
     return [line for line in text.split("\n") if line]
 
-def _first_names(name): return [line.split(",")[0] for line in _lines(name)]   # "tench, Tinca tinca" -> "tench"
+# "tench, Tinca tinca" -> "tench"
+def _first_names(name): return [line.split(",")[0] for line in _lines(name)]
 
 def _activities(animals="simple_animals", activities="activities"):
     a = lambda noun: ("an " if noun[0] in "aeiou" else "a ") + noun
     return [f"{a(animal)} {activity}" for animal in _lines(animals) for activity in _lines(activities)]
 
-_plurals = dict(monkey="monkeys", turkey="turkeys", sheep="sheep", deer="deer", fish="fish", mouse="mice", goose="geese", wolf="wolves", fox="foxes", ox="oxen")
+_plurals = dict(
+    monkey="monkeys", turkey="turkeys", sheep="sheep", deer="deer", fish="fish", mouse="mice", goose="geese",
+    wolf="wolves", fox="foxes", ox="oxen"
+)
 
 def _plural(noun):
     if noun in _plurals: return _plurals[noun]
-    return noun[:-1] + "ies" if noun.endswith("y") else noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
+    return (
+        noun[:-1] + "ies"
+        if noun.endswith("y")
+        else noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
+    )
 
 def _counting(animals="simple_animals", words=("two", "three", "four", "five", "six")):
     "(prompt, metadata) pairs; the metadata asks what a picture of the prompt must answer."
-    ask = lambda animal, n: dict(questions=[f"How many {_plural(animal)} are there in this image?"], answers=[str(n)])
-    return [(f"{word} {_plural(animal)}", ask(animal, n)) for animal in _lines(animals) for n, word in enumerate(words, 2)]
+    ask = lambda animal, n: dict(
+        questions=[f"How many {_plural(animal)} are there in this image?"], answers=[str(n)]
+    )
+    return [
+        (f"{word} {_plural(animal)}", ask(animal, n))
+        for animal in _lines(animals)
+        for n, word in enumerate(words, 2)
+    ]
 
 def _trl_animals(): return (animals := _lines("simple_animals"))[:13] + animals[-14:]
 
@@ -79,14 +95,23 @@ def prompt_flaw(
 
 def _pair(number, item):
     "(prompt, metadata) of one of the prompts that Python code gave."
-    prompt, metadata = (item, {}) if isinstance(item, str) else item if isinstance(item, (tuple, list)) and len(item) == 2 else (item, {})
+    prompt, metadata = (
+        (item, {})
+        if isinstance(item, str)
+        else item if isinstance(item, (tuple, list)) and len(item) == 2 else (item, {})
+    )
     problem = prompt_flaw(prompt)
-    if problem is None and not (metadata is None or hasattr(metadata, "keys")): problem = "has metadata that is no dictionary"
-    if problem: raise InputError("prompts", f"number {number} {problem}", "give strings, or (string, dictionary) pairs")
+    if problem is None and not (metadata is None or hasattr(metadata, "keys")):
+        problem = "has metadata that is no dictionary"
+    if problem:
+        raise InputError(
+            "prompts", f"number {number} {problem}", "give strings, or (string, dictionary) pairs"
+        )
     return prompt, dict(metadata or {})
 
 class PromptSource:
-    "Draws prompts uniformly at random: a callable `() -> (prompt, metadata)`, as TRL and ddpo-pytorch want it. One seed, one sequence."
+    """Draws prompts uniformly at random: a callable `() -> (prompt, metadata)`, as TRL and ddpo-pytorch
+    want it. One seed, one sequence."""
     def __init__(self,
         prompts: list,  # strings, or (prompt, metadata) pairs
         seed: int = 0,  # of the sequence of draws
@@ -111,34 +136,56 @@ class PromptSource:
 # %% ../nbs/04_prompts.ipynb #fd9ffc2e
 _DEEPEST, _WIDEST = 50, 1_000_000  # levels of lists and objects in a line of JSON, and its characters
 
-def _wrong(path, place, problem, remedy): return InputError("--prompts", f"{place} of {str(path)!r} {problem}", remedy)
+def _wrong(path, place, problem, remedy):
+    return InputError("--prompts", f"{place} of {str(path)!r} {problem}", remedy)
 
 def _read(path):
     "The bytes of a file."
     try:
-        if path.exists() and not path.is_file() and not path.is_dir(): raise OSError(0, "it is no plain file")  # a pipe can be read once only
+        # a pipe can be read once only
+        if path.exists() and not path.is_file() and not path.is_dir(): raise OSError(0, "it is no plain file")
         return path.read_bytes()
     except FileNotFoundError:
         shown = str(path) if len(str(path)) < 200 else str(path)[:200] + "…"
         raise InputError("--prompts", f"there is no prompt set and no file named {shown!r}",
                          f"use one of {', '.join(PROMPT_SETS)}, or the path of a text file") from None
     except (OSError, ValueError) as e:  # a folder, no permission, a name no file can have
-        why = "it is a folder" if not isinstance(e, ValueError) and path.is_dir() else getattr(e, "strerror", None) or str(e)
-        raise InputError("--prompts", f"cannot read {str(path)[:200]!r}: {why}", "give the path of a text file, or the name of a set") from None
+        why = (
+            "it is a folder"
+            if not isinstance(e, ValueError) and path.is_dir()
+            else getattr(e, "strerror", None) or str(e)
+        )
+        raise InputError(
+            "--prompts", f"cannot read {str(path)[:200]!r}: {why}",
+            "give the path of a text file, or the name of a set"
+        ) from None
 
 def _text(path):
     data = _read(path)
-    try: text = data.decode("utf-8-sig")  # -sig: editors on Windows put a byte order mark first
+    try:
+        text = data.decode("utf-8-sig")  # -sig: editors on Windows put a byte order mark first
     except UnicodeDecodeError as e:
         line = data.count(b"\n", 0, e.start) + 1
-        kind = "UTF-16, not UTF-8" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else f"not UTF-8 text (byte {e.start})"
+        kind = (
+            "UTF-16, not UTF-8"
+            if data[:2] in (b"\xff\xfe", b"\xfe\xff")
+            else f"not UTF-8 text (byte {e.start})"
+        )
         raise _wrong(path, f"line {line}", f"is {kind}", "save the file as UTF-8") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 def _depth(value):
     "How many lists and objects lie within each other."
     deep, layer = 0, [value]
-    while layer := [o for v in layer if isinstance(v, (dict, list)) for o in (v.values() if isinstance(v, dict) else v)] or None:
+    while (
+        layer := [
+            o
+            for v in layer
+            if isinstance(v, (dict, list))
+            for o in (v.values() if isinstance(v, dict) else v)
+        ]
+        or None
+    ):
         deep += 1
         if deep > _DEEPEST: break
     return deep
@@ -164,14 +211,19 @@ def _trouble(value):
 def _json_item(path, place, value, problem=None):
     "(prompt, metadata) of an object."
     if problem is None:
-        if not isinstance(value, dict) or not isinstance(value.get("prompt"), str): problem = 'is not an object with a text under "prompt"'
-        elif not (flaw := prompt_flaw(value["prompt"])): return value["prompt"], {k: v for k, v in value.items() if k != "prompt"}
-        else: problem = f"has a prompt that {flaw}"
+        if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+            problem = 'is not an object with a text under "prompt"'
+        elif not (flaw := prompt_flaw(value["prompt"])):
+            return value["prompt"], {k: v for k, v in value.items() if k != "prompt"}
+        else:
+            problem = f"has a prompt that {flaw}"
     raise _wrong(path, place, problem, 'write one object a line, such as {"prompt": "a cat"}')
 
 def _json_list(path, text):
     "Prompts of a file that holds one JSON list, of strings or of objects."
-    remedy, values, problem = 'write a list such as ["a cat", {"prompt": "two dogs", "count": 2}]', None, "holds no list"
+    remedy, values, problem = (
+        'write a list such as ["a cat", {"prompt": "two dogs", "count": 2}]', None, "holds no list"
+    )
     try: values = json.loads(text, parse_constant=_no_constant)
     except json.JSONDecodeError as e: problem = f"line {e.lineno} is not JSON ({e.msg})"
     except RecursionError: problem = "is nested too deeply"
@@ -188,18 +240,37 @@ def _line_item(path, number, line):
 # %% ../nbs/04_prompts.ipynb #1d8942c3
 def _from_dataset(text):
     "Prompts from `dataset:NAME:COLUMN:SPLIT`; the last two may be left out (prompt, train)."
-    name, column, split, *more = text.removeprefix("dataset:").split(":") + ["prompt", "train"][max(0, text.count(":") - 1):]
+    name, column, split, *more = (
+        text.removeprefix("dataset:").split(":") + ["prompt", "train"][max(0, text.count(":") - 1) :]
+    )
     if not name or not column or not split or more:
-        raise InputError("--prompts", f"{text!r} names no column of a data set", "write dataset:NAME:COLUMN or dataset:NAME:COLUMN:SPLIT")
-    try: from datasets import Value, load_dataset
-    except ImportError: raise InputError("--prompts", "datasets is not installed", "pip install datasets") from None
-    try: rows = load_dataset(os.path.expanduser(name), split=split)
-    except Exception as e: raise InputError("--prompts", f"cannot load the data set {name!r}: {(str(e).splitlines() or [type(e).__name__])[0][:300]}", "give the id of one on the hub, or a folder of data files") from e
+        raise InputError(
+            "--prompts", f"{text!r} names no column of a data set",
+            "write dataset:NAME:COLUMN or dataset:NAME:COLUMN:SPLIT"
+        )
+    try:
+        from datasets import Value, load_dataset
+    except ImportError:
+        raise InputError("--prompts", "datasets is not installed", "pip install datasets") from None
+    try:
+        rows = load_dataset(os.path.expanduser(name), split=split)
+    except Exception as e:
+        raise InputError(
+            "--prompts",
+            f"cannot load the data set {name!r}: {(str(e).splitlines() or [type(e).__name__])[0][:300]}",
+            "give the id of one on the hub, or a folder of data files",
+        ) from e
     plain = [k for k, kind in rows.features.items() if isinstance(kind, Value) and kind.dtype != "binary"]
-    if column not in plain or rows.features[column].dtype not in ("string", "large_string"): raise InputError("--prompts", f"{name!r} has no column {column!r} of texts", f"choose from {', '.join(k for k in plain if 'string' in rows.features[k].dtype) or 'another data set'}")
+    if column not in plain or rows.features[column].dtype not in ("string", "large_string"):
+        raise InputError(
+            "--prompts", f"{name!r} has no column {column!r} of texts",
+            "choose from"
+            f" {', '.join(k for k in plain if 'string' in rows.features[k].dtype) or 'another data set'}",
+        )
     found = [(i, row.pop(column), row) for i, row in enumerate(rows.select_columns(plain), 1) if row[column]]
     for i, prompt, _ in found:
-        if flaw := prompt_flaw(prompt): raise InputError("--prompts", f"row {i} of {name!r} {flaw}", "leave such rows out")
+        if flaw := prompt_flaw(prompt):
+            raise InputError("--prompts", f"row {i} of {name!r} {flaw}", "leave such rows out")
     return [(prompt, row) for _, prompt, row in found]
 
 # %% ../nbs/04_prompts.ipynb #b0e10126
@@ -208,23 +279,33 @@ def _from_file(path):
     text, kind = _text(path), path.suffix.lower()
     if kind == ".json": return _json_list(path, text)
     lines = [(i, line.strip()) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if kind in (".jsonl", ".ndjson"): return [_json_item(path, f"line {i}", *_parsed(line)) for i, line in lines]
+    if kind in (".jsonl", ".ndjson"):
+        return [_json_item(path, f"line {i}", *_parsed(line)) for i, line in lines]
     return [_line_item(path, i, line) for i, line in lines]
 
 def _tell_repeated(items, name):
     "A warning, once, if some of the prompts are the same in everything."
     counts = Counter(o if isinstance(o, str) else json.dumps(o, sort_keys=True, default=str) for o in items)
     more = sum(counts.values()) - len(counts)
-    if more: warnings.warn(f"{more} of the {len(items)} prompts in {str(name)!r} stand there already: they are drawn that much more often", stacklevel=3)
+    if more:
+        warnings.warn(
+            f"{more} of the {len(items)} prompts in {str(name)!r} stand there already: they are drawn that"
+            " much more often",
+            stacklevel=3,
+        )
 
 def prompt_source(
-    name_or_file: str|os.PathLike,  # a name from `PROMPT_SETS`; a file: one prompt a line, or JSON lines (.jsonl); or dataset:NAME:COLUMN
+    # a name from `PROMPT_SETS`; a file: one prompt a line, or JSON lines (.jsonl); or
+    # dataset:NAME:COLUMN
+    name_or_file: str|os.PathLike,
     seed: int = 0,                  # of the sequence of draws
 ) -> PromptSource:
-    "The prompts of a named set or of a file. InputError if there is no such thing, or if a file cannot be understood."
+    """The prompts of a named set or of a file. InputError if there is no such thing, or if a file cannot
+    be understood."""
     if str(name_or_file) in PROMPT_SETS: return PromptSource(PROMPT_SETS[str(name_or_file)](), seed)
     if str(name_or_file).startswith("dataset:"): items = _from_dataset(str(name_or_file))
     else: items = _from_file(Path(os.path.expanduser(name_or_file)))
-    if not items: raise InputError("--prompts", f"{str(name_or_file)!r} holds no prompt", "write one prompt a line")
+    if not items:
+        raise InputError("--prompts", f"{str(name_or_file)!r} holds no prompt", "write one prompt a line")
     _tell_repeated(items, name_or_file)
     return PromptSource(items, seed)

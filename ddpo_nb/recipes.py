@@ -41,71 +41,131 @@ class Recipe:
     model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     algorithm: str = "ddpo-is"            # one of `ALGORITHMS`
     lora: bool = True                     # train adapters; False: the whole UNet
-    settings: dict = field(default_factory=dict)  # fields of `DDPOConfig`, where they differ from the model's defaults
+    # fields of `DDPOConfig`, where they differ from the model's defaults
+    settings: dict = field(default_factory=dict)
 
     def config(self, **overrides) -> DDPOConfig:
         "The recipe's config, with any field overridden; InputError for values that cannot work."
-        return make_config(self.algorithm, self.model, self.lora, **(dict(num_epochs=self.epochs) | self.beside(overrides) | overrides))
+        return make_config(
+            self.algorithm, self.model, self.lora,
+            **(dict(num_epochs=self.epochs) | self.beside(overrides) | overrides),
+        )
 
     def beside(self, overrides: dict) -> dict:
-        "The recipe's settings, less what these overrides make void: a baseline of one's own needs no statistics per prompt."
+        """The recipe's settings, less what these overrides make void: a baseline of one's own needs
+        no statistics per prompt."""
         void = {"per_prompt_stat_tracking"} if overrides.get("baseline") not in (None, "normalize") else set()
         return {k: v for k, v in self.settings.items() if k not in void}
 
 # %% ../nbs/10a_recipes.ipynb #05b8cef6
-_blog = dict(sample_num_steps=50, sample_batch_size=6, sample_num_batches_per_epoch=4, train_batch_size=3, train_gradient_accumulation_steps=1,
-             per_prompt_stat_tracking=True, per_prompt_stat_tracking_buffer_size=32, micro_batch_size=3)
+_blog = dict(
+    sample_num_steps=50, sample_batch_size=6, sample_num_batches_per_epoch=4, train_batch_size=3,
+    train_gradient_accumulation_steps=1, per_prompt_stat_tracking=True,
+    per_prompt_stat_tracking_buffer_size=32, micro_batch_size=3
+)
 _tracked = dict(mixed_precision="fp16", micro_batch_size=4, per_prompt_stat_tracking=True,
-                per_prompt_stat_tracking_buffer_size=16)  # 256 samples, 4 updates: the defaults for any big model
+                # 256 samples, 4 updates: the defaults for any big model
+                per_prompt_stat_tracking_buffer_size=16)
 _harder = _tracked | dict(train_batch_size=128, per_prompt_stat_tracking_buffer_size=32)
 _emoji = dict(model=EMOJI_SD, needs="a CPU, minutes", settings=dict(mixed_precision="no"))
 _quick = _emoji | dict(settings=dict(mixed_precision="no", baseline="leave-one-out", samples_per_prompt=4))
 
 RECIPES = {
-    "a100-aesthetic-lora": Recipe("prettier animals, by LoRA, on one A100", "aesthetic", "one A100, 40 GB", 200,
-                                  settings=_blog | dict(train_learning_rate=3e-4, mixed_precision="fp16")),
-    "a100-aesthetic-full": Recipe("prettier animals, training the whole UNet in full precision", "aesthetic", "one A100, 40 GB", 200, lora=False,
-                                  settings=_blog | dict(train_learning_rate=1e-5, mixed_precision="no")),
-    "compressibility": Recipe("animals that make small JPEG files", "jpeg_compressibility", "one GPU, 24 GB", 100, "imagenet_animals", settings=_tracked),
-    "incompressibility": Recipe("animals that make large JPEG files", "jpeg_incompressibility", "one GPU, 24 GB", 100, "imagenet_animals", settings=_tracked),
-    "aesthetic": Recipe("prettier animals, at the paper's scale", "aesthetic", "one GPU, 24 GB", 200, settings=_harder),
-    "alignment": Recipe("animals that do what the prompt says, in the eyes of a vision-language model", "vlm_alignment",
-                        "one GPU, 24 GB, and one for the vision-language model", 200, "animal_activities",
-                        settings=_harder | dict(sample_num_batches_per_epoch=36, train_batch_size=144)),
-    "emoji-compressibility": Recipe("emoji that make small JPEG files", "jpeg_compressibility", epochs=16, **_quick),
-    "emoji-incompressibility": Recipe("emoji that make large JPEG files", "jpeg_incompressibility", epochs=16, **_emoji),
-    "emoji-sf": Recipe("emoji that make large JPEG files, by the score-function gradient", "jpeg_incompressibility", epochs=64, algorithm="ddpo-sf", **_emoji),
-    "emoji-rwr": Recipe("emoji that make large JPEG files, by reward-weighted regression", "jpeg_incompressibility", epochs=8, algorithm="rwr", **_emoji),
+    "a100-aesthetic-lora": Recipe(
+        "prettier animals, by LoRA, on one A100", "aesthetic", "one A100, 40 GB", 200,
+        settings=_blog | dict(train_learning_rate=3e-4, mixed_precision="fp16"),
+    ),
+    "a100-aesthetic-full": Recipe(
+        "prettier animals, training the whole UNet in full precision", "aesthetic", "one A100, 40 GB", 200,
+        lora=False,
+        settings=_blog | dict(train_learning_rate=1e-5, mixed_precision="no"),
+    ),
+    "compressibility": Recipe(
+        "animals that make small JPEG files", "jpeg_compressibility", "one GPU, 24 GB", 100,
+        "imagenet_animals", settings=_tracked
+    ),
+    "incompressibility": Recipe(
+        "animals that make large JPEG files", "jpeg_incompressibility", "one GPU, 24 GB", 100,
+        "imagenet_animals", settings=_tracked
+    ),
+    "aesthetic": Recipe(
+        "prettier animals, at the paper's scale", "aesthetic", "one GPU, 24 GB", 200, settings=_harder
+    ),
+    "alignment": Recipe(
+        "animals that do what the prompt says, in the eyes of a vision-language model",
+        "vlm_alignment", "one GPU, 24 GB, and one for the vision-language model", 200, "animal_activities",
+        settings=_harder | dict(sample_num_batches_per_epoch=36, train_batch_size=144),
+    ),
+    "emoji-compressibility": Recipe(
+        "emoji that make small JPEG files", "jpeg_compressibility", epochs=16, **_quick
+    ),
+    "emoji-incompressibility": Recipe(
+        "emoji that make large JPEG files", "jpeg_incompressibility", epochs=16, **_emoji
+    ),
+    "emoji-sf": Recipe(
+        "emoji that make large JPEG files, by the score-function gradient", "jpeg_incompressibility",
+        epochs=64, algorithm="ddpo-sf", **_emoji
+    ),
+    "emoji-rwr": Recipe(
+        "emoji that make large JPEG files, by reward-weighted regression", "jpeg_incompressibility", epochs=8,
+        algorithm="rwr", **_emoji
+    ),
 }
 
 def get_recipe(name: str) -> Recipe:
     "The recipe of that name; InputError with the nearest name if there is none."
     if name in RECIPES: return RECIPES[name]
     near = difflib.get_close_matches(str(name), RECIPES, 1)
-    raise InputError("--recipe", f"there is no {name!r}", (f"did you mean {near[0]!r}? " if near else "") + f"choose from {', '.join(RECIPES)}")
+    raise InputError(
+        "--recipe", f"there is no {name!r}",
+        (f"did you mean {near[0]!r}? " if near else "") + f"choose from {', '.join(RECIPES)}",
+    )
 
 def list_recipes() -> Table:
     "All recipes, one a row."
     def row(name, r):
         queries = f"{r.config().samples_per_epoch * r.epochs:,}"
-        return dict(recipe=name, about=r.about, algorithm=r.algorithm, weights="LoRA" if r.lora else "full", queries=queries, needs=r.needs)
+        return dict(
+            recipe=name, about=r.about, algorithm=r.algorithm, weights="LoRA" if r.lora else "full",
+            queries=queries, needs=r.needs
+        )
     return Table(row(*o) for o in RECIPES.items())
 
 # %% ../nbs/10a_recipes.ipynb #7af1da67
-_noise = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False, steps_offset=1)
+_noise = dict(
+    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False, steps_offset=1
+)
 _vae = dict(sample_size=512, latent_channels=4, layers_per_block=2, block_out_channels=(128, 256, 512, 512),
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
-_sd1 = dict(unet=dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8), vae=_vae, scheduler=_noise,
-            text_encoder=dict(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-                              max_position_embeddings=77, projection_dim=768, hidden_act="quick_gelu"))
+_sd1 = dict(
+    unet=dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
+    vae=_vae, scheduler=_noise,
+    text_encoder=dict(
+        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+        num_attention_heads=12, max_position_embeddings=77, projection_dim=768, hidden_act="quick_gelu"
+    ),
+)
 
 def _sd2(size, kind):
-    return dict(unet=dict(sample_size=size, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True),
-                vae=_vae | dict(sample_size=8 * size), scheduler=_noise | dict(prediction_type=kind),
-                text_encoder=dict(vocab_size=49408, hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16,
-                                  max_position_embeddings=77, projection_dim=512, hidden_act="gelu"))
+    return dict(
+        unet=dict(
+            sample_size=size, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20),
+            use_linear_projection=True
+        ),
+        vae=_vae | dict(sample_size=8 * size), scheduler=_noise | dict(prediction_type=kind),
+        text_encoder=dict(
+            vocab_size=49408, hidden_size=1024, intermediate_size=4096, num_hidden_layers=23,
+            num_attention_heads=16, max_position_embeddings=77, projection_dim=512, hidden_act="gelu"
+        ),
+    )
 
-_known = {o: _sd1 for o in ("stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5", *(f"CompVis/stable-diffusion-v1-{i}" for i in range(1, 5)))}
+_known = {
+    o: _sd1
+    for o in (
+        "stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5",
+        *(f"CompVis/stable-diffusion-v1-{i}" for i in range(1, 5))
+    )
+}
 _known |= {f"stabilityai/stable-diffusion-{o}-base": _sd2(64, "epsilon") for o in ("2", "2-1")}
 _known |= {f"stabilityai/stable-diffusion-{o}": _sd2(96, "v_prediction") for o in ("2", "2-1")}
 
@@ -113,7 +173,10 @@ _known |= {f"stabilityai/stable-diffusion-{o}": _sd2(96, "v_prediction") for o i
 def _parts(configs):
     "UNet, VAE and text encoder of those configurations, without memory."
     with torch.device("meta"):
-        return (UNet2DConditionModel.from_config(configs["unet"]), AutoencoderKL.from_config(configs["vae"]), CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])))
+        return (
+            UNet2DConditionModel.from_config(configs["unet"]), AutoencoderKL.from_config(configs["vae"]),
+            CLIPTextModel(CLIPTextConfig(**configs["text_encoder"]))
+        )
 
 def _count(module): return sum(p.numel() for p in module.parameters())
 
@@ -129,44 +192,70 @@ class ModelNumbers:
     text: tuple        # (L, D) of a prompt's embedding
     configs: dict = field(repr=False, compare=False)  # part -> its configuration
 
-_remedy = f"give {EMOJI_SD}, a folder in diffusers' format, or the hub id of a text-to-image model that can be reached"
+_remedy = (
+    f"give {EMOJI_SD}, a folder in diffusers' format, or the hub id of a text-to-image model that can be"
+    " reached"
+)
 
 def _read_configs(model):
     if Path(model).is_file():
         beside = config_beside(Path(model))
-        if beside is None: raise InputError("--model", f"there is no configuration beside {model!r}, a folder of its name", _remedy)
+        if beside is None:
+            raise InputError(
+                "--model", f"there is no configuration beside {model!r}, a folder of its name", _remedy
+            )
         model = str(beside)
-    if not Path(model).is_dir() and (model.count("/") != 1 or model.startswith((".", "/", "~")) or model.endswith("/")):
+    if not Path(model).is_dir() and (
+        model.count("/") != 1 or model.startswith((".", "/", "~")) or model.endswith("/")
+    ):
         raise InputError("--model", f"there is no folder {model!r}", _remedy)
     load = dict(unet=UNet2DConditionModel, vae=AutoencoderKL, scheduler=DDIMScheduler)
     try:
         configs = {k: c.load_config(model, subfolder=k) for k, c in load.items()}
         configs["text_encoder"] = CLIPTextConfig.from_pretrained(model, subfolder="text_encoder").to_dict()
-        if configs["unet"].get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel" or configs["unet"].get("addition_embed_type"):
+        if configs["unet"].get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel" or configs[
+            "unet"
+        ].get("addition_embed_type"):
             raise ValueError("it is not of the Stable Diffusion 1.x or 2.x family")
     except Exception as e:  # the loaders raise almost any kind of exception
         why = " ".join((str(e).strip().splitlines() or [type(e).__name__])[0].split()).rstrip(".")
-        raise InputError("--model", f"cannot read the configuration of {model!r}: {why[:200]}", _remedy) from e
+        raise InputError(
+            "--model", f"cannot read the configuration of {model!r}: {why[:200]}", _remedy
+        ) from e
     return configs
 
 def model_numbers(
     model: str = EMOJI_SD,  # "emoji-sd", a folder in diffusers' format, or a hub id
 ) -> ModelNumbers:
-    "Count a model's parameters from its configuration; no weights are read, downloaded or allocated. InputError if there is no such configuration."
-    folder = str(resources.files("ddpo_nb")/"weights/emoji-sd") if model == EMOJI_SD else os.path.expanduser(str(model))
+    """Count a model's parameters from its configuration; no weights are read, downloaded or allocated.
+    InputError if there is no such configuration."""
+    folder = (
+        str(resources.files("ddpo_nb") / "weights/emoji-sd")
+        if model == EMOJI_SD
+        else os.path.expanduser(str(model))
+    )
     configs = _known.get(str(model)) or _read_configs(folder)
     unet, vae, text = _parts(configs)
-    size = (unet.config.sample_size,) * 2 if isinstance(unet.config.sample_size, int) else tuple(unet.config.sample_size)
+    size = (
+        (unet.config.sample_size,) * 2
+        if isinstance(unet.config.sample_size, int)
+        else tuple(unet.config.sample_size)
+    )
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
-    return ModelNumbers(str(model), _count(unet), _count(vae), _count(text), (unet.config.in_channels, *size), (3, *(scale * s for s in size)),
-                        (text.config.max_position_embeddings, text.config.hidden_size), configs)
+    return ModelNumbers(
+        str(model), _count(unet), _count(vae), _count(text), (unet.config.in_channels, *size),
+        (3, *(scale * s for s in size)), (text.config.max_position_embeddings, text.config.hidden_size),
+        configs
+    )
 
 # %% ../nbs/10a_recipes.ipynb #1fa7526b
-_HALF = {F.linear, torch.conv2d, torch.matmul, torch.bmm, torch.baddbmm, F.scaled_dot_product_attention}  # autocast's lists for CUDA, as far as they matter
+# autocast's lists for CUDA, as far as they matter
+_HALF = {F.linear, torch.conv2d, torch.matmul, torch.bmm, torch.baddbmm, F.scaled_dot_product_attention}
 _FULL = {F.group_norm, F.layer_norm, torch.softmax, F.softmax}
 
 class _LikeCuda(TorchFunctionMode):
-    "Lets tensors on `meta` pass through a network as they would on a GPU: fused attention, and autocast to `half` if given."
+    """Lets tensors on `meta` pass through a network as they would on a GPU: fused attention, and autocast
+    to `half` if given."""
     def __init__(self, half=None): super().__init__(); self.half, self.copies, self.caching = half, {}, True
 
     def cast(self, x, dtype):
@@ -179,10 +268,13 @@ class _LikeCuda(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.half and (func in _HALF or func in _FULL):
             dtype = self.half if func in _HALF else torch.float32
-            args, kwargs = [self.cast(a, dtype) for a in args], {k: self.cast(a, dtype) for k, a in kwargs.items()}
+            args, kwargs = [self.cast(a, dtype) for a in args], {
+                k: self.cast(a, dtype) for k, a in kwargs.items()
+            }
         if func is F.scaled_dot_product_attention:
             q, k, v = [*args, *(kwargs[n] for n in ("query", "key", "value") if n in kwargs)][:3]
-            if q.device.type == "meta": return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
+            if q.device.type == "meta":
+                return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
         return func(*args, **kwargs)
 
     def checkpoint(self, function, *args):
@@ -191,7 +283,8 @@ class _LikeCuda(TorchFunctionMode):
             with self: return function(*a)
         return checkpoint(run, *args, use_reentrant=False)
 
-    def end_forward(self): self.copies.clear(); self.caching = False  # autocast forgets its copies at the end of its block
+    # autocast forgets its copies at the end of its block
+    def end_forward(self): self.copies.clear(); self.caching = False
 
 # %% ../nbs/10a_recipes.ipynb #eb7e7a87
 _dtypes = dict(no=None, fp16=torch.float16, bf16=torch.bfloat16)
@@ -203,13 +296,19 @@ def _skeleton(c, numbers, lora, mode):
     if getattr(c, "gradient_checkpointing", False): unet.enable_gradient_checkpointing(mode.checkpoint)
     if getattr(c, "vae_slicing", False): vae.enable_slicing()
     pipe = SimpleNamespace(unet=unet, vae=vae, text_encoder=text, scheduler=_scheduler(c, numbers))
-    return StableDiffusionPolicy(pipe, lora, c.lora_rank, c.sample_num_steps, c.sample_eta, c.sample_guidance_scale, c.negative_prompts, c.log_prob_reduction)
+    return StableDiffusionPolicy(
+        pipe, lora, c.lora_rank, c.sample_num_steps, c.sample_eta, c.sample_guidance_scale,
+        c.negative_prompts, c.log_prob_reduction
+    )
 
 def _scheduler(c, numbers):
     "The run's scheduler; InputError if it has not that many steps."
     scheduler = DDIMScheduler.from_config(numbers.configs["scheduler"], clip_sample=False)
     most = scheduler.config.num_train_timesteps
-    if c.sample_num_steps > most: raise InputError("sample_num_steps", f"{c.sample_num_steps} is more than the model's {most}", "give fewer")
+    if c.sample_num_steps > most:
+        raise InputError(
+            "sample_num_steps", f"{c.sample_num_steps} is more than the model's {most}", "give fewer"
+        )
     scheduler.set_timesteps(c.sample_num_steps)
     return scheduler
 
@@ -219,8 +318,13 @@ def _micro_batch(c, numbers, dtype):
     "Trajectories and examples of one micro-batch, for any objective, on `meta`."
     m, index = _micro(c, numbers), lambda m: _meta(m, dtype=torch.long)
     steps, cond = c.sample_num_steps, Conditioning(*(_meta(2, *numbers.text, dtype=dtype) for _ in range(2)))
-    trajectories = Trajectories(_meta(2, steps + 1, *numbers.latent), index(steps), _meta(2, steps), None, cond, [""] * 2, [{}] * 2)
-    return trajectories, dict(sample=index(m), step=index(m), timestep=index(m), advantage=_meta(m), weight=_meta(m), noise=_meta(m, *numbers.latent))
+    trajectories = Trajectories(
+        _meta(2, steps + 1, *numbers.latent), index(steps), _meta(2, steps), None, cond, [""] * 2, [{}] * 2
+    )
+    return trajectories, dict(
+        sample=index(m), step=index(m), timestep=index(m), advantage=_meta(m), weight=_meta(m),
+        noise=_meta(m, *numbers.latent)
+    )
 
 # %% ../nbs/10a_recipes.ipynb #e410b04e
 def _examples(c, numbers, prompts=1):
@@ -229,7 +333,11 @@ def _examples(c, numbers, prompts=1):
     if c.algorithm == "rwr-sparse": return _kept(c, prompts) * c.rwr_draws
     scheduler = _scheduler(c, numbers)
     steps = int((step_std(scheduler, scheduler.timesteps, c.sample_eta) > 0).sum())
-    if not steps: raise InputError("sample_num_steps", "the model's only step has no noise: there is no policy gradient", "give 2 or more")
+    if not steps:
+        raise InputError(
+            "sample_num_steps", "the model's only step has no noise: there is no policy gradient",
+            "give 2 or more"
+        )
     return c.samples_per_epoch * max(1, int(steps * c.train_timestep_fraction))
 
 def _times(draws, prompts):
@@ -240,7 +348,8 @@ def _times(draws, prompts):
     return {m: prompts * share(m) for m in range(1, draws + 1)}
 
 def _kept(c, prompts):
-    "Samples of an epoch that RWR-sparse keeps, on average: its share of each prompt's that is drawn, and at least one."
+    """Samples of an epoch that RWR-sparse keeps, on average: its share of each prompt's that is drawn,
+    and at least one."""
     n, k = c.samples_per_epoch, c.samples_per_prompt
     times = {n // k: 1.0} if c.rwr_normalizer == "batch" else _times(n // k, prompts)
     return round(sum(number * max(1, round(m * k * c.rwr_fraction)) for m, number in times.items()))
@@ -277,13 +386,17 @@ def _sized(c, numbers, lora):
 
 # %% ../nbs/10a_recipes.ipynb #0a6bc0a3
 class _Ledger(TorchDispatchMode):
-    "Keeps the sum of the bytes that were allocated since it was entered and are still alive, and its largest value."
+    """Keeps the sum of the bytes that were allocated since it was entered and are still alive, and its
+    largest value."""
     def __init__(self): super().__init__(); self.live, self.peak, self.mine = 0, 0, set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        blocks = lambda tree: {id(b): b for t in tree_leaves(tree) if isinstance(t, Tensor) for b in [t.untyped_storage()]}
-        for i, block in (blocks(out).items() - blocks((args, kwargs)).items()):  # views and results in place are no new memory
+        blocks = lambda tree: {
+            id(b): b for t in tree_leaves(tree) if isinstance(t, Tensor) for b in [t.untyped_storage()]
+        }
+        # views and results in place are no new memory
+        for i, block in (blocks(out).items() - blocks((args, kwargs)).items()):
             if i in self.mine: continue
             self.mine.add(i); self.live += (n := block.nbytes())
             weakref.finalize(block, self.forget, i, n)
@@ -316,12 +429,17 @@ class Memory:
     host: int          # trajectories kept off the device
 
     @property
-    def resident(self): return self.frozen + self.text_encoder + self.trainable + self.optimizer + self.trajectories + self.base
+    def resident(self):
+        return (
+            self.frozen + self.text_encoder + self.trainable + self.optimizer + self.trajectories + self.base
+        )
     @property
     def phases(self):
         "What each phase of an epoch needs on top of what is resident."
-        return dict(sampling=self.sampling, decoding=self.decoding, joining=self.joining, training=self.gradients + self.activations,
-                    updating=self.gradients + self.scratch)
+        return dict(
+            sampling=self.sampling, decoding=self.decoding, joining=self.joining,
+            training=self.gradients + self.activations, updating=self.gradients + self.scratch
+        )
     @property
     def busiest(self): return max(self.phases, key=self.phases.get)
     @property
@@ -331,12 +449,17 @@ def _bytes(tensors): return sum(t.numel() * t.element_size() for t in tensors)
 
 def _adam_state(weights, eight_bit):
     if not eight_bit: return sum(8 * p.numel() for p in weights)
-    return sum(8 * n if n < 4096 else 2 * n + 8 * -(-n // 256) for n in (p.numel() for p in weights))  # a scale for each block of 256
+    # a scale for each block of 256
+    return sum(8 * n if n < 4096 else 2 * n + 8 * -(-n // 256) for n in (p.numel() for p in weights))
 
 def _trajectory(c, numbers, width):
     "Bytes of one sample's trajectory, image and embedding."
     (channels, *size), (length, dim) = numbers.latent, numbers.text
-    numbers_kept = (c.sample_num_steps + 1) * channels * size[0] * size[1] + c.sample_num_steps + 3 * numbers.image[1] * numbers.image[2]
+    numbers_kept = (
+        (c.sample_num_steps + 1) * channels * size[0] * size[1]
+        + c.sample_num_steps
+        + 3 * numbers.image[1] * numbers.image[2]
+    )
     return 4 * numbers_kept + width * length * dim
 
 # %% ../nbs/10a_recipes.ipynb #dc5f9ba9
@@ -354,11 +477,18 @@ def _training_peak(c, numbers, policy, mode):
 @torch.no_grad()
 def _sampling_peaks(c, numbers, policy, mode):
     n = denoised_together(c, c.micro_batch_size)
-    cond = Conditioning(*(_meta(n, *numbers.text, dtype=policy.pipeline.text_encoder.dtype) for _ in range(2)))
+    cond = Conditioning(
+        *(_meta(n, *numbers.text, dtype=policy.pipeline.text_encoder.dtype) for _ in range(2))
+    )
     x, t = _meta(n, *numbers.latent), _meta(n, dtype=torch.long)
-    with mode: step, held, decoding = peak_bytes(lambda: policy.step(x, t, cond)), _bytes(mode.copies.values()), peak_bytes(lambda: policy.decode(x[:c.sample_batch_size]))
+    with mode:
+        step, held, decoding = (
+            peak_bytes(lambda: policy.step(x, t, cond)), _bytes(mode.copies.values()),
+            peak_bytes(lambda: policy.decode(x[: c.sample_batch_size]))
+        )
     mode.copies.clear()
-    return step, held + decoding, held  # autocast holds its copies of trained weights until the epoch is sampled
+    # autocast holds its copies of trained weights until the epoch is sampled
+    return step, held + decoding, held
 
 def estimate_memory(
     config: DDPOConfig,
@@ -367,7 +497,8 @@ def estimate_memory(
     processes: int = 1,     # each with a device of its own
     base: bool = False,     # an untouched fp32 model is kept beside the trained one
 ) -> Memory:                # of each process
-    "What a run needs, from shapes alone: an estimate, see the notebook for what it leaves out. InputError if the settings do not suit the model."
+    """What a run needs, from shapes alone: an estimate, see the notebook for what it leaves out.
+    InputError if the settings do not suit the model."""
     c, half = _sized(config, numbers, lora), _dtypes[config.mixed_precision]
     policy = _skeleton(c, numbers, lora, mode := _LikeCuda(half))
     sampling, decoding, held = _sampling_peaks(c, numbers, policy, mode)
@@ -377,9 +508,14 @@ def estimate_memory(
     eight_bit, offload = getattr(c, "train_use_8bit_adam", False), getattr(c, "offload_trajectories", False)
     one = _trajectory(c, numbers, parts.text_encoder.dtype.itemsize)
     whole, batch = one * c.samples_per_epoch, one * denoised_together(c, c.micro_batch_size)
-    return Memory(_bytes(frozen), _bytes(parts.text_encoder.parameters()), _bytes(trained), _adam_state(trained, eight_bit), batch if offload else whole,
-                  (4 * (numbers.unet + numbers.vae + numbers.text_encoder) if base else 0) + (4 * numbers.unet if c.kl_coef and not lora else 0), _bytes(trained) * (1 if processes == 1 else 2), activations,
-                  0 if eight_bit else _bytes(trained), sampling, decoding, held + (0 if offload else whole), whole if offload else 0)
+    return Memory(
+        _bytes(frozen), _bytes(parts.text_encoder.parameters()), _bytes(trained),
+        _adam_state(trained, eight_bit), batch if offload else whole,
+        (4 * (numbers.unet + numbers.vae + numbers.text_encoder) if base else 0)
+        + (4 * numbers.unet if c.kl_coef and not lora else 0),
+        _bytes(trained) * (1 if processes == 1 else 2), activations, 0 if eight_bit else _bytes(trained),
+        sampling, decoding, held + (0 if offload else whole), whole if offload else 0
+    )
 
 # %% ../nbs/10a_recipes.ipynb #c4b6225a
 @dataclass(frozen=True)
@@ -410,13 +546,19 @@ def plan(
     base: bool = False,       # an untouched model is kept beside the trained one
     prompts: int = 1,         # different ones, to draw from: RWR-sparse keeps some of each
 ) -> Plan:
-    "Count an epoch's samples, updates and network passes, and estimate the memory; nothing is trained. InputError if the settings do not suit the model."
+    """Count an epoch's samples, updates and network passes, and estimate the memory; nothing is trained.
+    InputError if the settings do not suit the model."""
     c, n, guided = _sized(config, numbers, lora), config.samples_per_epoch, config.sample_guidance_scale > 1
     check_repeats(c, processes)
-    examples, updates = _examples(c, numbers, prompts), _updates(c, numbers, prompts) * c.train_num_inner_epochs
+    examples, updates = (
+        _examples(c, numbers, prompts), _updates(c, numbers, prompts) * c.train_num_inner_epochs
+    )
     sampling = n * c.sample_num_steps * (1 + guided) * processes
     training = examples * c.train_num_inner_epochs * (1 + (guided and c.train_cfg)) * processes
-    return Plan(c, numbers, lora, epochs or c.num_epochs, processes, n * processes, updates, sampling, training, estimate_memory(c, numbers, lora, processes, base))
+    return Plan(
+        c, numbers, lora, epochs or c.num_epochs, processes, n * processes, updates, sampling, training,
+        estimate_memory(c, numbers, lora, processes, base)
+    )
 
 # %% ../nbs/10a_recipes.ipynb #ae0b6ffc
 def _size(n):
@@ -425,26 +567,50 @@ def _size(n):
         if n < 999.5: break
         n /= 1000
     else: unit = "GB"
-    return f"{n:.0f} {unit}" if unit == "B" or n >= 100 else f"{n:.1f} {unit}" if n >= 10 else f"{n:.2f} {unit}"
+    return (
+        f"{n:.0f} {unit}" if unit == "B" or n >= 100 else f"{n:.1f} {unit}" if n >= 10 else f"{n:.2f} {unit}"
+    )
 
 def _align(rows):
     left, right = max(len(k) for k, _ in rows), max(len(v) for _, v in rows)
     return "\n".join(f"  {k:<{left}}  {v:>{right}}" for k, v in rows)
 
 def _plan_text(p):
-    c, m, g = p.config, p.memory, ", checkpointing" if getattr(p.config, "gradient_checkpointing", False) else ""
-    work = {"samples per epoch": p.samples_per_epoch, "updates per epoch": p.updates_per_epoch, "epochs": p.epochs, "updates in all": p.updates,
-            "reward queries in all": p.queries, "UNet rows per epoch, sampling (forward)": p.sampling_rows,
-            "UNet rows per epoch, training (forward and backward)": p.training_rows}
-    parts = {"frozen weights": m.frozen, "text encoder": m.text_encoder, "trainable weights": m.trainable, "optimizer state": m.optimizer,
-             "trajectories": m.trajectories, "untouched model": m.base, "gradients": m.gradients, f"activations, micro-batch of {_micro(c, p.numbers)}{g}": m.activations,
-             "optimizer's scratch": m.scratch, f"sampling, batch of {denoised_together(c, c.micro_batch_size)}": m.sampling, "decoding its images": m.decoding}
+    c, m, g = (
+        p.config, p.memory,
+        ", checkpointing" if getattr(p.config, "gradient_checkpointing", False) else "",
+    )
+    work = {
+        "samples per epoch": p.samples_per_epoch, "updates per epoch": p.updates_per_epoch,
+        "epochs": p.epochs, "updates in all": p.updates, "reward queries in all": p.queries,
+        "UNet rows per epoch, sampling (forward)": p.sampling_rows,
+        "UNet rows per epoch, training (forward and backward)": p.training_rows,
+    }
+    parts = {
+        "frozen weights": m.frozen, "text encoder": m.text_encoder, "trainable weights": m.trainable,
+        "optimizer state": m.optimizer, "trajectories": m.trajectories, "untouched model": m.base,
+        "gradients": m.gradients,
+        f"activations, micro-batch of {_micro(c, p.numbers)}{g}": m.activations,
+        "optimizer's scratch": m.scratch,
+        f"sampling, batch of {denoised_together(c, c.micro_batch_size)}": m.sampling,
+        "decoding its images": m.decoding,
+    }
     optional = ("untouched model", "optimizer's scratch")
-    parts = [(k, _size(v)) for k, v in parts.items() if v or k not in optional] + [(f"peak, while {m.busiest}", _size(m.peak))]
+    parts = [(k, _size(v)) for k, v in parts.items() if v or k not in optional] + [
+        (f"peak, while {m.busiest}", _size(m.peak))
+    ]
     if m.host: parts.append(("trajectories in main memory", _size(m.host)))
     device = "" if p.processes == 1 else f", each of {p.processes} processes"
-    return "\n".join([f"{c.algorithm} on {p.numbers.name}, {f'LoRA of rank {c.lora_rank}' if p.lora else 'the whole UNet'}, precision {c.mixed_precision}",
-                      _align([(k, f"{v:,}") for k, v in work.items()]), f"memory, estimated{device}:", _align(parts),
-                      "  not counted: the reward's own model, and what the device itself takes (on CUDA 0.5 to 1 GB)"])
+    return "\n".join(
+        [
+            (
+                f"{c.algorithm} on {p.numbers.name},"
+                f" {f'LoRA of rank {c.lora_rank}' if p.lora else 'the whole UNet'}, precision"
+                f" {c.mixed_precision}"
+            ),
+            _align([(k, f"{v:,}") for k, v in work.items()]), f"memory, estimated{device}:", _align(parts),
+            "  not counted: the reward's own model, and what the device itself takes (on CUDA 0.5 to 1 GB)",
+        ]
+    )
 
 Plan.__str__ = _plan_text

@@ -33,13 +33,16 @@ class _Neighbours:
         if path is not None or not folder or name in sys.stdlib_module_names: return None
         if not _asking().startswith(folder + os.sep): return None
         spec = PathFinder.find_spec(name, [folder])
-        return spec if spec and spec.loader else None  # a mere folder gives way to a module of that name elsewhere
+        # a mere folder gives way to a module of that name elsewhere
+        return spec if spec and spec.loader else None
 
 def _modules_of(folder):
     "name -> module, of those that were imported from `folder` since it was first used."
     def top(name):
         origin = getattr(getattr(sys.modules.get(name), "__spec__", None), "origin", None) or ""
-        return Path(origin).parent == Path(folder) or (Path(origin).name, Path(origin).parent.parent) == ("__init__.py", Path(folder))
+        return Path(origin).parent == Path(folder) or (Path(origin).name, Path(origin).parent.parent) == (
+            "__init__.py", Path(folder)
+        )
     tops = {n for n in {o.partition(".")[0] for o in sys.modules} - _known[folder] if top(n)}
     return {n: m for n, m in [*sys.modules.items()] if n.partition(".")[0] in tops}
 
@@ -53,7 +56,8 @@ def _enter(folder, anew=False):
             for name in _away[_here]: del sys.modules[name]
         if folder not in _known:
             _known[folder] = {o.partition(".")[0] for o in sys.modules}
-            if folder not in map(os.path.abspath, sys.path): sys.path.append(folder)  # last: for processes that the reward starts
+            # last: for processes that the reward starts
+            if folder not in map(os.path.abspath, sys.path): sys.path.append(folder)
         if _Neighbours not in sys.meta_path: sys.meta_path.insert(0, _Neighbours)
         found, _here = _away.pop(folder, {}), folder
         if not anew: sys.modules.update(found)
@@ -67,19 +71,24 @@ def _taken(name):
 
 def _module_name(path):
     if not _taken(path.stem): return path.stem
-    return f"_ddpo_nb_reward_{re.sub(r'[^0-9A-Za-z_]', '_', path.stem)}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    name, digest = re.sub(r"[^0-9A-Za-z_]", "_", path.stem), hashlib.sha256(str(path).encode()).hexdigest()
+    return f"_ddpo_nb_reward_{name}_{digest[:8]}"
 
 def _bad_import(path, e):
     "What to tell of an error while a file was run."
     if isinstance(e, ImportError) and "relative import" in str(e):
-        return InputError("--reward", f"{path.name!r} has a relative import, and is no part of a package", "write `import helper` for helper.py")
+        return InputError(
+            "--reward", f"{path.name!r} has a relative import, and is no part of a package",
+            "write `import helper` for helper.py"
+        )
     tb, file = e.__traceback__, str(path.absolute())
     while tb and tb.tb_frame.f_code.co_filename != file: tb = tb.tb_next
     e.with_traceback(tb)
     return RewardError(f"{path} cannot be imported")
 
 def _run_file(path, name=None):
-    "A new module from a Python file. It is compiled here and now: a stale copy in __pycache__ is nobody's friend."
+    """A new module from a Python file. It is compiled here and now: a stale copy in __pycache__ is
+    nobody's friend."""
     whole = path.absolute()
     importlib.invalidate_caches()
     _enter(str(whole.parent), anew=True)
@@ -110,10 +119,14 @@ def check_signature(
 
 def _made(found, path, name):
     "The object of a class that is named instead of a function."
-    try: inspect.signature(found).bind()
+    try:
+        inspect.signature(found).bind()
     except TypeError:
-        raise InputError("--reward", f"{name!r} is a class that wants arguments", "name an object of it, made in the file") from None
-    except ValueError: pass
+        raise InputError(
+            "--reward", f"{name!r} is a class that wants arguments", "name an object of it, made in the file"
+        ) from None
+    except ValueError:
+        pass
     try: return found()
     except Exception as e: raise RewardError(f"{name} of {path} cannot be made") from their_frames(e)
 
@@ -124,14 +137,19 @@ def from_file(
 ) -> tuple:               # the reward, and the name that the file's module got
     "The reward that a file defines. InputError if there is none, RewardError if the file cannot be run."
     if not path.is_file():
-        raise InputError("--reward", f"there is no file {str(path)!r}", "give a reward's name, or path/to/file.py:function")
+        raise InputError(
+            "--reward", f"there is no file {str(path)!r}", "give a reward's name, or path/to/file.py:function"
+        )
     module = _run_file(path, module)
     found = operator.attrgetter(function) if function else None
     try: found = found(module)
     except (AttributeError, TypeError): found = None
     if inspect.isclass(found): found = _made(found, path, function)
     if not callable(found):
-        raise InputError("--reward", f"{str(path)!r} has no function {function!r}", "name one that it defines, as path/to/file.py:function")
+        raise InputError(
+            "--reward", f"{str(path)!r} has no function {function!r}",
+            "name one that it defines, as path/to/file.py:function"
+        )
     check_signature(found, function)
     return found, module.__name__
 
@@ -149,7 +167,8 @@ class Guarded:
     @property
     def identity(self) -> dict:
         "What a checkpoint knows it by: its name, and a digest of its file."
-        if self.file is None: return dict(name=None if "<lambda>" in self.__name__ else self.__name__, digest=None)
+        if self.file is None:
+            return dict(name=None if "<lambda>" in self.__name__ else self.__name__, digest=None)
         digest = hashlib.sha256(self.file.read_bytes()).hexdigest()[:16]
         return dict(name=f"{self.file.name}:{self.__name__}", digest=digest)
 

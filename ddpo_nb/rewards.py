@@ -24,31 +24,49 @@ from .prompts import InputError
 def to_uint8(
     images: Tensor,   # (N, 3, H, W), values in [0, 1]; what lies outside is cut off
 ) -> np.ndarray:      # (N, H, W, 3) uint8
-    "Images as 8-bit pixels, channels last. InputError if a value is NaN or infinite: no scorer should see such a picture."
+    """Images as 8-bit pixels, channels last. InputError if a value is NaN or infinite: no scorer should
+    see such a picture."""
     bad = (~torch.isfinite(images)).flatten(1).any(1)
-    if bad.any(): raise InputError("images", f"{int(bad.sum())} of {len(images)} hold values that are not finite",
-                                   "decode the latents in fp32 or bf16, or lower the learning rate")
-    return (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    if bad.any():
+        raise InputError(
+            "images", f"{int(bad.sum())} of {len(images)} hold values that are not finite",
+            "decode the latents in fp32 or bf16, or lower the learning rate"
+        )
+    return (
+        (images.detach().float() * 255)
+        .round()
+        .clamp(0, 255)
+        .to(torch.uint8)
+        .permute(0, 2, 3, 1)
+        .cpu()
+        .numpy()
+    )
 
 # %% ../nbs/05_rewards.ipynb #09410e8e
 def jpeg_size(
     images: Tensor,     # (N, 3, H, W), values in [0, 1]
     quality: int = 95,  # of the encoder, 1 to 95
 ) -> np.ndarray:        # (N,), kB of 1000 bytes
-    "Size of each image as a JPEG file, by Pillow with its default settings, as in kvablack/ddpo-pytorch (4:2:0 chroma subsampling)."
+    """Size of each image as a JPEG file, by Pillow with its default settings, as in kvablack/ddpo-pytorch
+    (4:2:0 chroma subsampling)."""
     def size(pixels):
         Image.fromarray(pixels).save(file := io.BytesIO(), format="JPEG", quality=quality)
         return file.tell() / 1000
     pixels = to_uint8(images)
-    if pixels[0].size < 256 * 256 * 3: return np.array([size(o) for o in pixels], dtype=np.float64)  # threads would cost more than they save
-    with ThreadPoolExecutor(os.cpu_count()) as pool: return np.array([*pool.map(size, pixels)], dtype=np.float64)  # the encoder runs without Python's lock
+    # threads would cost more than they save
+    if pixels[0].size < 256 * 256 * 3: return np.array([size(o) for o in pixels], dtype=np.float64)
+    # the encoder runs without Python's lock
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return np.array([*pool.map(size, pixels)], dtype=np.float64)
 
 def jpeg_incompressibility(images: Tensor, prompts: list, metadata: list) -> tuple:
-    "Reward: the size in kB as a JPEG file of quality 95 (Black et al. 2023, sec. 5.1). Higher is more detailed."
+    """Reward: the size in kB as a JPEG file of quality 95 (Black et al. 2023, sec. 5.1). Higher is more
+    detailed."""
     return jpeg_size(images), {}
 
 def jpeg_compressibility(images: Tensor, prompts: list, metadata: list) -> tuple:
-    "Reward: minus the size in kB as a JPEG file of quality 95 (Black et al. 2023, sec. 5.1). Higher is plainer."
+    """Reward: minus the size in kB as a JPEG file of quality 95 (Black et al. 2023, sec. 5.1). Higher is
+    plainer."""
     return -jpeg_size(images), {}
 
 # %% ../nbs/05_rewards.ipynb #918d2524
@@ -67,21 +85,29 @@ REWARDS = {  # name -> reward, or where the function stands that makes it for a 
 }
 
 def check_name(
-    name: str,                   # a name from `REWARDS`, or a weighted sum: "clip_alignment - 0.1*jpeg_incompressibility"
+    # a name from `REWARDS`, or a weighted sum: "clip_alignment - 0.1*jpeg_incompressibility"
+    name: str,
     argument: str = "--reward",  # what the user calls this setting
 ) -> dict:                       # name -> weight; empty if it is a single name
     "What `name` is made of; InputError lists the names if there is no such reward."
     weights = {} if name in REWARDS else parse_sum(name, argument)
     for part in weights or [name]:
-        if part not in REWARDS: raise InputError(argument, f"there is no reward named {part!r}", f"use one of {', '.join(REWARDS)}, or a sum such as clip_alignment+0.5*jpeg_compressibility")
+        if part not in REWARDS:
+            raise InputError(
+                argument, f"there is no reward named {part!r}",
+                f"use one of {', '.join(REWARDS)}, or a sum such as clip_alignment+0.5*jpeg_compressibility",
+            )
     return weights
 
 def get_reward(
     name: str,               # as `check_name` takes it
-    model: str = "emoji-sd", # the diffusion model whose pictures it will see: a reward may have a network for each
-):                           # the reward, a callable (images, prompts, metadata) -> (rewards, reward_metadata)
+    # the diffusion model whose pictures it will see: a reward may have a network for each
+    model: str = "emoji-sd",
+# the reward, a callable (images, prompts, metadata) -> (rewards, reward_metadata)
+):
     "The reward of that name, or the weighted sum; InputError lists the names if there is none."
-    if weights := check_name(name): return WeightedSum({part: (w, get_reward(part, model)) for part, w in weights.items()})
+    if weights := check_name(name):
+        return WeightedSum({part: (w, get_reward(part, model)) for part, w in weights.items()})
     found = REWARDS[name]
     if not isinstance(found, str): return found
     module, function = found.split(":")
@@ -93,9 +119,12 @@ _built_in = frozenset(REWARDS)
 def reward(
     name: str,  # what it shall be called, as in `--reward NAME`
 ):              # a decorator that leaves the function or class as it is
-    "Put a reward into `REWARDS`: a function, or an object with `__call__`. InputError if the name is taken by one of the package's own, or cannot be a name."
-    if not re.fullmatch(r"[A-Za-z_]\w*", name): raise InputError("reward", f"{name!r} is no name", "use letters, digits and underscores")
-    if name in _built_in: raise InputError("reward", f"{name!r} is one of the package's own", "choose another name")
+    """Put a reward into `REWARDS`: a function, or an object with `__call__`. InputError if the name is
+    taken by one of the package's own, or cannot be a name."""
+    if not re.fullmatch(r"[A-Za-z_]\w*", name):
+        raise InputError("reward", f"{name!r} is no name", "use letters, digits and underscores")
+    if name in _built_in:
+        raise InputError("reward", f"{name!r} is one of the package's own", "choose another name")
     def register(found):
         REWARDS[name] = found
         return found
@@ -106,7 +135,8 @@ def _numbers(rewards):
     if isinstance(rewards, Tensor):
         if rewards.is_complex(): raise TypeError("complex numbers have no order")
         rewards = rewards.detach().to("cpu", torch.float64)  # numpy does not know bfloat16
-    if isinstance(rewards, (list, tuple)): rewards = [o.item() if isinstance(o, Tensor) and o.numel() == 1 else o for o in rewards]
+    if isinstance(rewards, (list, tuple)):
+        rewards = [o.item() if isinstance(o, Tensor) and o.numel() == 1 else o for o in rewards]
     values = np.asarray(rewards)
     if values.ndim == 2 and values.shape[1] == 1: values = values[:, 0]  # what a network's last layer returns
     if values.dtype.kind not in "fiub": raise TypeError(f"{values.dtype} is not a numeric type")
@@ -117,15 +147,23 @@ def check_rewards(
     n: int,     # how many images it was given
     name: str,  # the function's name, for the message
 ) -> np.ndarray:# (n,), float64
-    "Rewards as an array. InputError names the function and what it returned, unless that was one finite number an image."
+    """Rewards as an array. InputError names the function and what it returned, unless that was one finite
+    number an image."""
     remedy, argument = "return one finite number an image", f"reward {name}"
     try: values = _numbers(rewards)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise InputError(argument, "returned values that are not numbers", remedy) from None
-    if values.ndim != 1: raise InputError(argument, f"returned an array of shape {values.shape} for {n} images", remedy)
+    if values.ndim != 1:
+        raise InputError(argument, f"returned an array of shape {values.shape} for {n} images", remedy)
     if len(values) != n: raise InputError(argument, f"returned {len(values)} rewards for {n} images", remedy)
     bad = np.flatnonzero(~np.isfinite(values))
-    if len(bad): raise InputError(argument, f"returned {len(bad)} of {n} values that are not finite, first for prompt {bad[0]} (counted from 0)", remedy)
+    if len(bad):
+        raise InputError(
+            argument,
+            f"returned {len(bad)} of {n} values that are not finite, first for prompt {bad[0]} (counted"
+            " from 0)",
+            remedy,
+        )
     return values
 
 # %% ../nbs/05_rewards.ipynb #53750cb5
@@ -149,7 +187,8 @@ def _copy(value):
     except Exception: return copy(value)
 
 def _batch_copy(images, prompts, metadata):
-    each = None if metadata is None else [_copy(o) for o in metadata]  # entries that were one dictionary become two
+    # entries that were one dictionary become two
+    each = None if metadata is None else [_copy(o) for o in metadata]
     return images.clone() if isinstance(images, Tensor) else _copy(images), _copy(prompts), each
 
 def their_frames(e: BaseException) -> BaseException:
@@ -158,7 +197,8 @@ def their_frames(e: BaseException) -> BaseException:
     while tb and tb.tb_frame.f_globals.get("__name__") in (__name__, "ddpo_nb.reward_files"): tb = tb.tb_next
     return e.with_traceback(tb)
 
-_terminated = tuple(128 + s for s in (signal.SIGINT, signal.SIGTERM))  # how a handler ends the program in good order
+# how a handler ends the program in good order
+_terminated = tuple(128 + s for s in (signal.SIGINT, signal.SIGTERM))
 
 def ask(
     reward,         # (images, prompts, metadata) -> (rewards, reward metadata)
@@ -194,7 +234,8 @@ def parse_sum(
     while place < len(text):
         m = _term.match(text, place)
         if not m or (place and not m[1]): return {}
-        if m[3] in weights: raise InputError(argument, f"{m[3]!r} stands twice in the sum", "give each reward one weight")
+        if m[3] in weights:
+            raise InputError(argument, f"{m[3]!r} stands twice in the sum", "give each reward one weight")
         weights[m[3]], place = float(m[2] or 1) * (-1 if m[1] == "-" else 1), m.end()
     return weights if len(weights) > 1 or re.search(r"[-+*]", text) else {}
 
@@ -215,28 +256,35 @@ class WeightedSum:
             values, own = answer(r, images, prompts, metadata, name)
             values = check_rewards(values, len(images), name)
             if not isinstance(own, dict | None):
-                raise InputError(f"reward {name}", f"returned {type(own).__name__} beside its rewards", "return a dictionary")
+                raise InputError(
+                    f"reward {name}", f"returned {type(own).__name__} beside its rewards",
+                    "return a dictionary"
+                )
             info |= {f"{name}/{k}": v for k, v in (own or {}).items()} | {f"reward/{name}": values}
             total = total + weight * values
         return total, info
 
 # %% ../nbs/05_rewards.ipynb #b0010002
 class ParallelReward:
-    "Reward: another one, asked about the parts of a batch side by side. Close it at the end, or use it in a `with`."
+    """Reward: another one, asked about the parts of a batch side by side. Close it at the end, or use it
+    in a `with`."""
     kinds = ("thread", "process")
     def __init__(self,
-        reward,               # (images, prompts, metadata) -> (rewards, reward metadata), of each picture by itself
+        # (images, prompts, metadata) -> (rewards, reward metadata), of each picture by itself
+        reward,
         workers: int = 2,     # threads or processes
         kind: str = "thread", # or "process": they are spawned, and get the reward once
     ):
-        if kind not in self.kinds: raise InputError("reward_pool", f"there is no {kind!r}", f"choose from {', '.join(self.kinds)}")
+        if kind not in self.kinds:
+            raise InputError("reward_pool", f"there is no {kind!r}", f"choose from {', '.join(self.kinds)}")
         if workers < 1: raise InputError("workers", f"{workers} is not positive", "give a number above 0")
         self.reward, self.workers, self.kind, self.pool = reward, workers, kind, None
         self.__name__ = reward_name(reward)
 
     def close(self):
-        """Wait for what is being scored, drop what is not, and end the threads or processes. Another call begins
-        anew. While a run is being stopped, processes are not waited for; threads should look at `stopping`."""
+        """Wait for what is being scored, drop what is not, and end the threads or processes. Another call
+        begins anew. While a run is being stopped, processes are not waited for; threads should look at
+        `stopping`."""
         if self.pool and stopping.is_set() and self.kind == "process":
             for o in [*(self.pool._processes or {}).values()]: o.terminate()
         if self.pool: self.pool.shutdown(cancel_futures=True)
@@ -256,10 +304,13 @@ class ParallelReward:
         parts = [slice(a, b) for a, b in zip(cuts, cuts[1:])]
         waiting = [self.submit(images[s], prompts[s], metadata[s]) for s in parts]
         found, sizes = [wait() for wait in waiting], [s.stop - s.start for s in parts]
-        return np.concatenate([_sized(r, n, self.__name__) for (r, _), n in zip(found, sizes)]), join_info([info for _, info in found], sizes)
+        return np.concatenate([_sized(r, n, self.__name__) for (r, _), n in zip(found, sizes)]), join_info(
+            [info for _, info in found], sizes
+        )
 
 def _sized(rewards, n, name):
-    "Rewards of a part as an array. Values that are not finite are left to the check of the whole, which knows their places."
+    """Rewards of a part as an array. Values that are not finite are left to the check of the whole, which
+    knows their places."""
     try: values = _numbers(rewards)
     except (TypeError, ValueError, RuntimeError): values = None
     return values if np.shape(values) == (n,) else check_rewards(rewards, n, name)
@@ -269,7 +320,10 @@ def _same(values):
     try: return all(bool(np.all(v == values[0])) and np.shape(v) == np.shape(values[0]) for v in values)
     except Exception: return False  # they cannot be compared
 
-_join = {list: lambda parts: sum(parts, []), tuple: lambda parts: sum(parts, ()), np.ndarray: np.concatenate, Tensor: torch.cat}
+_join = {
+    list: lambda parts: sum(parts, []), tuple: lambda parts: sum(parts, ()), np.ndarray: np.concatenate,
+    Tensor: torch.cat
+}
 
 def join_info(
     infos: list,  # of each part, its reward metadata: a dictionary or None
@@ -282,8 +336,10 @@ def join_info(
     for k in dict.fromkeys(k for info in infos for k in info or {}):
         values = [(info or {}).get(k) for info in infos]
         kind = next((o for o in _join if all(isinstance(v, o) for v in values)), None)
-        if kind and all(getattr(v, "ndim", 1) and len(v) == n for v, n in zip(values, sizes)): out[k] = _join[kind](values)
-        else: out[k] = values[0] if _same(values) else values
+        if kind and all(getattr(v, "ndim", 1) and len(v) == n for v, n in zip(values, sizes)):
+            out[k] = _join[kind](values)
+        else:
+            out[k] = values[0] if _same(values) else values
     return out
 
 # %% ../nbs/05_rewards.ipynb #b0010006
@@ -310,7 +366,16 @@ def _work(job):
     try:
         if isinstance(_own, bytes): _own = pickle.loads(_own)
     except Exception as e:
-        return pickle.dumps((None, InputError("reward_pool", f"a new process cannot load the reward ({type(e).__name__}: {e})", "define it in a module, not in a notebook or a script, or use threads"), ""))
+        return pickle.dumps(
+            (
+                None,
+                InputError(
+                    "reward_pool", f"a new process cannot load the reward ({type(e).__name__}: {e})",
+                    "define it in a module, not in a notebook or a script, or use threads",
+                ),
+                "",
+            )
+        )
     try: found = ask(_own, *pickle.loads(job))
     except Exception as e:
         text = "".join(traceback.format_exception(e.__cause__ or their_frames(e)))
@@ -321,31 +386,51 @@ def _work(job):
 
 def _no_way_back(e):
     "What the reward found cannot cross to the main process."
-    return InputError("reward_pool", f"what the reward returned cannot be sent back ({type(e).__name__}: {e})",
-                      "return numbers, texts, lists and dictionaries, or use threads")
+    return InputError(
+        "reward_pool",
+        f"what the reward returned cannot be sent back ({type(e).__name__}: {e})",
+        "return numbers, texts, lists and dictionaries, or use threads",
+    )
 
 def _sent(value, what):
-    try: return pickle.dumps(value)
+    try:
+        return pickle.dumps(value)
     except (pickle.PicklingError, AttributeError, TypeError) as e:
-        raise InputError("reward_pool", f"{what} cannot be sent to another process ({str(e).splitlines()[0]})", "use a function at the top of a module, or threads") from None
+        raise InputError(
+            "reward_pool",
+            f"{what} cannot be sent to another process ({str(e).splitlines()[0]})",
+            "use a function at the top of a module, or threads",
+        ) from None
 
 @patch
 def submit(self: ParallelReward, images: Tensor, prompts: list, metadata: list):
-    """Begin to score one batch, whole. Returns a function that waits for what the reward returned; it raises what the reward raised.
-    InputError if a process cannot be given the reward, or ended before it answered."""
+    """Begin to score one batch, whole. Returns a function that waits for what the reward returned; it raises
+    what the reward raised. InputError if a process cannot be given the reward, or ended before it
+    answered."""
     processes = self.kind == "process"
     if self.pool is None:
-        self.pool = ThreadPoolExecutor(self.workers) if not processes else ProcessPoolExecutor(
-            self.workers, multiprocessing.get_context("spawn"), _begin, (_sent(self.reward, f"reward {self.__name__}"),))
+        self.pool = (
+            ThreadPoolExecutor(self.workers)
+            if not processes
+            else ProcessPoolExecutor(
+                self.workers, multiprocessing.get_context("spawn"), _begin,
+                (_sent(self.reward, f"reward {self.__name__}"),)
+            )
+        )
     if not processes: return self.pool.submit(ask, self.reward, images, prompts, metadata).result
     job = self.pool.submit(_work, _sent((images.detach().cpu(), prompts, metadata), "a prompt's metadata"))
     def wait():
-        try: found, error, text = pickle.loads(job.result())
+        try:
+            found, error, text = pickle.loads(job.result())
         except BrokenProcessPool:
             self.close()
-            raise InputError("reward_pool", "a worker process ended before it could answer",
-                             'keep a script\'s main part under `if __name__ == "__main__":`, or use threads') from None
-        except (AttributeError, ImportError) as e: raise _no_way_back(e) from None  # an object of a class that is not here
+            raise InputError(
+                "reward_pool", "a worker process ended before it could answer",
+                'keep a script\'s main part under `if __name__ == "__main__":`, or use threads',
+            ) from None
+        # an object of a class that is not here
+        except (AttributeError, ImportError) as e:
+            raise _no_way_back(e) from None
         if isinstance(error, InputError): raise error
         if error: raise error from _InWorker(text)
         return found
@@ -363,55 +448,83 @@ def _predicted_noise(scheduler, output, x, t):
 
 # %% ../nbs/05_rewards.ipynb #ee03d5f6
 class PromptAlignment:
-    """Reward: how much better a pretrained model finds the noise in an image once it is told the prompt (Li et al. 2023), per latent dimension.
-    Deterministic, independent of the batch; 2·num_levels UNet passes an image. Give it a pipeline of its own: one that is being trained would judge itself."""
+    """Reward: how much better a pretrained model finds the noise in an image once it is told the prompt (Li
+    et al. 2023), per latent dimension. Deterministic, independent of the batch; 2·num_levels UNet passes an
+    image. Give it a pipeline of its own: one that is being trained would judge itself."""
     def __init__(self,
         pipeline,              # a `StableDiffusionPipeline` that stays as it is
         num_levels: int = 4,   # K, noise levels
         seed: int = 0,         # of the noise
         batch_size: int = 64,  # images scored together: memory and speed, never the result
     ):
-        if num_levels < 1 or batch_size < 1: raise ValueError(f"num_levels and batch_size must be at least 1, not {num_levels} and {batch_size}")
+        if num_levels < 1 or batch_size < 1:
+            raise ValueError(
+                f"num_levels and batch_size must be at least 1, not {num_levels} and {batch_size}"
+            )
         self.pipeline, self.seed, self.batch_size = pipeline, seed, batch_size
         total = pipeline.scheduler.config.num_train_timesteps
-        self.levels = [int((k + 0.5) * total / num_levels) for k in range(num_levels)]  # the middle of each of K equal parts
+        # the middle of each of K equal parts
+        self.levels = [int((k + 0.5) * total / num_levels) for k in range(num_levels)]
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list, metadata: list) -> tuple:
         "Rewards (N,) and an empty dictionary, from images (N, 3, H, W) in [0, 1]."
-        if getattr(self.pipeline.unet, "peft_config", None): raise ValueError("PromptAlignment's pipeline has a LoRA: give it a pipeline of its own")
+        if getattr(self.pipeline.unet, "peft_config", None):
+            raise ValueError("PromptAlignment's pipeline has a LoRA: give it a pipeline of its own")
         size = self.batch_size
-        return np.concatenate([self.score(images[i:i+size], prompts[i:i+size]) for i in range(0, len(images), size)]), {}
+        return (
+            np.concatenate(
+                [self.score(images[i : i + size], prompts[i : i + size]) for i in range(0, len(images), size)]
+            ),
+            {},
+        )
 
 # %% ../nbs/05_rewards.ipynb #ca6351ae
 def _embeddings(pipeline, prompts):
     "Text embeddings (N, L, D); each distinct prompt is encoded once."
     distinct = sorted(set(prompts))
-    texts = pipeline.maybe_convert_prompt(distinct, pipeline.tokenizer)  # a textual inversion's word may stand for several
-    tokens = pipeline.tokenizer(texts, padding="max_length", truncation=True, max_length=pipeline.tokenizer.model_max_length,
-                                return_tensors="pt")
+    # a textual inversion's word may stand for several
+    texts = pipeline.maybe_convert_prompt(distinct, pipeline.tokenizer)
+    tokens = pipeline.tokenizer(
+        texts, padding="max_length", truncation=True, max_length=pipeline.tokenizer.model_max_length,
+        return_tensors="pt"
+    )
     states = pipeline.text_encoder(tokens.input_ids.to(pipeline.text_encoder.device))[0]
     return states[[distinct.index(p) for p in prompts]]
 
 @patch
 @torch.no_grad()
 def errors(self: PromptAlignment, images: Tensor, prompts: list) -> Tensor:
-    "Mean squared error of the predicted noise, (N, num_levels), for images (N, 3, H, W) in [0, 1] and a prompt each."
+    """Mean squared error of the predicted noise, (N, num_levels), for images (N, 3, H, W) in [0, 1] and a
+    prompt each."""
     pipe, unet, scheduler = self.pipeline, self.pipeline.unet, self.pipeline.scheduler
-    x0 = pipe.vae.encode((images.to(pipe.vae.device, pipe.vae.dtype) * 2 - 1)).latent_dist.mode().float() * pipe.vae.config.scaling_factor
-    text, generator, columns = _embeddings(pipe, prompts).to(unet.dtype), torch.Generator().manual_seed(self.seed), []
+    x0 = (
+        pipe.vae.encode((images.to(pipe.vae.device, pipe.vae.dtype) * 2 - 1)).latent_dist.mode().float()
+        * pipe.vae.config.scaling_factor
+    )
+    text, generator, columns = (
+        _embeddings(pipe, prompts).to(unet.dtype), torch.Generator().manual_seed(self.seed), []
+    )
     for level in self.levels:
         noise = torch.randn(1, *x0.shape[1:], generator=generator).to(x0.device)  # one draw for all images
         t = torch.full((len(x0),), level, device=x0.device)
         x = scheduler.add_noise(x0, noise.expand_as(x0), t)
-        found = _predicted_noise(scheduler, unet(x.to(unet.dtype), t, text, return_dict=False)[0].float(), x, level)
+        found = _predicted_noise(
+            scheduler, unet(x.to(unet.dtype), t, text, return_dict=False)[0].float(), x, level
+        )
         columns.append((found - noise).square().flatten(1).mean(1))
     return torch.stack(columns, 1)
 
 @patch
 def score(self: PromptAlignment, images: Tensor, prompts: list) -> np.ndarray:
     "The reward (N,) of one batch: error without the prompt minus error with it, averaged over noise levels."
-    return (self.errors(images, [""]*len(prompts)) - self.errors(images, prompts)).mean(1).double().cpu().numpy()
+    return (
+        (self.errors(images, [""] * len(prompts)) - self.errors(images, prompts))
+        .mean(1)
+        .double()
+        .cpu()
+        .numpy()
+    )
 
 # %% ../nbs/05_rewards.ipynb #fc60d881
 def prompt_alignment(model: str = "emoji-sd") -> PromptAlignment:

@@ -17,7 +17,8 @@ def sample_generator(
     epoch: int,
     index: int,  # the sample's number in the epoch, over all processes
 ) -> torch.Generator:
-    "The generator of sample `index` of `epoch`, on the CPU: the same noise whatever the batch size, the device or the number of processes."
+    """The generator of sample `index` of `epoch`, on the CPU: the same noise whatever the batch size, the
+    device or the number of processes."""
     state = np.random.SeedSequence([seed, epoch, index]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
@@ -35,11 +36,14 @@ def _denoise(policy, x, generators, cond, states, on_step):
 
 # %% ../nbs/03_rollout.ipynb #2cfb6c35
 def _check_lists(prompts, generators, metadata, **sizes):
-    "ValueError unless there is one generator and one metadata a prompt, and every size is a number of samples."
+    """ValueError unless there is one generator and one metadata a prompt, and every size is a number of
+    samples."""
     n = len(prompts)
     if not n: raise ValueError("rollout needs at least one prompt")
     if len(generators) != n or len(metadata) != n:
-        raise ValueError(f"{n} prompts need one generator and one metadata each, not {len(generators)} and {len(metadata)}")
+        raise ValueError(
+            f"{n} prompts need one generator and one metadata each, not {len(generators)} and {len(metadata)}"
+        )
     for name, v in sizes.items():
         if v is not None and v < 1: raise ValueError(f"{name} must be at least 1, not {v}")
 
@@ -49,21 +53,27 @@ def rollout(
     prompts: list,              # N prompts
     generators: list,           # N generators, one a sample, see `sample_generator`
     metadata: list|None = None, # N prompt metadata
-    batch_size: int|None = None,# samples decoded together and shown to `on_batch`, None: all; speed and memory, never the result
+    # samples decoded together and shown to `on_batch`, None: all; speed and memory, never the result
+    batch_size: int|None = None,
     on_step = None,             # called without arguments after each batched step, for a progress bar
-    on_batch = None,            # called with images, prompts and metadata of each batch as soon as it is decoded
+    # called with images, prompts and metadata of each batch as soon as it is decoded
+    on_batch = None,
     keep_on = None,             # device to keep latents and images on; None: where they were made
     together: int|None = None,  # samples denoised together, in whole batches; None: one batch
 ) -> Trajectories:
-    "Sample N trajectories with their log-probabilities, and decode the images. ValueError if the lists do not have one length."
-    prompts, metadata, n = list(prompts), [{} for _ in prompts] if metadata is None else list(metadata), len(prompts)
+    """Sample N trajectories with their log-probabilities, and decode the images. ValueError if the lists
+    do not have one length."""
+    prompts, metadata, n = (
+        list(prompts), [{} for _ in prompts] if metadata is None else list(metadata), len(prompts)
+    )
     _check_lists(prompts, generators, metadata, batch_size=batch_size, together=together)
     T, size = len(policy.timesteps), batch_size or n
     latents, log_probs, images, block = None, [], [], size * max(1, (together or size) // size)
     for i in range(0, n, block):
         own, x = slice(i, i + block), policy.initial_latents(generators[i:i+block])
         room = lambda m, device: torch.empty(m, T + 1, *x.shape[1:], dtype=x.dtype, device=device)
-        if latents is None: latents = room(n, keep_on or x.device)  # once for all: pieces to be joined later would take the memory twice
+        # once for all: pieces to be joined later would take the memory twice
+        if latents is None: latents = room(n, keep_on or x.device)
         states = room(len(x), x.device) if keep_on else latents[own]
         log_probs.append(_denoise(policy, x, generators[own], policy.encode(prompts[own]), states, on_step))
         if keep_on: latents[own] = states
@@ -71,4 +81,7 @@ def rollout(
             pictures = policy.decode(states[j-i:j-i+size, -1])
             if on_batch: on_batch(pictures, prompts[j:j+size], metadata[j:j+size])
             images.append(pictures.to(keep_on or pictures.device))
-    return Trajectories(latents, policy.timesteps, torch.cat(log_probs), policy.stochastic, policy.encode(prompts), prompts, metadata, torch.cat(images))
+    return Trajectories(
+        latents, policy.timesteps, torch.cat(log_probs), policy.stochastic, policy.encode(prompts), prompts,
+        metadata, torch.cat(images)
+    )

@@ -20,18 +20,28 @@ from .prompts import InputError
 
 # %% ../nbs/07_rwr.ipynb #676834a7
 def _together(n, prompts):
-    "The places of the samples that are compared with each other: those of each prompt, or all. InputError if the prompts are not n."
+    """The places of the samples that are compared with each other: those of each prompt, or all.
+    InputError if the prompts are not n."""
     if prompts is None: return [list(range(n))]
-    if len(prompts) != n: raise InputError("prompts", f"{len(prompts)} prompts do not name {n} samples", "give one prompt a sample")
+    if len(prompts) != n:
+        raise InputError(
+            "prompts", f"{len(prompts)} prompts do not name {n} samples", "give one prompt a sample"
+        )
     return list(_groups(prompts))
 
 def rwr_weights(
     rewards: Tensor,            # (N,)
-    beta: float = 0.2,          # inverse temperature, one over the rewards' unit: large is greedy, small is indifferent
-    prompts: list|None = None,  # N texts: Z is a sum over the samples of the same prompt; None: over the whole batch
+    # inverse temperature, one over the rewards' unit: large is greedy, small is indifferent
+    beta: float = 0.2,
+    # N texts: Z is a sum over the samples of the same prompt; None: over the whole batch
+    prompts: list|None = None,
 ) -> Tensor:                    # weights, (N,)
-    "exp(β·reward)/Z, times the samples in Z: the mean is 1 (Black et al. 2023, sec. 4.2, app. D.3). InputError unless β > 0."
-    if not beta > 0: raise InputError("beta", f"{beta} is not positive", "give an inverse temperature above 0, such as 0.2")
+    """exp(β·reward)/Z, times the samples in Z: the mean is 1 (Black et al. 2023, sec. 4.2, app. D.3).
+    InputError unless β > 0."""
+    if not beta > 0:
+        raise InputError(
+            "beta", f"{beta} is not positive", "give an inverse temperature above 0, such as 0.2"
+        )
     weights = torch.empty_like(rewards)
     for i in _together(len(rewards), prompts): weights[i] = torch.softmax(beta * rewards[i], 0) * len(i)
     return weights
@@ -42,9 +52,12 @@ def rwr_sparse_weights(
     fraction: float = 0.1,      # share that is kept, in (0, 1]; at least one sample is
     prompts: list|None = None,  # N texts: the share is of each prompt's samples; None: of the whole batch
 ) -> Tensor:                    # weights, (N,)
-    "One weight for the best `fraction`, 0 for the rest, with mean 1; of equal rewards the first. InputError if `fraction` is no share."
+    """One weight for the best `fraction`, 0 for the rest, with mean 1; of equal rewards the first.
+    InputError if `fraction` is no share."""
     if not 0 < fraction <= 1:
-        raise InputError("fraction", f"{fraction} is not in (0, 1]", "give the share of samples to keep, such as 0.1")
+        raise InputError(
+            "fraction", f"{fraction} is not in (0, 1]", "give the share of samples to keep, such as 0.1"
+        )
     kept = torch.zeros_like(rewards)
     for i in _together(len(rewards), prompts):
         best = rewards[i].argsort(descending=True, stable=True)[:max(1, round(len(i) * fraction))]
@@ -57,7 +70,8 @@ NOTHING = 1e-30  # a weight that is not 0, and does nothing
 
 @dataclass
 class RWR:
-    "Reward-weighted regression: the denoising loss on the policy's own samples, each weighted by its reward. InputError for bad settings."
+    """Reward-weighted regression: the denoising loss on the policy's own samples, each weighted by its
+    reward. InputError for bad settings."""
     beta: float = 0.2           # inverse temperature of the weights
     draws: int = 1              # noise levels drawn for each sample in one pass
     guidance: bool = True       # classifier-free guidance in the loss, as when sampling
@@ -66,10 +80,13 @@ class RWR:
     on_policy = False           # may take several updates on one batch of samples
 
     def __post_init__(self):
-        if self.draws < 1: raise InputError("draws", f"{self.draws} is not positive", "give 1 or more noise levels a sample")
+        if self.draws < 1:
+            raise InputError("draws", f"{self.draws} is not positive", "give 1 or more noise levels a sample")
         for name, known in (("normalizer", NORMALIZERS), ("rewards", REWARDS)):
             if getattr(self, name) not in known:
-                raise InputError(name, f"there is no {getattr(self, name)!r}", f"choose from {', '.join(known)}")
+                raise InputError(
+                    name, f"there is no {getattr(self, name)!r}", f"choose from {', '.join(known)}"
+                )
         RWR.weights(self, torch.zeros(1))  # a bad setting should fail before a batch is sampled, not after
         self.weights(torch.zeros(1))
 
@@ -95,10 +112,13 @@ def weigh(
     advantages,          # normalised rewards, (N,)
     processes: int = 1,  # each holds an equal share of the samples, one after the other
 ) -> Tensor:             # weights with mean 1, (N,), float64
-    "What each sample counts. Processes get equally many weights above 0, so that all of them take part in every update."
+    """What each sample counts. Processes get equally many weights above 0, so that all of them take part
+    in every update."""
     if self.normalizer == "prompt" and len(set(prompts)) == len(prompts) > 1:
-        warnings.warn(f"rwr_normalizer: each of {len(prompts)} samples is the only one of its prompt, so nothing is compared and all count alike; "
-                      "set samples_per_prompt, or rwr_normalizer to batch")
+        warnings.warn(
+            f"rwr_normalizer: each of {len(prompts)} samples is the only one of its prompt, so nothing is"
+            " compared and all count alike; set samples_per_prompt, or rwr_normalizer to batch"
+        )
     values = torch.as_tensor(rewards if self.rewards == "raw" else advantages, dtype=torch.float64)
     weights = self.weights(values, prompts if self.normalizer == "prompt" else None)
     weights[weights < NOTHING] = 0
@@ -118,14 +138,16 @@ def examples(
     weights: Tensor,             # from `weigh`: of this process's samples, (N,)
     generator: torch.Generator,  # on the CPU; draws timesteps and noise
 ) -> dict:
-    "A flat training set: sample (M,), timestep (M,), noise (M, C, H, W), weight (M,); samples of weight 0 are left out."
+    """A flat training set: sample (M,), timestep (M,), noise (M, C, H, W), weight (M,); samples of weight
+    0 are left out."""
     weights, latents = weights.to(trajectories.device), trajectories.latents
     kept = weights.nonzero().flatten()
     sample = kept.repeat_interleave(self.draws)
     weight = weights[sample] * (len(kept) / len(weights))
     timestep = torch.randint(policy.num_train_timesteps, (len(sample),), generator=generator)
     noise = torch.randn((len(sample), *latents.shape[2:]), generator=generator, dtype=latents.dtype)
-    waiting, timestep = latents.device, timestep.to(trajectories.device)  # noise is as large as latents, and waits where they do
+    # noise is as large as latents, and waits where they do
+    waiting, timestep = latents.device, timestep.to(trajectories.device)
     return dict(sample=sample.to(waiting), weight=weight, timestep=timestep, noise=noise.to(waiting))
 
 @patch
@@ -137,12 +159,15 @@ def loss(
 ) -> tuple:                      # loss (M,), and figures to log, (M,) each
     "The weighted denoising error of each example; its mean over all examples is RWR's loss."
     i, noise = examples["sample"], examples["noise"].to(trajectories.device)
-    error = policy.denoising_error(trajectories.clean(i), examples["timestep"], noise, trajectories.conditioning[i], self.guidance)
+    error = policy.denoising_error(
+        trajectories.clean(i), examples["timestep"], noise, trajectories.conditioning[i], self.guidance
+    )
     return examples["weight"] * error, dict(denoising_loss=error.detach(), weight=examples["weight"])
 
 # %% ../nbs/07_rwr.ipynb #4fecd62f
 class TinyDiffusion:
-    "A policy whose noise predictor is the exact denoiser of N(mean, std²), in D dimensions, float64: a testbed where gradients are known."
+    """A policy whose noise predictor is the exact denoiser of N(mean, std²), in D dimensions, float64: a
+    testbed where gradients are known."""
     num_train_timesteps, device = 1000, torch.device("cpu")
     def __init__(
         self,
@@ -153,15 +178,18 @@ class TinyDiffusion:
     ):
         self.mean = torch.tensor(mean, dtype=torch.float64, requires_grad=True)
         self.log_std = torch.tensor(std, dtype=torch.float64).log().requires_grad_()
-        self.scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                                       set_alpha_to_one=False, steps_offset=1)
+        self.scheduler = DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+            set_alpha_to_one=False, steps_offset=1
+        )
         self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.double()
         self.scheduler.set_timesteps(num_steps)
         self.timesteps, self.reduction, self.latent_shape = self.scheduler.timesteps, reduction, (len(mean),)
         self.stochastic = step_std(self.scheduler, self.timesteps, 1.) > 0
 
     def trainable_parameters(self) -> list: return [self.mean, self.log_std]
-    def encode(self, prompts: list) -> Tensor: return torch.zeros(len(prompts), 0)  # there is nothing to be conditioned on
+    # there is nothing to be conditioned on
+    def encode(self, prompts: list) -> Tensor: return torch.zeros(len(prompts), 0)
     def decode(self, latents: Tensor) -> Tensor: return latents
     def initial_latents(self, generators: list) -> Tensor:
         "x_T ~ N(0, I), one from each generator; (N, D)."
@@ -175,25 +203,33 @@ def predict(self: TinyDiffusion, x: Tensor, t: Tensor, cond=None, guidance: bool
     return (1 - abar)**0.5 * (x - abar**0.5 * self.mean) / (abar * (2 * self.log_std).exp() + 1 - abar)
 
 @patch
-def step(self: TinyDiffusion, x: Tensor, t: Tensor, cond=None, prev_sample: Tensor|None = None, generator=None, guidance: bool = True) -> DDIMStep:
+def step(
+    self: TinyDiffusion, x: Tensor, t: Tensor, cond=None, prev_sample: Tensor | None = None, generator=None,
+    guidance: bool = True
+) -> DDIMStep:
     "The DDIM step (η = 1) from x_t, with an action drawn, or with `prev_sample` scored."
     return ddim_step(self.scheduler, self.predict(x, t), t, x, 1., prev_sample, generator, self.reduction)
 
 @patch
-def denoising_error(self: TinyDiffusion, x0: Tensor, t: Tensor, noise: Tensor, cond=None, guidance: bool = True) -> Tensor:
+def denoising_error(
+    self: TinyDiffusion, x0: Tensor, t: Tensor, noise: Tensor, cond=None, guidance: bool = True
+) -> Tensor:
     "Mean squared error of the predicted noise at noise level t; (N,)."
     return (self.predict(self.scheduler.add_noise(x0, noise, t), t) - noise).pow(2).mean(1)
 
 @patch
 @torch.no_grad()
 def sample(self: TinyDiffusion, n: int, generator: torch.Generator) -> Trajectories:
-    "`n` trajectories from one generator: `rollout` without its per-sample randomness, for n in the hundred thousands."
+    """`n` trajectories from one generator: `rollout` without its per-sample randomness, for n in the
+    hundred thousands."""
     states, scores = [torch.randn((n, *self.latent_shape), generator=generator, dtype=torch.float64)], []
     for t in self.timesteps:
         s = self.step(states[-1], t.expand(n), generator=generator)
         states.append(s.prev_sample); scores.append(s.log_prob)
-    return Trajectories(torch.stack(states, 1), self.timesteps, torch.stack(scores, 1), self.stochastic, self.encode([""] * n),
-                        [""] * n, [{}] * n, states[-1])
+    return Trajectories(
+        torch.stack(states, 1), self.timesteps, torch.stack(scores, 1), self.stochastic,
+        self.encode([""] * n), [""] * n, [{}] * n, states[-1]
+    )
 
 # %% ../nbs/07_rwr.ipynb #3f002df5
 def x0_moments(
@@ -205,7 +241,8 @@ def x0_moments(
     for p, t in zip(policies, scheduler.timesteps.tolist()):
         prev = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
         a, b = scheduler.alphas_cumprod[t], scheduler.alphas_cumprod[max(prev, 0)]
-        gain = a**0.5 * (2 * p.log_std).exp() / (a * (2 * p.log_std).exp() + 1 - a)   # E[x_0|x_t] = m + gain·(x_t - √ᾱ_t m)
+        # E[x_0|x_t] = m + gain·(x_t - √ᾱ_t m)
+        gain = a**0.5 * (2 * p.log_std).exp() / (a * (2 * p.log_std).exp() + 1 - a)
         on_x0, on_xt = b**0.5 * (1 - a / b) / (1 - a), (a / b)**0.5 * (1 - b) / (1 - a)
         mean = (on_x0 * gain + on_xt) * mean + on_x0 * (1 - gain * a**0.5) * p.mean
         var = (on_x0 * gain + on_xt)**2 * var + (1 - b) / (1 - a) * (1 - a / b)

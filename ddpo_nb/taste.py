@@ -27,19 +27,29 @@ from .rollout import rollout
 
 # %% ../nbs/09b_taste.ipynb #d9bc65f1
 class BradleyTerry:
-    "A taste as a Bayesian logistic regression on differences of embeddings: Gaussian prior, Laplace's approximation of the posterior, float64."
+    """A taste as a Bayesian logistic regression on differences of embeddings: Gaussian prior, Laplace's
+    approximation of the posterior, float64."""
     def __init__(self,
         centre,                       # (D,) embedding at which utility is 0, such as the pool's mean
-        scale: float = 1.,            # embeddings are divided by this, such as the pool's root-mean-square distance from `centre`
+        # embeddings are divided by this, such as the pool's root-mean-square distance from
+        # `centre`
+        scale: float = 1.,
         prior_precision: float = 0.2, # λ: the prior is w ~ N(0, I/λ)
     ):
-        if not prior_precision > 0 or not scale > 0: raise InputError("prior_precision and scale", f"{prior_precision:g} and {scale:g} are not both positive", "give positive numbers")
-        self.centre, self.scale, self.prior_precision, self.clicks = _float64(centre), float(scale), float(prior_precision), 0
+        if not prior_precision > 0 or not scale > 0:
+            raise InputError(
+                "prior_precision and scale", f"{prior_precision:g} and {scale:g} are not both positive",
+                "give positive numbers"
+            )
+        self.centre, self.scale, self.prior_precision, self.clicks = (
+            _float64(centre), float(scale), float(prior_precision), 0
+        )
         self.mean, self.cov = np.zeros(len(self.centre)), np.eye(len(self.centre)) / prior_precision
 
     @classmethod
     def of(cls, embeddings, **kwargs):
-        "One for a pool of embeddings (N, D): centred on their mean, and scaled to a mean squared length of 1."
+        """One for a pool of embeddings (N, D): centred on their mean, and scaled to a mean squared
+        length of 1."""
         u = _float64(embeddings)
         return cls(u.mean(0), np.sqrt(((u - u.mean(0))**2).sum(1).mean()) or 1., **kwargs)
 
@@ -64,10 +74,13 @@ def fit(self: BradleyTerry,
     "Learn from clicks, all of them at once; the order does not matter. Returns itself."
     d = self.difference(winners, losers).reshape(-1, len(self.centre))
     counts = np.ones(len(d)) if counts is None else _float64(counts)
-    if len(counts) != len(d): raise InputError("counts", f"{len(counts)} for {len(d)} clicks", "give one number a click")
+    if len(counts) != len(d):
+        raise InputError("counts", f"{len(counts)} for {len(d)} clicks", "give one number a click")
     start = self.mean if self.clicks else np.zeros_like(self.mean)
     value = lambda i: lambda w: _posterior(w, d, counts, self.prior_precision)[i]
-    found = minimize(value(0), start, method="trust-exact", jac=value(1), hess=value(2), options=dict(gtol=1e-7))
+    found = minimize(
+        value(0), start, method="trust-exact", jac=value(1), hess=value(2), options=dict(gtol=1e-7)
+    )
     self.mean, self.cov, self.clicks = found.x, np.linalg.inv(value(2)(found.x)), counts.sum()
     return self
 
@@ -119,7 +132,11 @@ def random_pairs(
     "Pairs of `n` pictures drawn without replacement. InputError if there is none."
     i, j = np.triu_indices(n, 1)
     if groups is not None: i, j = (o[np.asarray(groups)[i] == np.asarray(groups)[j]] for o in (i, j))
-    if not len(i): raise InputError("pool", "there is no pair to show", "give at least two pictures (of one prompt, if pairs stay within prompts)")
+    if not len(i):
+        raise InputError(
+            "pool", "there is no pair to show",
+            "give at least two pictures (of one prompt, if pairs stay within prompts)",
+        )
     k = rng.choice(len(i), min(most, len(i)), replace=False)
     return np.where(rng.random((len(k), 1)) < .5, np.c_[i, j][k], np.c_[j, i][k])  # which is left, is chance
 
@@ -148,9 +165,15 @@ class Pool:
     about: dict           # model and sampling settings
 
     def __post_init__(self):
-        if not len(self.images) == len(self.prompts) == len(self.seeds): raise InputError("pool", f"{len(self.images)} pictures, {len(self.prompts)} prompts and {len(self.seeds)} seeds", "give one prompt and one seed a picture")
+        if not len(self.images) == len(self.prompts) == len(self.seeds):
+            raise InputError(
+                "pool",
+                f"{len(self.images)} pictures, {len(self.prompts)} prompts and {len(self.seeds)} seeds",
+                "give one prompt and one seed a picture",
+            )
         self.place = {(p, s): i for i, (p, s) in enumerate(zip(self.prompts, self.seeds))}
-        if len(self.place) < len(self.seeds): raise InputError("pool", "two pictures have the same prompt and seed", "give each its own seed")
+        if len(self.place) < len(self.seeds):
+            raise InputError("pool", "two pictures have the same prompt and seed", "give each its own seed")
         self.digest = hashlib.sha256(to_uint8(self.images).tobytes()).hexdigest()[:16]
 
     def __len__(self): return len(self.seeds)
@@ -167,30 +190,46 @@ def draw_pool(
     "Draw `copies` pictures of each prompt, in turns, each from the seed that is written down with it."
     prompts, pipe = [p for _ in range(copies) for p in prompts], policy.pipeline
     seeds = [first_seed + i for i in range(len(prompts))]
-    images = rollout(policy, prompts, [torch.Generator().manual_seed(s) for s in seeds], batch_size=batch_size, keep_on="cpu").images
-    about = dict(model=model or Path(str(pipe.config.get("_name_or_path"))).name, steps=len(policy.timesteps), guidance=policy.guidance_scale, eta=policy.eta, negative=policy.negative_prompt)
+    images = rollout(
+        policy, prompts, [torch.Generator().manual_seed(s) for s in seeds], batch_size=batch_size,
+        keep_on="cpu"
+    ).images
+    about = dict(
+        model=model or Path(str(pipe.config.get("_name_or_path"))).name, steps=len(policy.timesteps),
+        guidance=policy.guidance_scale, eta=policy.eta, negative=policy.negative_prompt
+    )
     return Pool(images, prompts, seeds, about)
 
 # %% ../nbs/09b_taste.ipynb #0f1f5d9d
 CHOICES = ("a", "b", "tie")
 
 class Clicks(list):
-    "Clicks (dictionaries a, b, choice, time), kept in a file of JSON lines if one is named, and taken up from it. InputError for a file that is not one."
+    """Clicks (dictionaries a, b, choice, time), kept in a file of JSON lines if one is named, and taken
+    up from it. InputError for a file that is not one."""
     def __init__(self,
         file = None,        # where to keep them; None: nowhere
         about: dict|None = None, # what the pictures are: written first, and compared with what a file says
     ):
         super().__init__()
-        self.file, self.about, self.whole = Path(file).expanduser() if file else None, dict(about or {}), 0  # whole: bytes of lines that are complete
+        # whole: bytes of lines that are complete
+        self.file, self.about, self.whole = Path(file).expanduser() if file else None, dict(about or {}), 0
         if self.file and self.file.exists(): self._read()
 
-    def _bad(self, number, problem): return InputError("clicks", f"line {number} of {str(self.file)!r} {problem}", "mend the line, or name another file")
+    def _bad(self, number, problem):
+        return InputError(
+            "clicks", f"line {number} of {str(self.file)!r} {problem}", "mend the line, or name another file"
+        )
 
     def _read(self):
-        try: data = self.file.read_bytes()
-        except OSError as e: raise InputError("clicks", f"cannot read {str(self.file)!r} ({e.strerror})", "name a file") from None
+        try:
+            data = self.file.read_bytes()
+        except OSError as e:
+            raise InputError(
+                "clicks", f"cannot read {str(self.file)!r} ({e.strerror})", "name a file"
+            ) from None
         self.whole = data.rfind(b"\n") + 1
-        if self.whole < len(data): warnings.warn(f"the last line of {str(self.file)!r} is torn and was dropped", stacklevel=4)
+        if self.whole < len(data):
+            warnings.warn(f"the last line of {str(self.file)!r} is torn and was dropped", stacklevel=4)
         for number, line in enumerate(data[:self.whole].split(b"\n")[:-1], 1):
             try: self._apply(json.loads(line), number)
             except (ValueError, TypeError, LookupError) as e:
@@ -199,7 +238,8 @@ class Clicks(list):
 
     def _apply(self, row, number):
         kind = row["kind"]
-        if (kind == "pool") != (number == 1): raise self._bad(number, "stands in the wrong place: the pool comes first, and once")
+        if (kind == "pool") != (number == 1):
+            raise self._bad(number, "stands in the wrong place: the pool comes first, and once")
         if kind == "pool": self._compare(row)
         elif kind == "undo": self.pop()
         elif kind == "click" and row["choice"] in CHOICES:
@@ -211,13 +251,27 @@ class Clicks(list):
 @patch
 def _compare(self: Clicks, row):
     "InputError unless the file's pictures are these; a warning if they only look a little different."
-    theirs, mine = ({k: v for k, v in o.items() if k not in ("kind", "digest", "time")} for o in (row, self.about))
-    if not mine: self.about = {k: v for k, v in row.items() if k not in ("kind", "time")}
+    theirs, mine = (
+        {k: v for k, v in o.items() if k not in ("kind", "digest", "time")} for o in (row, self.about)
+    )
+    if not mine:
+        self.about = {k: v for k, v in row.items() if k not in ("kind", "time")}
     elif theirs != mine:
-        said = ", ".join(f"{k} {theirs.get(k)!r}, not {mine.get(k)!r}" for k in {**theirs, **mine} if theirs.get(k) != mine.get(k))
-        raise InputError("clicks", f"{str(self.file)!r} is about other pictures ({said})", "draw the pool with the same model and settings, or name another file")
+        said = ", ".join(
+            f"{k} {theirs.get(k)!r}, not {mine.get(k)!r}"
+            for k in {**theirs, **mine}
+            if theirs.get(k) != mine.get(k)
+        )
+        raise InputError(
+            "clicks", f"{str(self.file)!r} is about other pictures ({said})",
+            "draw the pool with the same model and settings, or name another file",
+        )
     elif row.get("digest") != self.about.get("digest"):
-        warnings.warn(f"the pool is not pixel for pixel that of {str(self.file)!r}: fewer or more pictures, or another machine", stacklevel=6)
+        warnings.warn(
+            f"the pool is not pixel for pixel that of {str(self.file)!r}: fewer or more pictures, or another"
+            " machine",
+            stacklevel=6,
+        )
 
 @patch
 def _write(self: Clicks, **row):
@@ -228,14 +282,22 @@ def _write(self: Clicks, **row):
     try:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with open(self.file, "r+b" if self.file.exists() else "xb") as f:
-            f.truncate(self.whole); f.seek(self.whole); f.write(line); f.flush(); os.fsync(f.fileno())
-    except OSError as e: raise InputError("clicks", f"cannot write {str(self.file)!r} ({e.strerror})", "name a file you may write to") from None
+            f.truncate(self.whole)
+            f.seek(self.whole)
+            f.write(line)
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e:
+        raise InputError(
+            "clicks", f"cannot write {str(self.file)!r} ({e.strerror})", "name a file you may write to"
+        ) from None
     self.whole += len(line)
 
 @patch
 def add(self: Clicks, a: dict, b: dict, choice: str):
     "Keep a click on pictures `a` and `b`, prompt and seed each: the better one, or \"tie\"."
-    if choice not in CHOICES: raise InputError("choice", f"{choice!r} is none", f"use one of {', '.join(CHOICES)}")
+    if choice not in CHOICES:
+        raise InputError("choice", f"{choice!r} is none", f"use one of {', '.join(CHOICES)}")
     click = dict(time=time.time(), a=a, b=b, choice=choice)
     self._write(kind="click", **click)
     self.append(click)
@@ -258,24 +320,35 @@ def export(
     "Write clicks as a data set of preferences, with the pictures they are about as PNG files."
     folder = Path(folder).expanduser()
     file = lambda o: f"pictures/{pool.place[o['prompt'], o['seed']]:05}-seed{o['seed']}.png"
-    rows = [dict(prompt=c["a"]["prompt"] if c["a"]["prompt"] == c["b"]["prompt"] else None, image_0=file(c["a"]), image_1=file(c["b"]), label_0=_labels[c["choice"]],
-                 prompt_0=c["a"]["prompt"], prompt_1=c["b"]["prompt"]) for c in clicks]
+    rows = [
+        dict(
+            prompt=c["a"]["prompt"] if c["a"]["prompt"] == c["b"]["prompt"] else None,
+            image_0=file(c["a"]), image_1=file(c["b"]), label_0=_labels[c["choice"]],
+            prompt_0=c["a"]["prompt"], prompt_1=c["b"]["prompt"]
+        )
+        for c in clicks
+    ]
     for o in {(o["prompt"], o["seed"]) for c in clicks for o in (c["a"], c["b"])}:
         Image.fromarray(to_uint8(pool.images[[pool.place[o]]])[0]).save(out := io.BytesIO(), "PNG")
         write_atomic(Path(folder)/file(dict(prompt=o[0], seed=o[1])), out.getvalue())
-    write_atomic(Path(folder)/"preferences.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    write_atomic(
+        Path(folder) / "preferences.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+    )
     write_atomic(Path(folder)/"preferences.csv", _csv(rows))
     return rows
 
 def _csv(rows):
     import csv
-    writer = csv.DictWriter(out := io.StringIO(), ["prompt", "image_0", "image_1", "label_0", "prompt_0", "prompt_1"])
+    writer = csv.DictWriter(
+        out := io.StringIO(), ["prompt", "image_0", "image_1", "label_0", "prompt_0", "prompt_1"]
+    )
     writer.writeheader(); writer.writerows(rows)
     return out.getvalue()
 
 # %% ../nbs/09b_taste.ipynb #ebbb63fd
 class TasteSession:
-    "Learns a taste click by click: `pair` is the question, `choose` the answer, `undo` takes it back, `head` is what was learned."
+    """Learns a taste click by click: `pair` is the question, `choose` the answer, `undo` takes it back,
+    `head` is what was learned."""
     def __init__(self,
         pool: Pool,
         embedder,                     # an `Embedder`, or the pool's embeddings (N, D)
@@ -285,24 +358,40 @@ class TasteSession:
         informative: bool = True,     # False: ask about random pairs
         seed: int = 0,                # of the choice of pairs
     ):
-        self.pool, self.informative, self.seed, self.prior_precision = pool, informative, seed, prior_precision
+        self.pool, self.informative, self.seed, self.prior_precision = (
+            pool, informative, seed, prior_precision
+        )
         self.u = _float64(embedder.images(pool.images) if hasattr(embedder, "images") else embedder)
-        if len(self.u) != len(pool): raise InputError("embedder", f"{len(self.u)} embeddings for {len(pool)} pictures", "give one a picture")
+        if len(self.u) != len(pool):
+            raise InputError(
+                "embedder", f"{len(self.u)} embeddings for {len(pool)} pictures", "give one a picture"
+            )
         self.groups = np.unique(pool.prompts, return_inverse=True)[1] if same_prompt else None
         self.clicks = Clicks(clicks_file, pool.about | dict(digest=pool.digest))
-        self._panel = random_pairs(len(pool), 1000, np.random.default_rng(seed), self.groups)  # to say how sure we are
+        # to say how sure we are
+        self._panel = random_pairs(len(pool), 1000, np.random.default_rng(seed), self.groups)
         self._learn()
 
     def _index(self, o):
         if (o["prompt"], o["seed"]) in self.pool.place: return self.pool.place[o["prompt"], o["seed"]]
-        raise InputError("clicks", f"no picture of the pool is {o['prompt']!r} with seed {o['seed']}", "draw it with the same prompts and seeds")
+        raise InputError(
+            "clicks", f"no picture of the pool is {o['prompt']!r} with seed {o['seed']}",
+            "draw it with the same prompts and seeds"
+        )
 
     def _learn(self):
-        "Fit to all clicks, and choose the next question. What a file's seed and clicks say is all that decides it."
+        """Fit to all clicks, and choose the next question. What a file's seed and clicks say is all
+        that decides it."""
         pairs = [(self._index(c["a"]), self._index(c["b"])) for c in self.clicks]
-        ordered = [o for (a, b), c in zip(pairs, self.clicks) for o in dict(a=[(a, b, 1.)], b=[(b, a, 1.)], tie=[(a, b, .5), (b, a, .5)])[c["choice"]]]
+        ordered = [
+            o
+            for (a, b), c in zip(pairs, self.clicks)
+            for o in dict(a=[(a, b, 1.0)], b=[(b, a, 1.0)], tie=[(a, b, 0.5), (b, a, 0.5)])[c["choice"]]
+        ]
         i, j, counts = np.array(ordered).reshape(-1, 3).T
-        self.head = BradleyTerry.of(self.u, prior_precision=self.prior_precision).fit(self.u[i.astype(int)], self.u[j.astype(int)], counts)
+        self.head = BradleyTerry.of(self.u, prior_precision=self.prior_precision).fit(
+            self.u[i.astype(int)], self.u[j.astype(int)], counts
+        )
         rng = np.random.default_rng([self.seed, len(self.clicks)])
         if self.informative: self.pair = next_pair(self.head, self.u, rng, groups=self.groups, asked=pairs)
         else: self.pair = tuple(random_pairs(len(self.u), 1, rng, self.groups)[0].tolist())
@@ -315,11 +404,14 @@ class TasteSession:
     def undo(self): self.clicks.undo(); self._learn()
 
     @property
-    def sureness(self) -> float: return float(self.head.sureness(*self.u[self._panel].swapaxes(0, 1)).mean())  # agreement it expects on a random pair
+    # agreement it expects on a random pair
+    def sureness(self) -> float: return float(self.head.sureness(*self.u[self._panel].swapaxes(0, 1)).mean())
 
 # %% ../nbs/09b_taste.ipynb #947374c5
 def _enlarged(image, size=192):
-    Image.fromarray(to_uint8(image[None])[0]).resize((size, size), Image.NEAREST if image.shape[-1] < size else Image.LANCZOS).save(out := io.BytesIO(), "PNG")
+    Image.fromarray(to_uint8(image[None])[0]).resize(
+        (size, size), Image.NEAREST if image.shape[-1] < size else Image.LANCZOS
+    ).save(out := io.BytesIO(), "PNG")
     return out.getvalue()
 
 def draw_ranking(
@@ -332,7 +424,8 @@ def draw_ranking(
     n, order, size = min(most, len(images)), np.argsort(-_float64(mean), kind="stable"), images.shape[-1]
     fig = Figure(figsize=(.95 * n + .5, 2.5))
     for k, (row, name) in enumerate(((order[:n], "best"), (order[::-1][:n], "worst"))):
-        ax = fig.add_axes((.5 / (.95 * n + .5), .58 - .5 * k, .95 * n / (.95 * n + .5), .4))  # placed by hand: a layout engine takes longer than the rest
+        # placed by hand: a layout engine takes longer than the rest
+        ax = fig.add_axes((.5 / (.95 * n + .5), .58 - .5 * k, .95 * n / (.95 * n + .5), .4))
         ax.imshow(np.concatenate([*to_uint8(images[row.tolist()])], 1), interpolation="nearest")
         ax.set(xticks=[(i + .5) * size for i in range(n)], yticks=[], ylabel=name)
         ax.set_xticklabels([f"{mean[i]:.1f} ± {std[i]:.1f}" for i in row], fontsize=7)
@@ -341,7 +434,8 @@ def draw_ranking(
 
 class TasteWidget(TasteSession):
     "A `TasteSession` with buttons. `show()` it; without widgets it prints how to answer instead."
-    def __init__(self, pool: Pool, embedder, clicks_file=None, *, widgets: bool|None = None, **kwargs):  # widgets, None: if this is a notebook
+    # widgets, None: if this is a notebook
+    def __init__(self, pool: Pool, embedder, clicks_file=None, *, widgets: bool|None = None, **kwargs):
         super().__init__(pool, embedder, clicks_file, **kwargs)
         self.widgets = _in_notebook() if widgets is None else widgets
         if self.widgets: self._build(); self._draw()
@@ -349,7 +443,12 @@ class TasteWidget(TasteSession):
     def status(self) -> str:
         "How many clicks, and how sure."
         n = len(self.clicks)
-        return f"{n} click{'s' * (n != 1)}. On a random pair I expect to agree with you {self.sureness:.0%} of the time." if n else "No clicks yet. Which of the two do you like better?"
+        return (
+            f"{n} click{'s' * (n != 1)}. On a random pair I expect to agree with you {self.sureness:.0%} of"
+            " the time."
+            if n
+            else "No clicks yet. Which of the two do you like better?"
+        )
 
     def ranking(self) -> bytes: return draw_ranking(self.pool.images, *self.head.utility(self.u))
 
@@ -360,10 +459,18 @@ def _build(self: TasteWidget):
     button = lambda text, does, **k: (b := w.Button(description=text, **k), b.on_click(lambda _: does()))[0]
     self.pictures = [w.Image(format="png", width=192, height=192) for _ in "ab"]
     self.names = [w.HTML() for _ in "ab"]
-    self.better = [button("this one", lambda c=c: self.choose(c), button_style="primary", layout=w.Layout(width="192px")) for c in "ab"]
-    self.tie, self.back = button("can't decide", lambda: self.choose("tie"), icon="question"), button("undo", self.undo, icon="undo")
+    self.better = [
+        button("this one", lambda c=c: self.choose(c), button_style="primary", layout=w.Layout(width="192px"))
+        for c in "ab"
+    ]
+    self.tie, self.back = button("can't decide", lambda: self.choose("tie"), icon="question"), button(
+        "undo", self.undo, icon="undo"
+    )
     self.text, self.plot = w.HTML(), w.Image(format="png", layout=w.Layout(max_width="44rem"))
-    sides = [w.VBox(o, layout=w.Layout(align_items="center", margin="0 12px 0 0")) for o in zip(self.pictures, self.names, self.better)]
+    sides = [
+        w.VBox(o, layout=w.Layout(align_items="center", margin="0 12px 0 0"))
+        for o in zip(self.pictures, self.names, self.better)
+    ]
     self.view = w.VBox([self.text, w.HBox(sides), w.HBox([self.tie, self.back]), self.plot])
 
 @patch
@@ -385,16 +492,27 @@ def show(self: TasteWidget):
     "The widgets, to stand last in a cell; or, without them, what to do instead."
     if self.widgets: return self.view
     a, b = (f"{self.pool.prompts[i]!r} (seed {self.pool.seeds[i]})" for i in self.pair)
-    print(self.status(), f"On the table: a, {a}, and b, {b}.", "There are no buttons here: open this in JupyterLab, or save .ranking() and the pictures pool.images[i] for i in .pair,",
-          'look at them, and answer with .choose("a"), .choose("b"), .choose("tie") or .undo(); then .show() again.', sep="\n")
+    print(
+        self.status(), f"On the table: a, {a}, and b, {b}.",
+        "There are no buttons here: open this in JupyterLab, or save .ranking() and the pictures"
+        " pool.images[i] for i in .pair,",
+        'look at them, and answer with .choose("a"), .choose("b"), .choose("tie") or .undo(); then .show()'
+        ' again.',
+        sep="\n",
+    )
 
 # %% ../nbs/09b_taste.ipynb #d7a46ddb
 def warm_and_bold(
     images: torch.Tensor, # (N, 3, H, W) in [0, 1]
 ) -> np.ndarray:          # (N,)
-    "A taste for warm colours and strong contrast: mean red minus mean blue plus 2.5 standard deviations of grey."
+    """A taste for warm colours and strong contrast: mean red minus mean blue plus 2.5 standard deviations
+    of grey."""
     colours = images.double().mean((2, 3))
-    return (colours[:, 0] - colours[:, 2] + 2.5 * images.double().mean(1).flatten(1).std(1, correction=0)).cpu().numpy()
+    return (
+        (colours[:, 0] - colours[:, 2] + 2.5 * images.double().mean(1).flatten(1).std(1, correction=0))
+        .cpu()
+        .numpy()
+    )
 
 class SimulatedRater:
     "Clicks as Bradley and Terry's rule says, with a taste that is stated and hidden from the learner."
@@ -427,7 +545,8 @@ def agreement(
 
 # %% ../nbs/09b_taste.ipynb #6b455917
 class TasteReward:
-    "Reward: the learned utility of a picture, less `pessimism` standard deviations. Its metadata holds `taste_std`."
+    """Reward: the learned utility of a picture, less `pessimism` standard deviations. Its metadata holds
+    `taste_std`."""
     def __init__(self,
         embedder,                # the `Embedder` that the head was learned on
         head: BradleyTerry,
@@ -449,7 +568,13 @@ def save(self: BradleyTerry, file):
     "Write the head as safetensors."
     file = Path(file).expanduser()
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(dict(mean=self.mean, cov=self.cov, centre=self.centre, numbers=np.array([self.scale, self.prior_precision, self.clicks], dtype=np.float64)), str(file))
+    save_file(
+        dict(
+            mean=self.mean, cov=self.cov, centre=self.centre,
+            numbers=np.array([self.scale, self.prior_precision, self.clicks], dtype=np.float64),
+        ),
+        str(file),
+    )
 
 @patch(cls_method=True)
 def load(cls: BradleyTerry, file) -> BradleyTerry:
@@ -459,7 +584,11 @@ def load(cls: BradleyTerry, file) -> BradleyTerry:
         head = cls(kept["centre"], *kept["numbers"][:2].tolist())
         if kept["cov"].shape != head.cov.shape or kept["mean"].shape != head.mean.shape: raise ValueError
     except Exception as e:
-        if isinstance(e, OSError): raise InputError("head", f"cannot read {str(file)!r} ({e.strerror or 'no such file'})", "name a file that `save` wrote") from None
+        if isinstance(e, OSError):
+            raise InputError(
+                "head", f"cannot read {str(file)!r} ({e.strerror or 'no such file'})",
+                "name a file that `save` wrote"
+            ) from None
         raise InputError("head", f"{str(file)!r} holds no taste", "name a file that `save` wrote") from None
     head.mean, head.cov, head.clicks = kept["mean"], kept["cov"], kept["numbers"][2]
     return head

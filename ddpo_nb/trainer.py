@@ -27,8 +27,9 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .advantages import BASELINES, PerPromptStatTracker
 from .batches import device_memory, example_cost, micro_batch, resident
-from .checkpoints import (CheckpointError, FolderLock, append_line, check_free, check_whole, check_writable, checkpoints, complaints, load_state,
-                                 newest_whole, publish, read_lines, rng_state, save_state, set_rng_state, stop_signals, write_atomic)
+from .checkpoints import (CheckpointError, FolderLock, append_line, check_free, check_whole,
+                                 check_writable, checkpoints, complaints, load_state, newest_whole, publish,
+                                 read_lines, rng_state, save_state, set_rng_state, stop_signals, write_atomic)
 from .ddpo import DDPO, DDPOSF, STEP_WEIGHTINGS
 from .mdp import Trajectories
 from .policy import EMOJI_SD, ModelError, StableDiffusionPolicy, load_pipeline
@@ -47,24 +48,31 @@ ALGORITHMS = ("ddpo-is", "ddpo-sf", "rwr", "rwr-sparse")
 
 @dataclass
 class DDPOConfig:
-    "How to sample, train, log and save: TRL 0.23.1's names and defaults, then our own. InputError for values that cannot work."
+    """How to sample, train, log and save: TRL 0.23.1's names and defaults, then our own. InputError for
+    values that cannot work."""
     exp_name: str = os.path.basename(sys.argv[0]).removesuffix(".py")  # name of the experiment
     run_name: str = ""                     # of this run: a folder in `logdir`, and its name in trackers
     seed: int = 0                          # of prompts, noise, adapters and the order of training
-    log_with: str|None = None              # a tracker besides metrics.jsonl: wandb, tensorboard, trackio, or another that accelerate knows
+    # a tracker besides metrics.jsonl: wandb, tensorboard, trackio, or another that accelerate knows
+    log_with: str|None = None
     tracker_kwargs: dict = field(default_factory=dict)      # for the tracker's start
     accelerator_kwargs: dict = field(default_factory=dict)  # for `Accelerator`
-    project_kwargs: dict = field(default_factory=dict)      # for accelerate's `ProjectConfiguration`; its project_dir takes the place of `logdir`
+    # for accelerate's `ProjectConfiguration`; its project_dir takes the place of `logdir`
+    project_kwargs: dict = field(default_factory=dict)
     tracker_project_name: str = "trl"      # the project's name in trackers
     logdir: str = "logs"                   # folder of metrics.jsonl and checkpoints; "" keeps nothing on disk
     num_epochs: int = 100                  # rounds of sampling and training
-    save_freq: int = 1                     # epochs from one checkpoint to the next; there is one at the end in any case
+    # epochs from one checkpoint to the next; there is one at the end in any case
+    save_freq: int = 1
     num_checkpoint_limit: int = 5          # checkpoints kept, the newest
-    mixed_precision: str = "fp16"          # "no", "fp16" or "bf16" (None: the launcher's, or "no"): of frozen weights and of the networks' arithmetic; fp16 needs a GPU
+    # "no", "fp16" or "bf16" (None: the launcher's, or "no"): of frozen weights and of the networks'
+    # arithmetic; fp16 needs a GPU
+    mixed_precision: str = "fp16"
     allow_tf32: bool = True                # faster matrix products in fp32 on recent GPUs
     resume_from: str = ""                  # a checkpoint, or a folder of which the newest whole one is taken
     sample_num_steps: int = 50             # T, denoising steps
-    sample_eta: float = 1.0                # share of DDPM's noise in a DDIM step, in (0, 1]; 0 for RWR alone, whose loss needs no noise
+    # share of DDPM's noise in a DDIM step, in (0, 1]; 0 for RWR alone, whose loss needs no noise
+    sample_eta: float = 1.0
     sample_guidance_scale: float = 5.0     # classifier-free guidance; 0 or 1 switches it off
     sample_batch_size: int = 1             # images denoised together, per process
     sample_num_batches_per_epoch: int = 2  # such batches in an epoch
@@ -85,35 +93,59 @@ class DDPOConfig:
     train_timestep_fraction: float = 1.0   # share of the denoising steps that is trained on
     per_prompt_stat_tracking: bool = False # normalise rewards by their own prompt's history
     per_prompt_stat_tracking_buffer_size: int = 16  # rewards remembered for each prompt
-    per_prompt_stat_tracking_min_count: int = 16    # with fewer of them, a prompt takes the batch's statistics
+    # with fewer of them, a prompt takes the batch's statistics
+    per_prompt_stat_tracking_min_count: int = 16
     async_reward_computation: bool = False # score a batch in a thread, or process, while the next is sampled
     max_workers: int = 2                   # such threads, or processes
     negative_prompts: str = ""             # what to steer away from
-    push_to_hub: bool = False              # upload the weights to `hub_model_id` at the end; whether that can work is asked before the run
+    # upload the weights to `hub_model_id` at the end; whether that can work is asked before the run
+    push_to_hub: bool = False
     algorithm: str = "ddpo-is"             # one of ALGORITHMS
-    micro_batch_size: int = 0              # examples in one forward and backward pass: speed and memory, never the result; 0: as many as fill the hardware and fit (notebook 03a)
+    # examples in one forward and backward pass: speed and memory, never the result; 0: as many as
+    # fill the hardware and fit (notebook 03a)
+    micro_batch_size: int = 0
     log_prob_reduction: str = "mean"       # "mean" over the latent's dimensions, or the exact "sum"
-    step_weighting: str = "equal"          # of DDPO's steps: "equal", as published, or by their "variance" (notebook 08)
-    kl_coef: float = 0.0                   # price on DDPO's divergence from the pretrained model (notebook 08)
-    baseline: str = "normalize"            # of rewards: "normalize" as published, by the epoch or per_prompt_stat_tracking; "group" or "leave-one-out", by the epoch's samples of the same prompt (notebook 06)
-    samples_per_prompt: int = 1            # samples of each prompt that is drawn, one after the other; "group" and "leave-one-out" need 2 or more
-    advantage_min_std: float = 0.0         # floor under the spread that rewards are divided by, in the reward's units; 0: none (notebook 06)
-    watch_reward: str = ""                 # name of a reward that is logged beside the one that is optimised, and never optimised
-    stop_patience: int = 0                 # stop when the watched reward has had no new best for so many epochs, and take the best weights; 0: never
-    rwr_beta: float = 0.2                  # RWR's inverse temperature: weights are exp(rwr_beta · reward), normalised
-    rwr_normalizer: str = "prompt"         # what RWR's samples compete with: those of their own "prompt", or the whole "batch" (notebook 07)
-    rwr_rewards: str = "raw"               # what RWR weighs: "raw" rewards, or "normalized" ones, as DDPO does
-    rwr_fraction: float = 0.1              # share of each prompt's samples, or of the batch's, that RWR-sparse keeps
+    # of DDPO's steps: "equal", as published, or by their "variance" (notebook 08)
+    step_weighting: str = "equal"
+    # price on DDPO's divergence from the pretrained model (notebook 08)
+    kl_coef: float = 0.0
+    # of rewards: "normalize" as published, by the epoch or per_prompt_stat_tracking; "group" or
+    # "leave-one-out", by the epoch's samples of the same prompt (notebook 06)
+    baseline: str = "normalize"
+    # samples of each prompt that is drawn, one after the other; "group" and "leave-one-out" need 2 or
+    # more
+    samples_per_prompt: int = 1
+    # floor under the spread that rewards are divided by, in the reward's units; 0: none (notebook 06)
+    advantage_min_std: float = 0.0
+    # name of a reward that is logged beside the one that is optimised, and never optimised
+    watch_reward: str = ""
+    # stop when the watched reward has had no new best for so many epochs, and take the best weights;
+    # 0: never
+    stop_patience: int = 0
+    # RWR's inverse temperature: weights are exp(rwr_beta · reward), normalised
+    rwr_beta: float = 0.2
+    # what RWR's samples compete with: those of their own "prompt", or the whole "batch" (notebook 07)
+    rwr_normalizer: str = "prompt"
+    # what RWR weighs: "raw" rewards, or "normalized" ones, as DDPO does
+    rwr_rewards: str = "raw"
+    # share of each prompt's samples, or of the batch's, that RWR-sparse keeps
+    rwr_fraction: float = 0.1
     rwr_draws: int = 1                     # noise levels that RWR draws for a sample in one pass
     lora_rank: int = 4                     # of the adapters that a model without any gets
-    lr_scheduler: str = "constant"         # learning rate over the run, by diffusers' names: constant_with_warmup, linear, cosine, …
-    lr_warmup_updates: int = 0             # updates until the learning rate is reached, if the schedule warms up
-    gradient_checkpointing: bool = False   # compute activations again in the backward pass: more time, less memory
+    # learning rate over the run, by diffusers' names: constant_with_warmup, linear, cosine, …
+    lr_scheduler: str = "constant"
+    # updates until the learning rate is reached, if the schedule warms up
+    lr_warmup_updates: int = 0
+    # compute activations again in the backward pass: more time, less memory
+    gradient_checkpointing: bool = False
     vae_slicing: bool = False              # decode images one at a time
     offload_trajectories: bool = False     # keep sampled latents in the CPU's memory
     compile: bool = False                  # torch.compile the UNet
-    reward_pool: str = "thread"            # what async_reward_computation takes: "thread", or "process" for rewards in pure Python
-    hub_model_id: str = ""                 # USER/NAME on the hub; a bare name is the token owner's, and without one it is the run's folder's, or exp_name
+    # what async_reward_computation takes: "thread", or "process" for rewards in pure Python
+    reward_pool: str = "thread"
+    # USER/NAME on the hub; a bare name is the token owner's, and without one it is the run's
+    # folder's, or exp_name
+    hub_model_id: str = ""
 
     def __post_init__(self): check_config(self)
     @property
@@ -123,7 +155,9 @@ class DDPOConfig:
     def to_dict(self):
         "All fields, those of inner dictionaries as outer/inner."
         d = asdict(self)
-        return {k: v for k, v in d.items() if not isinstance(v, dict)} | {f"{k}/{i}": x for k, v in d.items() if isinstance(v, dict) for i, x in v.items()}
+        return {k: v for k, v in d.items() if not isinstance(v, dict)} | {
+            f"{k}/{i}": x for k, v in d.items() if isinstance(v, dict) for i, x in v.items()
+        }
 
 @dataclass
 class RWRConfig(DDPOConfig):
@@ -132,18 +166,27 @@ class RWRConfig(DDPOConfig):
     train_fresh_optimizer: bool = True     # each epoch's samples are fitted anew
 
 # %% ../nbs/09_trainer.ipynb #daedb006
-_KINDS = {f.name: f.type for f in fields(DDPOConfig)}  # read here, once: transformers' HfArgumentParser rewrites them
-_positive = ("sample_num_steps", "sample_batch_size", "sample_num_batches_per_epoch", "train_batch_size", "train_gradient_accumulation_steps",
-             "train_num_inner_epochs", "rwr_draws", "lora_rank", "num_epochs", "per_prompt_stat_tracking_buffer_size",
-             "per_prompt_stat_tracking_min_count", "train_learning_rate", "train_max_grad_norm", "train_adv_clip_max", "train_clip_range",
-             "train_adam_epsilon", "rwr_beta", "save_freq", "num_checkpoint_limit", "max_workers", "samples_per_prompt")
+# read here, once: transformers' HfArgumentParser rewrites them
+_KINDS = {f.name: f.type for f in fields(DDPOConfig)}
+_positive = (
+    "sample_num_steps", "sample_batch_size", "sample_num_batches_per_epoch", "train_batch_size",
+    "train_gradient_accumulation_steps", "train_num_inner_epochs", "rwr_draws", "lora_rank", "num_epochs",
+    "per_prompt_stat_tracking_buffer_size", "per_prompt_stat_tracking_min_count", "train_learning_rate",
+    "train_max_grad_norm", "train_adv_clip_max", "train_clip_range", "train_adam_epsilon", "rwr_beta",
+    "save_freq", "num_checkpoint_limit", "max_workers", "samples_per_prompt"
+)
 _shares = ("train_timestep_fraction", "rwr_fraction")
 _betas = ("train_adam_beta1", "train_adam_beta2")
-_not_negative = ("seed", "micro_batch_size", "train_adam_weight_decay", "lr_warmup_updates", "kl_coef", "stop_patience", "advantage_min_std",
-                 "sample_guidance_scale")
-_choices = dict(algorithm=ALGORITHMS, mixed_precision=("no", "fp16", "bf16"), log_prob_reduction=("mean", "sum"), reward_pool=ParallelReward.kinds, step_weighting=STEP_WEIGHTINGS,
-                baseline=tuple(BASELINES), rwr_normalizer=NORMALIZERS, rwr_rewards=REWARDS,
-                log_with=(None, *(str(o) for o in LoggerType)), lr_scheduler=tuple(o.value for o in SchedulerType if o.value != "piecewise_constant"))
+_not_negative = (
+    "seed", "micro_batch_size", "train_adam_weight_decay", "lr_warmup_updates", "kl_coef", "stop_patience",
+    "advantage_min_std", "sample_guidance_scale"
+)
+_choices = dict(
+    algorithm=ALGORITHMS, mixed_precision=("no", "fp16", "bf16"), log_prob_reduction=("mean", "sum"),
+    reward_pool=ParallelReward.kinds, step_weighting=STEP_WEIGHTINGS, baseline=tuple(BASELINES),
+    rwr_normalizer=NORMALIZERS, rwr_rewards=REWARDS, log_with=(None, *(str(o) for o in LoggerType)),
+    lr_scheduler=tuple(o.value for o in SchedulerType if o.value != "piecewise_constant"),
+)
 
 def _number(value, kind):
     "What YAML, numpy and command lines make of a number or a switch, as one of Python's; None if it is none."
@@ -157,12 +200,14 @@ def _number(value, kind):
     return int(value) if math.isfinite(value) and value == int(value) else None
 
 def _plain_value(name, value, kind):
-    "The value as the field's type; None is an empty text or dictionary. What cannot be is returned as it came."
+    """The value as the field's type; None is an empty text or dictionary. What cannot be is returned as
+    it came."""
     if kind in (int, float, bool): return value if (number := _number(value, kind)) is None else number
     if kind is dict: return {} if value is None else dict(value) if isinstance(value, Mapping) else value
     if isinstance(value, os.PathLike): return os.fspath(value)
     if value is not None or name == "log_with": return value
-    if name == "mixed_precision": return os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"  # as accelerate has it
+    # as accelerate has it
+    if name == "mixed_precision": return os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
     return value if name in _choices else "trl" if name == "tracker_project_name" else ""
 
 def _check_value(name, value, kind):
@@ -170,59 +215,111 @@ def _check_value(name, value, kind):
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         what = getattr(kind, "__name__", str(kind))
         raise InputError(name, f"{value!r} is not of type {what}", f"give a {what}")
-    if name in _choices and value not in _choices[name]: raise InputError(name, f"there is no {value!r}", f"choose from {', '.join(filter(None, _choices[name]))}")
-    if name in _positive and not 0 < value < float("inf"): raise InputError(name, f"{value} is not positive", "give a number above 0")
-    if name in _shares and not 0 < value <= 1: raise InputError(name, f"{value} is no share", "give a number in (0, 1]")
-    if name == "sample_eta" and not 0 <= value <= 1: raise InputError(name, f"{value} is no share", "give a number in [0, 1]")
-    if name in _betas and not 0 <= value < 1: raise InputError(name, f"{value} is out of range", "give a number in [0, 1)")
-    if name in _not_negative and not 0 <= value < float("inf"): raise InputError(name, f"{value} is out of range", "give 0 or more")
-    if name == "seed" and value >= 2**32: raise InputError(name, f"{value} is out of range", "give a number below 2³², as numpy wants it")
+    if name in _choices and value not in _choices[name]:
+        raise InputError(
+            name, f"there is no {value!r}", f"choose from {', '.join(filter(None, _choices[name]))}"
+        )
+    if name in _positive and not 0 < value < float("inf"):
+        raise InputError(name, f"{value} is not positive", "give a number above 0")
+    if name in _shares and not 0 < value <= 1:
+        raise InputError(name, f"{value} is no share", "give a number in (0, 1]")
+    if name == "sample_eta" and not 0 <= value <= 1:
+        raise InputError(name, f"{value} is no share", "give a number in [0, 1]")
+    if name in _betas and not 0 <= value < 1:
+        raise InputError(name, f"{value} is out of range", "give a number in [0, 1)")
+    if name in _not_negative and not 0 <= value < float("inf"):
+        raise InputError(name, f"{value} is out of range", "give 0 or more")
+    if name == "seed" and value >= 2**32:
+        raise InputError(name, f"{value} is out of range", "give a number below 2³², as numpy wants it")
     if name == "run_name" and (Path(value).is_absolute() or ".." in Path(value).parts or "\0" in value):
         raise InputError(name, f"{value!r} leads out of logdir", "give a name, and the place in logdir")
 
 def _check_raw(c):
     "InputError for settings of a normalisation that RWR leaves out."
-    for name, unset in (("baseline", "normalize"), ("per_prompt_stat_tracking", False), ("advantage_min_std", 0)):
+    for name, unset in (
+        ("baseline", "normalize"), ("per_prompt_stat_tracking", False), ("advantage_min_std", 0)
+    ):
         if getattr(c, name) != unset:
-            raise InputError(name, "it normalises rewards, and rwr_rewards is 'raw'", "set rwr_rewards to normalized, or leave it")
+            raise InputError(
+                name, "it normalises rewards, and rwr_rewards is 'raw'",
+                "set rwr_rewards to normalized, or leave it"
+            )
 
-_FOR_ACCELERATE = ("cpu", "kwargs_handlers")  # of `Accelerator`'s arguments: those that are the user's to give
-_ELSEWHERE = dict(gradient_accumulation_steps="train_gradient_accumulation_steps", gradient_accumulation_plugin="train_gradient_accumulation_steps",
-                  mixed_precision="mixed_precision", log_with="log_with", project_dir="project_kwargs", project_config="project_kwargs",
-                  dynamo_backend="compile", dynamo_plugin="compile")
+# of `Accelerator`'s arguments: those that are the user's to give
+_FOR_ACCELERATE = ("cpu", "kwargs_handlers")
+_ELSEWHERE = dict(
+    gradient_accumulation_steps="train_gradient_accumulation_steps",
+    gradient_accumulation_plugin="train_gradient_accumulation_steps", mixed_precision="mixed_precision",
+    log_with="log_with", project_dir="project_kwargs", project_config="project_kwargs",
+    dynamo_backend="compile", dynamo_plugin="compile"
+)
 
 def _check_accelerator_kwargs(given):
-    "InputError if `Accelerator` has no such argument, or one that the config gives itself, or that would do nothing here."
+    """InputError if `Accelerator` has no such argument, or one that the config gives itself, or that
+    would do nothing here."""
     known = inspect.signature(Accelerator.__init__).parameters
     for name, value in given.items():
         where = f"accelerator_kwargs[{name!r}]"
-        if name not in known: raise InputError(where, "accelerate's Accelerator has no such argument", f"give {' or '.join(_FOR_ACCELERATE)}")
-        if name in _ELSEWHERE: raise InputError(where, "the config has a setting for this", f"set {_ELSEWHERE[name]} instead")
+        if name not in known:
+            raise InputError(
+                where, "accelerate's Accelerator has no such argument", f"give {' or '.join(_FOR_ACCELERATE)}"
+            )
+        if name in _ELSEWHERE:
+            raise InputError(where, "the config has a setting for this", f"set {_ELSEWHERE[name]} instead")
         if name not in _FOR_ACCELERATE and value != known[name].default:
-            raise InputError(where, "this trainer does nothing with it", f"leave it out; {' and '.join(_FOR_ACCELERATE)} are passed on")
+            raise InputError(
+                where, "this trainer does nothing with it",
+                f"leave it out; {' and '.join(_FOR_ACCELERATE)} are passed on"
+            )
 
 def check_config(c):
-    "InputError if a setting is of the wrong type, out of its range, or does not fit the others. A subclass's own fields are its own business."
+    """InputError if a setting is of the wrong type, out of its range, or does not fit the others. A
+    subclass's own fields are its own business."""
     for name, kind in _KINDS.items():
         setattr(c, name, _plain_value(name, getattr(c, name), kind))
         _check_value(name, getattr(c, name), kind)
     n, m = c.samples_per_epoch, c.samples_per_update
-    if n % m: raise InputError("train_batch_size", f"updates of {m} samples do not divide the {n} samples of an epoch",
-                               "let train_batch_size × train_gradient_accumulation_steps divide sample_batch_size × sample_num_batches_per_epoch")
+    if n % m:
+        raise InputError(
+            "train_batch_size", f"updates of {m} samples do not divide the {n} samples of an epoch",
+            "let train_batch_size × train_gradient_accumulation_steps divide sample_batch_size ×"
+            " sample_num_batches_per_epoch",
+        )
     if c.algorithm == "ddpo-sf" and (n != m or c.train_num_inner_epochs > 1):
-        raise InputError("algorithm", "ddpo-sf's gradient holds only for the policy that sampled",
-                         f"take one update an epoch: train_batch_size {n}, train_num_inner_epochs 1; or choose ddpo-is")
+        raise InputError(
+            "algorithm", "ddpo-sf's gradient holds only for the policy that sampled",
+            f"take one update an epoch: train_batch_size {n}, train_num_inner_epochs 1; or choose ddpo-is",
+        )
     if c.sample_eta == 0 and c.algorithm.startswith("ddpo"):
-        raise InputError("sample_eta", "at 0 a step draws nothing, and has no likelihood to learn from", "give a number in (0, 1]; only RWR may sample at 0")
-    if c.log_with and c.log_with != "all" and c.log_with not in map(str, get_available_trackers()): raise InputError("log_with", f"{c.log_with!r} is not installed", f"pip install {c.log_with}")
-    if c.kl_coef and c.algorithm.startswith("rwr"): raise InputError("kl_coef", "RWR's loss has no steps to compare", "leave it at 0, or choose ddpo-is or ddpo-sf")
+        raise InputError(
+            "sample_eta", "at 0 a step draws nothing, and has no likelihood to learn from",
+            "give a number in (0, 1]; only RWR may sample at 0"
+        )
+    if c.log_with and c.log_with != "all" and c.log_with not in map(str, get_available_trackers()):
+        raise InputError("log_with", f"{c.log_with!r} is not installed", f"pip install {c.log_with}")
+    if c.kl_coef and c.algorithm.startswith("rwr"):
+        raise InputError(
+            "kl_coef", "RWR's loss has no steps to compare", "leave it at 0, or choose ddpo-is or ddpo-sf"
+        )
     if c.algorithm.startswith("rwr") and c.rwr_rewards == "raw": _check_raw(c)
     if c.baseline != "normalize":
-        if c.samples_per_prompt == 1: raise InputError("baseline", f"{c.baseline!r} compares a prompt's samples, and there is only one of each", "set samples_per_prompt to 2 or more")
-        if c.per_prompt_stat_tracking: raise InputError("per_prompt_stat_tracking", f"it is a baseline of its own, and {c.baseline!r} is another", "switch one of them off")
-    if flaw := prompt_flaw(c.negative_prompts or ""): raise InputError("negative_prompts", f"it {flaw}", "give a short text")
-    if c.watch_reward: check_name(c.watch_reward, "watch_reward")
-    elif c.stop_patience: raise InputError("stop_patience", "no reward is watched", "name one with watch_reward")
+        if c.samples_per_prompt == 1:
+            raise InputError(
+                "baseline",
+                f"{c.baseline!r} compares a prompt's samples, and there is only one of each",
+                "set samples_per_prompt to 2 or more",
+            )
+        if c.per_prompt_stat_tracking:
+            raise InputError(
+                "per_prompt_stat_tracking", f"it is a baseline of its own, and {c.baseline!r} is another",
+                "switch one of them off"
+            )
+    if flaw := prompt_flaw(c.negative_prompts or ""):
+        raise InputError("negative_prompts", f"it {flaw}", "give a short text")
+    if c.watch_reward:
+        check_name(c.watch_reward, "watch_reward")
+    elif c.stop_patience:
+        raise InputError("stop_patience", "no reward is watched", "name one with watch_reward")
     _check_accelerator_kwargs(c.accelerator_kwargs)
     _check_names("project_kwargs", c.project_kwargs, [f.name for f in fields(ProjectConfiguration)])
     _check_tracker_kwargs(c.tracker_kwargs)
@@ -233,62 +330,110 @@ def takes(algorithm: str, name: str) -> bool:
     if name == "train_clip_range": return algorithm == "ddpo-is"
     if name == "rwr_fraction": return algorithm == "rwr-sparse"
     if name.startswith("rwr_"): return algorithm.startswith("rwr")
-    return name not in ("step_weighting", "train_adv_clip_max", "train_timestep_fraction") or algorithm.startswith("ddpo")
+    return name not in (
+        "step_weighting", "train_adv_clip_max", "train_timestep_fraction"
+    ) or algorithm.startswith("ddpo")
 
 def _check_idle(c):
     "InputError for a setting that was changed and does nothing, where the name is ours, or the algorithm is."
     changed = {name for name in _KINDS if getattr(c, name) != getattr(type(c), name, None)}
     for name in sorted(changed):
         if not takes(c.algorithm, name):
-            raise InputError(name, f"{c.algorithm} does nothing with it", "leave it out, or choose another algorithm")
+            raise InputError(
+                name, f"{c.algorithm} does nothing with it", "leave it out, or choose another algorithm"
+            )
     if "lr_warmup_updates" in changed and c.lr_scheduler == "constant":
-        raise InputError("lr_warmup_updates", "the schedule 'constant' has no warm-up", "set lr_scheduler to constant_with_warmup, or leave it")
+        raise InputError(
+            "lr_warmup_updates", "the schedule 'constant' has no warm-up",
+            "set lr_scheduler to constant_with_warmup, or leave it"
+        )
     if "reward_pool" in changed and not c.async_reward_computation:
-        raise InputError("reward_pool", "rewards are asked for one by one", "set async_reward_computation too, or leave it")
+        raise InputError(
+            "reward_pool", "rewards are asked for one by one", "set async_reward_computation too, or leave it"
+        )
 
 def _check_names(argument, given, known):
     for name in given:
-        if name not in known: raise InputError(f"{argument}[{name!r}]", "there is no such argument", f"choose from {', '.join(known)}")
+        if name not in known:
+            raise InputError(
+                f"{argument}[{name!r}]", "there is no such argument", f"choose from {', '.join(known)}"
+            )
 
-_STARTS = dict(tensorboard=("torch.utils.tensorboard", "SummaryWriter"), wandb=("wandb", "init"), trackio=("trackio", "init"))
+_STARTS = dict(
+    tensorboard=("torch.utils.tensorboard", "SummaryWriter"), wandb=("wandb", "init"),
+    trackio=("trackio", "init")
+)
 
 def _check_tracker_kwargs(given):
     "InputError for a tracker that there is not, or for arguments that an installed one does not take."
     _check_names("tracker_kwargs", given, [str(o) for o in LoggerType if str(o) != "all"])
     for name, own in given.items():
-        if not isinstance(own, dict): raise InputError(f"tracker_kwargs[{name!r}]", f"{own!r} is not a dictionary", "give the arguments of its start")
+        if not isinstance(own, dict):
+            raise InputError(
+                f"tracker_kwargs[{name!r}]", f"{own!r} is not a dictionary", "give the arguments of its start"
+            )
         if name not in _STARTS or name not in map(str, get_available_trackers()): continue
         start = getattr(import_module(_STARTS[name][0]), _STARTS[name][1])
         known = inspect.signature(start).parameters
-        if not any(p.kind is p.VAR_KEYWORD for p in known.values()): _check_names(f"tracker_kwargs[{name!r}]", own, [*known])
+        if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            _check_names(f"tracker_kwargs[{name!r}]", own, [*known])
 
 def idle_notes(c) -> list:
-    "What to tell of TRL's settings that do nothing as the others stand: a script that has them runs all the same."
+    """What to tell of TRL's settings that do nothing as the others stand: a script that has them runs all
+    the same."""
     usual, used = {f.name: f.default for f in fields(DDPOConfig)}, [c.log_with] if c.log_with else []
     changed = lambda *names: [name for name in names if getattr(c, name) != usual[name]]
-    notes = [f"{name} does nothing without async_reward_computation" for name in changed("max_workers") if not c.async_reward_computation]
+    notes = [
+        f"{name} does nothing without async_reward_computation"
+        for name in changed("max_workers")
+        if not c.async_reward_computation
+    ]
     buffers = changed("per_prompt_stat_tracking_buffer_size", "per_prompt_stat_tracking_min_count")
-    if c.per_prompt_stat_tracking and c.per_prompt_stat_tracking_min_count > c.per_prompt_stat_tracking_buffer_size:
-        notes.append("per_prompt_stat_tracking does nothing: no prompt's buffer ever holds per_prompt_stat_tracking_min_count rewards")
-    elif not c.per_prompt_stat_tracking: notes += [f"{name} does nothing without per_prompt_stat_tracking" for name in buffers]
-    if c.negative_prompts and c.sample_guidance_scale <= 1: notes.append("negative_prompts does nothing without guidance")
-    if "all" not in used: notes += [f"tracker_kwargs[{o!r}] does nothing: log_with is {c.log_with!r}" for o in c.tracker_kwargs if o not in used]
+    if (
+        c.per_prompt_stat_tracking
+        and c.per_prompt_stat_tracking_min_count > c.per_prompt_stat_tracking_buffer_size
+    ):
+        notes.append(
+            "per_prompt_stat_tracking does nothing: no prompt's buffer ever holds"
+            " per_prompt_stat_tracking_min_count rewards"
+        )
+    elif not c.per_prompt_stat_tracking:
+        notes += [f"{name} does nothing without per_prompt_stat_tracking" for name in buffers]
+    if c.negative_prompts and c.sample_guidance_scale <= 1:
+        notes.append("negative_prompts does nothing without guidance")
+    if "all" not in used:
+        notes += [
+            f"tracker_kwargs[{o!r}] does nothing: log_with is {c.log_with!r}"
+            for o in c.tracker_kwargs
+            if o not in used
+        ]
     return notes
 
 def check_repeats(c, processes=1):
     "InputError if an epoch's samples, over all processes, are not so many of each prompt."
     n = c.samples_per_epoch * processes
-    if n % c.samples_per_prompt: raise InputError("samples_per_prompt", f"{c.samples_per_prompt} does not divide the {n} samples of an epoch", "let it divide sample_batch_size × sample_num_batches_per_epoch × processes")
+    if n % c.samples_per_prompt:
+        raise InputError(
+            "samples_per_prompt",
+            f"{c.samples_per_prompt} does not divide the {n} samples of an epoch",
+            "let it divide sample_batch_size × sample_num_batches_per_epoch × processes",
+        )
 
 # %% ../nbs/09_trainer.ipynb #e26766ce
 def make_objective(c: DDPOConfig):
     "The objective that `c.algorithm` names."
     if c.algorithm.startswith("rwr"):
-        weighing = dict(beta=c.rwr_beta, draws=c.rwr_draws, guidance=c.train_cfg, normalizer=c.rwr_normalizer, rewards=c.rwr_rewards)
+        weighing = dict(
+            beta=c.rwr_beta, draws=c.rwr_draws, guidance=c.train_cfg, normalizer=c.rwr_normalizer,
+            rewards=c.rwr_rewards
+        )
         return RWR(**weighing) if c.algorithm == "rwr" else RWRSparse(**weighing, fraction=c.rwr_fraction)
     kind = DDPOSF if c.algorithm == "ddpo-sf" else DDPO
-    return kind(clip_range=c.train_clip_range, adv_clip_max=c.train_adv_clip_max, timestep_fraction=c.train_timestep_fraction, guidance=c.train_cfg,
-                step_weighting=c.step_weighting, kl_coef=c.kl_coef)
+    return kind(
+        clip_range=c.train_clip_range, adv_clip_max=c.train_adv_clip_max,
+        timestep_fraction=c.train_timestep_fraction, guidance=c.train_cfg, step_weighting=c.step_weighting,
+        kl_coef=c.kl_coef
+    )
 
 # %% ../nbs/09_trainer.ipynb #10969ddb
 def _home(c):
@@ -301,7 +446,8 @@ def _used(home): return bool(checkpoints(home/"checkpoints")) or (home/"metrics.
 def _free(home):
     "A folder that holds no run: the one asked for, or its next neighbour with a number."
     place, k = home, 1
-    while _used(place): k, place = k + 1, home.with_name(f"{home.name}-{k + 1}") if home.name else home/f"run-{k + 1}"
+    while _used(place):
+        k, place = k + 1, home.with_name(f"{home.name}-{k + 1}") if home.name else home / f"run-{k + 1}"
     return place
 
 def _part():
@@ -309,36 +455,65 @@ def _part():
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
 def processes() -> PartialState:
-    "accelerate's state of all processes: which there are, and on which devices. Without GPUs, those that torchrun starts talk by gloo. Apple's GPU lacks double precision and stays idle."
+    """accelerate's state of all processes: which there are, and on which devices. Without GPUs, those
+    that torchrun starts talk by gloo. Apple's GPU lacks double precision and stays idle."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if several and not PartialState._shared_state: atexit.register(_part)
-    return PartialState(cpu=True) if not torch.cuda.is_available() and (several or torch.backends.mps.is_available()) else PartialState()
+    return (
+        PartialState(cpu=True)
+        if not torch.cuda.is_available() and (several or torch.backends.mps.is_available())
+        else PartialState()
+    )
 
 def usable_precision(wanted: str) -> str:
     "The precision that this device can compute in, with a warning if it is not the wanted one."
     if wanted == "fp16" and processes().device.type == "cpu":
-        warnings.warn("mixed_precision: fp16 needs a GPU; training in fp32 (mixed_precision='no')", stacklevel=3)
+        warnings.warn(
+            "mixed_precision: fp16 needs a GPU; training in fp32 (mixed_precision='no')", stacklevel=3
+        )
         return "no"
     return wanted
 
-_STRATEGIES = dict(ACCELERATE_USE_DEEPSPEED="DeepSpeed", ACCELERATE_USE_FSDP="FSDP", ACCELERATE_USE_MEGATRON_LM="Megatron-LM",
-                   ACCELERATE_USE_PARALLELISM_CONFIG="a parallelism config")
+_STRATEGIES = dict(
+    ACCELERATE_USE_DEEPSPEED="DeepSpeed", ACCELERATE_USE_FSDP="FSDP",
+    ACCELERATE_USE_MEGATRON_LM="Megatron-LM", ACCELERATE_USE_PARALLELISM_CONFIG="a parallelism config"
+)
 
 def check_launcher(c):
-    "InputError if `accelerate launch`, or accelerate's config file, asks for something else than the config, or for what this trainer does not do."
-    told = {k: v for k, v in os.environ.items() if k.startswith("ACCELERATE_") and v.lower() not in ("", "no", "none", "false", "0")}
+    """InputError if `accelerate launch`, or accelerate's config file, asks for something else than the
+    config, or for what this trainer does not do."""
+    told = {
+        k: v
+        for k, v in os.environ.items()
+        if k.startswith("ACCELERATE_") and v.lower() not in ("", "no", "none", "false", "0")
+    }
     for name, what in _STRATEGIES.items():
-        if name in told: raise InputError(name, f"accelerate was told to use {what}, which this trainer does not", "launch without it: processes of its own (DDP) are supported")
+        if name in told:
+            raise InputError(
+                name, f"accelerate was told to use {what}, which this trainer does not",
+                "launch without it: processes of its own (DDP) are supported"
+            )
     if "ACCELERATE_DYNAMO_BACKEND" in told:
-        raise InputError("ACCELERATE_DYNAMO_BACKEND", "accelerate was told to compile the network", "launch without it, and set compile in the config")
+        raise InputError(
+            "ACCELERATE_DYNAMO_BACKEND", "accelerate was told to compile the network",
+            "launch without it, and set compile in the config"
+        )
     steps = told.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps not in ("1", str(c.train_gradient_accumulation_steps)):
-        raise InputError("train_gradient_accumulation_steps", f"it is {c.train_gradient_accumulation_steps}, and accelerate was launched with --gradient_accumulation_steps {steps}",
-                         "launch without that flag, and set it in the config")
+        raise InputError(
+            "train_gradient_accumulation_steps",
+            f"it is {c.train_gradient_accumulation_steps}, and accelerate was launched with"
+            f" --gradient_accumulation_steps {steps}",
+            "launch without that flag, and set it in the config",
+        )
     usable = lambda precision: "no" if precision == "fp16" and not torch.cuda.is_available() else precision
     precision = told.get("ACCELERATE_MIXED_PRECISION", c.mixed_precision)
     if usable(precision) != usable(c.mixed_precision):
-        raise InputError("mixed_precision", f"it is {c.mixed_precision!r}, and accelerate was launched with --mixed_precision {precision}", "set both alike, or mixed_precision to None")
+        raise InputError(
+            "mixed_precision",
+            f"it is {c.mixed_precision!r}, and accelerate was launched with --mixed_precision {precision}",
+            "set both alike, or mixed_precision to None",
+        )
 
 def _tracker_kwargs(c):
     "Those of the config, and the run's name for the trackers that have a place for it."
@@ -376,14 +551,24 @@ class _NoTracker(GeneralTracker):
 
 def _accelerator(c, home):
     "An `Accelerator` with the config's precision, trackers and folders; it can also log images."
-    given = {k: os.path.expanduser(v) if k.endswith("_dir") and isinstance(v, str) else v for k, v in c.project_kwargs.items()}
+    given = {
+        k: os.path.expanduser(v) if k.endswith("_dir") and isinstance(v, str) else v
+        for k, v in c.project_kwargs.items()
+    }
     project = {} if home is None else dict(project_dir=str(home), logging_dir=str(home)) | given
     processes()
     precision = usable_precision(c.mixed_precision)
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision: AcceleratorState._reset_state()  # an earlier trainer's, in this process
-    a = Accelerator(mixed_precision=precision, log_with=c.log_with, project_config=ProjectConfiguration(**project), **c.accelerator_kwargs)
+    # an earlier trainer's, in this process
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()
+    a = Accelerator(
+        mixed_precision=precision, log_with=c.log_with, project_config=ProjectConfiguration(**project),
+        **c.accelerator_kwargs
+    )
     # TRL's, for code of one's own
-    a.gradient_accumulation_steps = c.train_gradient_accumulation_steps * max(1, int(c.sample_num_steps * c.train_timestep_fraction))
+    a.gradient_accumulation_steps = c.train_gradient_accumulation_steps * max(
+        1, int(c.sample_num_steps * c.train_timestep_fraction)
+    )
     if a.device.type == "cuda": _tf32(c.allow_tf32)
     if c.log_with:
         theirs = ("tracker_kwargs", "accelerator_kwargs")
@@ -392,14 +577,18 @@ def _accelerator(c, home):
         a.init_trackers(c.tracker_project_name, config=plain, init_kwargs=_tracker_kwargs(c))
     def log_images(images, step=None, **_):
         for t in a.trackers: _log_images(t, images, step)
-    a.log_images = log_images  # as TRL's hooks call it on their third argument, which is a tracker there and the accelerator in older versions
+    # as TRL's hooks call it on their third argument, which is a tracker there and the accelerator in
+    # older versions
+    a.log_images = log_images
     a.trackers = a.trackers or [_NoTracker()]
     a.tracker, a.name = a.trackers[0].tracker, a.trackers[0].name
     return a
 
 def _lighten(c, policy, accelerator):
     "Move the model to the device; what is not trained goes into half precision if the run does."
-    pipe, half = policy.pipeline, dict(fp16=torch.float16, bf16=torch.bfloat16).get(accelerator.mixed_precision)
+    pipe, half = policy.pipeline, dict(fp16=torch.float16, bf16=torch.bfloat16).get(
+        accelerator.mixed_precision
+    )
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
         part.to(accelerator.device)
         for p in part.parameters():
@@ -410,23 +599,39 @@ def _lighten(c, policy, accelerator):
 def _check_steps(c, policy):
     "InputError if the model was not trained with so many steps."
     most = getattr(policy, "num_train_timesteps", c.sample_num_steps)
-    if c.sample_num_steps > most: raise InputError("sample_num_steps", f"{c.sample_num_steps} is more than the model's {most}", "give fewer")
+    if c.sample_num_steps > most:
+        raise InputError(
+            "sample_num_steps", f"{c.sample_num_steps} is more than the model's {most}", "give fewer"
+        )
 
 def _check_compiler():
     "InputError if torch.compile would find no compiler."
     gpu = torch.cuda.is_available()
-    names = [os.environ.get("CC" if gpu else "CXX"), *(("gcc", "clang", "cc") if gpu else ("g++", "clang++", "c++"))]
+    names = [
+        os.environ.get("CC" if gpu else "CXX"),
+        *(("gcc", "clang", "cc") if gpu else ("g++", "clang++", "c++"))
+    ]
     if not any(shutil.which(o) for o in names if o):
-        raise InputError("compile", f"there is no C{'' if gpu else '++'} compiler", f"install {names[1]}, or leave compile off")
+        raise InputError(
+            "compile", f"there is no C{'' if gpu else '++'} compiler",
+            f"install {names[1]}, or leave compile off"
+        )
 
 def _adamw(c, parameters):
     "AdamW, or its 8-bit form; InputError if that is not installed."
     kind, fused = torch.optim.AdamW, dict(fused=True)  # one kernel for all weights
     if c.train_use_8bit_adam:
         fused = {}
-        try: from bitsandbytes.optim import AdamW8bit as kind
-        except ImportError: raise InputError("train_use_8bit_adam", "bitsandbytes is not installed", "pip install bitsandbytes") from None
-    return kind(parameters, **fused, lr=c.train_learning_rate, betas=(c.train_adam_beta1, c.train_adam_beta2), eps=c.train_adam_epsilon, weight_decay=c.train_adam_weight_decay)
+        try:
+            from bitsandbytes.optim import AdamW8bit as kind
+        except ImportError:
+            raise InputError(
+                "train_use_8bit_adam", "bitsandbytes is not installed", "pip install bitsandbytes"
+            ) from None
+    return kind(
+        parameters, **fused, lr=c.train_learning_rate, betas=(c.train_adam_beta1, c.train_adam_beta2),
+        eps=c.train_adam_epsilon, weight_decay=c.train_adam_weight_decay
+    )
 
 # %% ../nbs/09_trainer.ipynb #20426af9
 class DDPOTrainer(TrlTrainer):
@@ -434,21 +639,32 @@ class DDPOTrainer(TrlTrainer):
     def __init__(
         self,
         config: DDPOConfig,
-        reward_function,          # (images (n,3,H,W) in [0,1], prompts, metadata) of a batch -> (rewards (n,), reward metadata)
+        # (images (n,3,H,W) in [0,1], prompts, metadata) of a batch -> (rewards (n,), reward
+        # metadata)
+        reward_function,
         prompt_function,          # () -> (prompt, metadata)
         sd_pipeline,              # the policy, e.g. a `DefaultDDPOStableDiffusionPipeline`
-        image_samples_hook=None,  # (batches, global step, accelerator), called after each epoch's sampling; a batch is [images, prompts, metadata, rewards, reward metadata]
+        # (batches, global step, accelerator), called after each epoch's sampling; a batch is
+        # [images, prompts, metadata, rewards, reward metadata]
+        image_samples_hook=None,
     ):
-        self.config, self.reward_function, self.prompt_function, self.hook = config, reward_function, prompt_function, image_samples_hook
+        self.config, self.reward_function, self.prompt_function, self.hook = (
+            config, reward_function, prompt_function, image_samples_hook
+        )
         if not getattr(sd_pipeline, "use_lora", True) and config.train_learning_rate > 1e-4:
-            warnings.warn(f"train_learning_rate: {config.train_learning_rate:g} is a LoRA's; the whole UNet tends to collapse to black pictures at it; 1e-5 is usual", stacklevel=2)
+            warnings.warn(
+                f"train_learning_rate: {config.train_learning_rate:g} is a LoRA's; the whole UNet tends to"
+                " collapse to black pictures at it; 1e-5 is usual",
+                stacklevel=2,
+            )
         check_config(config)      # it may have been changed since it was made
         check_launcher(config)
         self.sd_pipeline, self.policy = sd_pipeline, as_policy(sd_pipeline)
         self.objective, self._trained_steps, self._found = make_objective(config), None, None
         self._check_overrides()
         if isinstance(self.objective, DDPO): self._objective_of_own()
-        self.wished = self.home = _home(config)  # a used folder gets a numbered neighbour, unless it is gone on with
+        # a used folder gets a numbered neighbour, unless it is gone on with
+        self.wished = self.home = _home(config)
         self._told, self._saving, self._on_row, self._until = False, None, None, config.num_epochs
         if self.home is not None and not self._goes_on(): self.home = self._free_home()
         self._lock_home()
@@ -461,25 +677,41 @@ class DDPOTrainer(TrlTrainer):
         if not fine: raise InputError("config", why.rstrip("."), "change the settings that it names")
         for note in idle_notes(config): self.accelerator.print(note, file=sys.stderr)
         set_seed(config.seed)     # for prompt and reward functions that draw from the global generators
-        self.policy.configure(config.sample_num_steps, config.sample_eta, config.sample_guidance_scale, config.negative_prompts, config.log_prob_reduction)
+        self.policy.configure(
+            config.sample_num_steps, config.sample_eta, config.sample_guidance_scale, config.negative_prompts,
+            config.log_prob_reduction
+        )
         known = getattr(prompt_function, "prompts", None)
-        if isinstance(known, list) and hasattr(self.policy, "warn_cut"): self.policy.warn_cut([*known, config.negative_prompts])
+        if isinstance(known, list) and hasattr(self.policy, "warn_cut"):
+            self.policy.warn_cut([*known, config.negative_prompts])
         self._thaw()
         self.task = _task(self.policy, reward_function, prompt_function)  # in the weights' own precision
         _lighten(config, self.policy, self.accelerator)
         self.micro_batch_size = config.micro_batch_size or self._fitting_micro_batch()
         if config.compile:
-            self.accelerator.print("compile: the network is compiled at its first passes; that takes minutes, and on a CPU many", file=sys.stderr)
+            self.accelerator.print(
+                "compile: the network is compiled at its first passes; that takes minutes, and on a CPU many",
+                file=sys.stderr,
+            )
             self.policy.unet = torch.compile(self.policy.unet)
         if config.kl_coef: self.policy.keep_reference()
-        self.watched = get_reward(config.watch_reward, _base_name(self.policy.pipeline)) if config.watch_reward else None
+        self.watched = (
+            get_reward(config.watch_reward, _base_name(self.policy.pipeline)) if config.watch_reward else None
+        )
         if hasattr(self.watched, "to"): self.watched.to(self.accelerator.device)
         optimizer = self._setup_optimizer(self.policy.trainable_parameters())
         self.policy.unet, self.optimizer = self.accelerator.prepare(self.policy.unet, optimizer)
-        self.accelerator.register_save_state_pre_hook(self._save_model_hook)  # of code of one's own that calls accelerate's save_state
+        # of code of one's own that calls accelerate's save_state
+        self.accelerator.register_save_state_pre_hook(self._save_model_hook)
         self.accelerator.register_load_state_pre_hook(self._load_model_hook)
-        self.schedule = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_updates, num_training_steps=config.num_epochs * self.updates_per_epoch)
-        self.tracker = PerPromptStatTracker(config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count, config.advantage_min_std)
+        self.schedule = get_scheduler(
+            config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_updates,
+            num_training_steps=config.num_epochs * self.updates_per_epoch
+        )
+        self.tracker = PerPromptStatTracker(
+            config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count,
+            config.advantage_min_std
+        )
         self.epochs_done = self.queries = self.global_step = 0
         self.rows, self.work = [], None  # metrics of each epoch; the epoch under way
         self.kept = None          # how many of the rows are in metrics.jsonl; None: not known yet
@@ -502,15 +734,29 @@ class DDPOTrainer(TrlTrainer):
         policy.settle()
         policy.in_training = True
         known = {id(p) for p in policy.pipeline.unet.parameters()}
-        if any(id(p) not in known for p in policy.trainable_parameters()) and not (self._unbroken or self.overrides("calculate_loss")):
-            raise InputError("get_trainable_layers", "some of its weights are not the UNet's, and have no gradient in this loop", "return the UNet, or some of its weights")
-        if self._pipeline_overrides("set_progress_bar_config") or (isinstance(policy, PipelinePolicy) and policy.has("set_progress_bar_config")):
-            own.set_progress_bar_config(position=1, disable=not self.accelerator.is_local_main_process, leave=False, desc="Timestep", dynamic_ncols=True)
+        if any(id(p) not in known for p in policy.trainable_parameters()) and not (
+            self._unbroken or self.overrides("calculate_loss")
+        ):
+            raise InputError(
+                "get_trainable_layers",
+                "some of its weights are not the UNet's, and have no gradient in this loop",
+                "return the UNet, or some of its weights",
+            )
+        if self._pipeline_overrides("set_progress_bar_config") or (
+            isinstance(policy, PipelinePolicy) and policy.has("set_progress_bar_config")
+        ):
+            own.set_progress_bar_config(
+                position=1, disable=not self.accelerator.is_local_main_process, leave=False, desc="Timestep",
+                dynamic_ncols=True
+            )
 
     def _adamw(self, parameters): return _adamw(self.config, parameters)
 
     @property
-    def updates_per_epoch(self): return self.config.train_num_inner_epochs * (self.config.samples_per_epoch // self.config.samples_per_update)
+    def updates_per_epoch(self):
+        return self.config.train_num_inner_epochs * (
+            self.config.samples_per_epoch // self.config.samples_per_update
+        )
 
     def _fitting_micro_batch(self):
         "Counted in the run's own precision."
@@ -537,29 +783,40 @@ def _breathe(self:DDPOTrainer, between=False):
     if self._unbroken and not between: return
     while self.paused and self.stopping is None: time.sleep(0.05)
     asked = -1 if self.stopping is None else self.stopping
-    if self.accelerator.num_processes > 1: asked = int(self.accelerator.gather(torch.tensor([asked], device=self.accelerator.device)).max())
+    if self.accelerator.num_processes > 1:
+        asked = int(self.accelerator.gather(torch.tensor([asked], device=self.accelerator.device)).max())
     if asked >= 0:
         self.stopping = asked
         raise Stopped
 
 # %% ../nbs/09_trainer.ipynb #b12923d0
 def denoised_together(c, micro_batch_size):
-    "Samples denoised together: whole batches, as many as fill the hardware; one at a time if their rewards are to be found meanwhile."
-    batches = 1 if c.async_reward_computation else max(1, min(micro_batch_size // c.sample_batch_size, c.sample_num_batches_per_epoch))
+    """Samples denoised together: whole batches, as many as fill the hardware; one at a time if their
+    rewards are to be found meanwhile."""
+    batches = (
+        1
+        if c.async_reward_computation
+        else max(1, min(micro_batch_size // c.sample_batch_size, c.sample_num_batches_per_epoch))
+    )
     return c.sample_batch_size * batches
 
 @patch
 def _draw(self:DDPOTrainer, n):
-    "n (prompt, metadata): each that is drawn stands there `samples_per_prompt` times, with a copy of the metadata each, since a reward may write to it."
+    """n (prompt, metadata): each that is drawn stands there `samples_per_prompt` times, with a copy of
+    the metadata each, since a reward may write to it."""
     k = self.config.samples_per_prompt
     drawn = [self.prompt_function() for _ in range(n // k)]
     for prompt, _ in drawn:
-        if flaw := prompt_flaw(prompt): raise InputError("prompt_function", f"it returned a prompt that {flaw}", "return a string, and a dictionary")
+        if flaw := prompt_flaw(prompt):
+            raise InputError(
+                "prompt_function", f"it returned a prompt that {flaw}", "return a string, and a dictionary"
+            )
     return [(prompt, copy(metadata) if i else metadata) for prompt, metadata in drawn for i in range(k)]
 
 @patch
 def sample(self:DDPOTrainer, on_batch=None):
-    "Draw prompts and roll out this process's share of the epoch's trajectories; `on_batch` sees images, prompts and metadata of each batch."
+    """Draw prompts and roll out this process's share of the epoch's trajectories; `on_batch` sees images,
+    prompts and metadata of each batch."""
     c, n, rank = self.config, self.config.samples_per_epoch, self.accelerator.process_index
     drawn = self._draw(n * self.accelerator.num_processes)[rank * n:(rank + 1) * n]
     prompts, metadata = [p for p, _ in drawn], [m for _, m in drawn]
@@ -572,23 +829,30 @@ def sample(self:DDPOTrainer, on_batch=None):
         self._progress("sampling", next(done), total)
     def on_decoded(*batch):
         if on_batch: on_batch(*batch)
-        if self.accelerator.num_processes > 1: self._breathe()  # an agreement makes everybody wait: not at every step
+        # an agreement makes everybody wait: not at every step
+        if self.accelerator.num_processes > 1: self._breathe()
     with self.autocast():
-        return rollout(self.policy, prompts, generators, metadata, c.sample_batch_size, on_step, on_decoded, "cpu" if c.offload_trajectories else None, together)
+        return rollout(
+            self.policy, prompts, generators, metadata, c.sample_batch_size, on_step, on_decoded,
+            "cpu" if c.offload_trajectories else None, together
+        )
 
 # %% ../nbs/09_trainer.ipynb #04fad1a3
 class _Judges:
     "The reward and the watched one, asked together: what a pool calls."
-    def __init__(self, reward, watched): self.reward, self.watched, self.__name__ = reward, watched, reward_name(reward)
+    def __init__(self, reward, watched):
+        self.reward, self.watched, self.__name__ = reward, watched, reward_name(reward)
     def __call__(self, images, prompts, metadata):
         rewards, info = answer(self.reward, images, prompts, metadata)
         return rewards, info, answer(self.watched, images, prompts, metadata)[0] if self.watched else None
 
 @patch
 def ask(self:DDPOTrainer, is_async=None):
-    "What a batch's images, prompts and metadata are given to; it returns a function that waits for the judges' answer."
+    """What a batch's images, prompts and metadata are given to; it returns a function that waits for the
+    judges' answer."""
     c, judges = self.config, _Judges(self.reward_function, self.watched)
-    if not (c.async_reward_computation if is_async is None else is_async):  # later; pictures that wait in the CPU's memory come back for it
+    # later; pictures that wait in the CPU's memory come back for it
+    if not (c.async_reward_computation if is_async is None else is_async):
         late = lambda images, *about: judges(images.to(self.accelerator.device), *about)
         return lambda *batch: partial(self._heard, partial(late, *batch))
     if self.pool and self.pool.reward.reward is not self.reward_function: self.pool = self.pool.close()
@@ -604,19 +868,39 @@ def _heard(self:DDPOTrainer, wait):
 
 @patch
 def checked(self:DDPOTrainer, answer, n):
-    "Checked rewards (n,) of a batch, the reward function's own metadata, and the watched reward's values (n,), if one is watched."
+    """Checked rewards (n,) of a batch, the reward function's own metadata, and the watched reward's
+    values (n,), if one is watched."""
     rewards, info, watched = answer
-    return check_rewards(rewards, n, getattr(self.reward_function, "__name__", type(self.reward_function).__name__)), info, None if watched is None else check_rewards(watched, n, self.config.watch_reward)
+    return (
+        check_rewards(
+            rewards, n, getattr(self.reward_function, "__name__", type(self.reward_function).__name__)
+        ),
+        info,
+        None if watched is None else check_rewards(watched, n, self.config.watch_reward),
+    )
 
 @patch
 def judge(self:DDPOTrainer, batches, waits):
     "Checked answers, one a batch: those that are waited for, or what an overridden `compute_rewards` says."
-    if not self.overrides("compute_rewards"): return [self.checked(wait(), len(b[1])) for wait, b in zip(waits, batches)]
-    found = self.compute_rewards([[b[0].to(self.accelerator.device), *b[1:]] for b in batches], is_async=self.config.async_reward_computation)
-    try: rewards, infos = map(list, found)
-    except (TypeError, ValueError): raise InputError("compute_rewards", f"it returned {type(found).__name__}", "return two tuples: rewards and metadata, one entry a batch") from None
+    if not self.overrides("compute_rewards"):
+        return [self.checked(wait(), len(b[1])) for wait, b in zip(waits, batches)]
+    found = self.compute_rewards(
+        [[b[0].to(self.accelerator.device), *b[1:]] for b in batches],
+        is_async=self.config.async_reward_computation
+    )
+    try:
+        rewards, infos = map(list, found)
+    except (TypeError, ValueError):
+        raise InputError(
+            "compute_rewards", f"it returned {type(found).__name__}",
+            "return two tuples: rewards and metadata, one entry a batch"
+        ) from None
     if not len(rewards) == len(infos) == len(batches):
-        raise InputError("compute_rewards", f"it returned {len(rewards)} rewards and {len(infos)} metadata for {len(batches)} batches", "return one entry a batch")
+        raise InputError(
+            "compute_rewards",
+            f"it returned {len(rewards)} rewards and {len(infos)} metadata for {len(batches)} batches",
+            "return one entry a batch",
+        )
     watched = [answer(self.watched, *b)[0] if self.watched else None for b in batches]
     return [self.checked(o, len(b[1])) for o, b in zip(zip(rewards, infos, watched), batches)]
 
@@ -624,7 +908,8 @@ def judge(self:DDPOTrainer, batches, waits):
 # %% ../nbs/09_trainer.ipynb #003e9012
 @patch
 def advantages(self:DDPOTrainer, prompts, rewards):
-    "What this process's samples count, (n,), from the rewards (N,) and prompts (N,) of all: DDPO's advantages, or RWR's weights."
+    """What this process's samples count, (n,), from the rewards (N,) and prompts (N,) of all: DDPO's
+    advantages, or RWR's weights."""
     c, a = self.config, self.accelerator
     n = len(prompts) // a.num_processes
     of_all = (self.tracker.update(prompts, rewards) if c.per_prompt_stat_tracking
@@ -634,7 +919,8 @@ def advantages(self:DDPOTrainer, prompts, rewards):
 
 # %% ../nbs/09_trainer.ipynb #463170b9
 def split_updates(sample, n, updates, generator):
-    "Indices of the examples for each update: trajectories shuffled, examples of one trajectory together, equal shares."
+    """Indices of the examples for each update: trajectories shuffled, examples of one trajectory
+    together, equal shares."""
     place = torch.randperm(n, generator=generator)[sample.cpu()]
     return [i for i in place.argsort(stable=True).to(sample.device).tensor_split(updates) if len(i)]
 
@@ -649,20 +935,30 @@ def _undivided(self:DDPOTrainer):
 
 @patch
 def gradient(self:DDPOTrainer, trajectories, examples, advantages=None):
-    "Accumulate the gradient of the mean loss over `examples`; returns the sums of the figures to log, and the largest ratio."
+    """Accumulate the gradient of the mean loss over `examples`; returns the sums of the figures to log,
+    and the largest ratio."""
     m, sums, size, own = len(examples["sample"]), {}, self.micro_batch_size, self.overrides("calculate_loss")
     if own:  # as TRL calls it, unless another size is asked for
-        examples, size = by_sample(examples, self.config.train_batch_size), self.config.micro_batch_size or self.config.train_batch_size
-    cuts = np.linspace(0, m, -(-m // size) + 1).astype(int).tolist()  # equal parts: a small rest would take nearly as long as a whole one
+        examples, size = (
+            by_sample(examples, self.config.train_batch_size),
+            self.config.micro_batch_size or self.config.train_batch_size
+        )
+    # equal parts: a small rest would take nearly as long as a whole one
+    cuts = np.linspace(0, m, -(-m // size) + 1).astype(int).tolist()
     for i, j in zip(cuts, cuts[1:]):
         part = {k: v[i:j] for k, v in examples.items()}
-        with nullcontext() if j == m else self.accelerator.no_sync(self.policy.unet), self._undivided():  # processes exchange gradients once an update
+        # processes exchange gradients once an update
+        with nullcontext() if j == m else self.accelerator.no_sync(self.policy.unet), self._undivided():
             if own: loss, figures = self._own_loss(trajectories, part, advantages)
             else:
                 with self.autocast(): loss, figures = self.objective.loss(self.policy, trajectories, part)
             self.accelerator.backward(loss.sum() / m)
         for k, v in dict(loss=loss.detach(), **figures).items(): sums[k] = sums.get(k, 0) + v.double().sum()
-        if "ratio" in figures: sums["ratio_max"] = torch.maximum(figures["ratio"].max().double(), sums.get("ratio_max", torch.zeros((), device=loss.device, dtype=torch.double)))
+        if "ratio" in figures:
+            sums["ratio_max"] = torch.maximum(
+                figures["ratio"].max().double(),
+                sums.get("ratio_max", torch.zeros((), device=loss.device, dtype=torch.double)),
+            )
         if self.accelerator.num_processes == 1: self._breathe()
     return sums
 
@@ -675,12 +971,17 @@ class Work:
     row: dict                 # figures known so far
     done: int = 0             # updates taken
     count: int = 0            # examples they saw
-    totals: dict = field(default_factory=dict)  # sums of the figures to log, on the device: reading one makes the CPU wait
+    # sums of the figures to log, on the device: reading one makes the CPU wait
+    totals: dict = field(default_factory=dict)
     norms: list = field(default_factory=list)   # the gradient's, before each update
 
     def numbers(self):
         "`totals` and `norms`, read from the device in one go."
-        values = torch.stack([o.double() for o in (*self.totals.values(), *self.norms)]).tolist() if self.norms else []
+        values = (
+            torch.stack([o.double() for o in (*self.totals.values(), *self.norms)]).tolist()
+            if self.norms
+            else []
+        )
         return dict(zip(self.totals, values)), values[len(self.totals):]
 
 @patch
@@ -689,9 +990,14 @@ def descend(self:DDPOTrainer, work: Work, trajectories, examples, advantages):
     for k, v in self.gradient(trajectories, examples, advantages).items():
         seen = work.totals.get(k, torch.zeros_like(v))
         work.totals[k] = torch.maximum(v, seen) if k == "ratio_max" else v + seen
-    work.norms.append(self.accelerator.clip_grad_norm_(self.policy.trainable_parameters(), self.config.train_max_grad_norm))
-    self.optimizer.step(); self.optimizer.zero_grad(); self.schedule.step()  # which counts updates that fp16 skips, too: a fused optimizer tells nobody
-    work.done, work.count, self.global_step = work.done + 1, work.count + len(examples["sample"]), self.global_step + 1
+    work.norms.append(
+        self.accelerator.clip_grad_norm_(self.policy.trainable_parameters(), self.config.train_max_grad_norm)
+    )
+    # which counts updates that fp16 skips, too: a fused optimizer tells nobody
+    self.optimizer.step(); self.optimizer.zero_grad(); self.schedule.step()
+    work.done, work.count, self.global_step = (
+        work.done + 1, work.count + len(examples["sample"]), self.global_step + 1
+    )
     self._progress("training", work.done, self.updates_per_epoch)
     self._breathe()
 
@@ -708,12 +1014,18 @@ def _descend_by_dictionary(self:DDPOTrainer, work, generator):
     samples.pop("prompt_ids", None)
     for inner in range(c.train_num_inner_epochs):
         mixed = shuffled(samples, generator)
-        batches = [{k: v[i:i + c.train_batch_size] for k, v in mixed.items()} for i in range(0, len(work.advantages), c.train_batch_size)]
+        batches = [
+            {k: v[i : i + c.train_batch_size] for k, v in mixed.items()}
+            for i in range(0, len(work.advantages), c.train_batch_size)
+        ]
         before = self.global_step
         self.global_step = self._train_batched_samples(inner, self.epochs_done, before, batches)
         if not isinstance(self.global_step, int):
             got, self.global_step = self.global_step, before
-            raise InputError("_train_batched_samples", f"it returned {got!r}", "return the number of updates so far, global_step")
+            raise InputError(
+                "_train_batched_samples", f"it returned {got!r}",
+                "return the number of updates so far, global_step"
+            )
 
 @patch
 def update(self:DDPOTrainer, work: Work) -> dict:
@@ -737,9 +1049,17 @@ def figures(self:DDPOTrainer, work: Work) -> dict:
     "Means of the figures to log; InputError if the weights are lost."
     totals, norms = work.numbers()
     finite = [o for o in norms if math.isfinite(o)]
-    if len(finite) < len(norms) and not self.accelerator.scaler:  # fp16 skips such a step, and scales the loss down; nothing else does
-        raise InputError("train_learning_rate", f"a gradient of epoch {self.epochs_done + 1} is not finite, and the weights are lost", "lower it, and go on from the last checkpoint; if that does not help, look at the rewards")
-    return {k: v if k == "ratio_max" else v / max(work.count, 1) for k, v in totals.items()} | dict(grad_norm=float(np.mean(finite)) if finite else None, updates=work.done, skipped_updates=len(norms) - len(finite))
+    # fp16 skips such a step, and scales the loss down; nothing else does
+    if len(finite) < len(norms) and not self.accelerator.scaler:
+        raise InputError(
+            "train_learning_rate",
+            f"a gradient of epoch {self.epochs_done + 1} is not finite, and the weights are lost",
+            "lower it, and go on from the last checkpoint; if that does not help, look at the rewards",
+        )
+    return {k: v if k == "ratio_max" else v / max(work.count, 1) for k, v in totals.items()} | dict(
+        grad_norm=float(np.mean(finite)) if finite else None, updates=work.done,
+        skipped_updates=len(norms) - len(finite)
+    )
 
 # %% ../nbs/09_trainer.ipynb #591ac0ee
 @patch
@@ -750,7 +1070,8 @@ def collect(self:DDPOTrainer) -> Work:
     def on_batch(images, *about):
         kept = images.to("cpu") if self.config.offload_trajectories else images
         batches.append((kept, *about))
-        if not self.overrides("compute_rewards"): waits.append(ask(images if self.config.async_reward_computation else kept, *about))
+        if not self.overrides("compute_rewards"):
+            waits.append(ask(images if self.config.async_reward_computation else kept, *about))
     trajectories = self.sample(on_batch); t.append(time.perf_counter())
     scored = self.judge(batches, waits); t.append(time.perf_counter())
     return self.weigh(trajectories, batches, scored, trajectories.latents[:, -1], t)
@@ -759,44 +1080,84 @@ def collect(self:DDPOTrainer) -> Work:
 def _collect_dictionaries(self:DDPOTrainer) -> Work:
     "The same where sampling or training is overridden: through `_generate_samples` and `compute_rewards`."
     c, t = self.config, [time.perf_counter()]
-    with torch.no_grad(): found = self._generate_samples(iterations=c.sample_num_batches_per_epoch, batch_size=c.sample_batch_size)
-    try: samples, batches = found
-    except (TypeError, ValueError): raise InputError("_generate_samples", f"it returned {type(found).__name__}", "return a list of dictionaries, and one of [images, prompts, metadata]") from None
+    with torch.no_grad():
+        found = self._generate_samples(
+            iterations=c.sample_num_batches_per_epoch, batch_size=c.sample_batch_size
+        )
+    try:
+        samples, batches = found
+    except (TypeError, ValueError):
+        raise InputError(
+            "_generate_samples", f"it returned {type(found).__name__}",
+            "return a list of dictionaries, and one of [images, prompts, metadata]",
+        ) from None
     samples = {k: torch.cat([s[k] for s in samples]) for k in samples[0]}
     t.append(time.perf_counter())
     ask = self.ask()
-    scored = self.judge(batches, [] if self.overrides("compute_rewards") else [ask(*b) for b in batches]); t.append(time.perf_counter())
+    scored = self.judge(batches, [] if self.overrides("compute_rewards") else [ask(*b) for b in batches])
+    t.append(time.perf_counter())
     n = sum(len(rewards) for rewards, *_ in scored)
-    if len(samples["latents"]) != n: raise InputError("_generate_samples", f"it returned {len(samples['latents'])} samples and pictures for {n}", "return one sample a picture")
-    if n % c.train_batch_size: raise InputError("_generate_samples", f"it returned {n} samples, which train_batch_size {c.train_batch_size} does not divide", "return as many as the config says")
+    if len(samples["latents"]) != n:
+        raise InputError(
+            "_generate_samples",
+            f"it returned {len(samples['latents'])} samples and pictures for {n}",
+            "return one sample a picture",
+        )
+    if n % c.train_batch_size:
+        raise InputError(
+            "_generate_samples",
+            f"it returned {n} samples, which train_batch_size {c.train_batch_size} does not divide",
+            "return as many as the config says",
+        )
     return self.weigh(samples, batches, scored, samples["next_latents"][:, -1], t)
 
 @patch
 def weigh(self:DDPOTrainer, trajectories, batches, scored, x0, t) -> Work:
-    "Show an epoch's batches to the hook, and turn their rewards into advantages and figures; `t` are the times so far."
-    seen = [[*batch, torch.as_tensor(rewards, device=self.accelerator.device), info] for batch, (rewards, info, _) in zip(batches, scored)]
+    """Show an epoch's batches to the hook, and turn their rewards into advantages and figures; `t` are
+    the times so far."""
+    seen = [
+        [*batch, torch.as_tensor(rewards, device=self.accelerator.device), info]
+        for batch, (rewards, info, _) in zip(batches, scored)
+    ]
     (self.hook or self._log_some)(seen, self.global_step, self.accelerator)
-    rewards, prompts = np.array(gather_object([r for rewards, *_ in scored for r in rewards.tolist()])), gather_object([p for b in batches for p in b[1]])
+    rewards, prompts = np.array(
+        gather_object([r for rewards, *_ in scored for r in rewards.tolist()])
+    ), gather_object([p for b in batches for p in b[1]])
     self.queries += len(rewards)
-    row = dict(reward_mean=rewards.mean(), reward_std=rewards.std()) | {f"reward_q{q:02}": v for q, v in zip((0, 10, 50, 90, 100), np.quantile(rewards, (0, .1, .5, .9, 1)))}
+    row = dict(reward_mean=rewards.mean(), reward_std=rewards.std()) | {
+        f"reward_q{q:02}": v
+        for q, v in zip((0, 10, 50, 90, 100), np.quantile(rewards, (0, 0.1, 0.5, 0.9, 1)))
+    }
     by_prompt = {}
     for p, r in zip(prompts, rewards): by_prompt.setdefault(p, []).append(r)
     row["reward_by_prompt"] = {p: np.mean(r) for p, r in sorted(by_prompt.items())}
     row |= dict(reward_info=_means(_per_image(scored)), diversity=_diversity(x0))
-    if self.watched: row["watch_mean"] = np.mean(gather_object([v for *_, values in scored for v in values.tolist()]))
-    return Work(trajectories, self.advantages(prompts, rewards), row | dict(seconds_sampling=t[1] - t[0], seconds_reward=t[2] - t[1], seconds_training=0.))
+    if self.watched:
+        row["watch_mean"] = np.mean(gather_object([v for *_, values in scored for v in values.tolist()]))
+    return Work(
+        trajectories, self.advantages(prompts, rewards),
+        row | dict(seconds_sampling=t[1] - t[0], seconds_reward=t[2] - t[1], seconds_training=0.0),
+    )
 
 @patch
 def _log_some(self:DDPOTrainer, batches, step, accelerator, most=8):
     "The hook of those who give none: a few pictures for the trackers, with prompt and reward."
     if isinstance(accelerator.trackers[0], _NoTracker): return
     images, prompts, _, rewards, _ = batches[0]
-    accelerator.log_images({f"{p:.40} | {float(r):.3f}": o[None].float().cpu() for o, p, r in zip(images[:most], prompts, rewards)}, step=step)
+    accelerator.log_images(
+        {
+            f"{p:.40} | {float(r):.3f}": o[None].float().cpu()
+            for o, p, r in zip(images[:most], prompts, rewards)
+        },
+        step=step,
+    )
 
 def _memory(device):
     "Peak memory in GB: of the GPU that is used, or else of this process."
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    )
 
 # %% ../nbs/09_trainer.ipynb #6d4bc63e
 def _per_image(scored):
@@ -812,8 +1173,12 @@ def _per_image(scored):
 def _means(found):
     "Means over all processes."
     parts = gather_object([found])
-    with np.errstate(invalid="ignore", over="ignore"):  # a reward may say infinity of a picture, and less than that of another
-        return {k: float(np.mean([v for p in parts for v in p.get(k, [])])) for k in sorted({k for p in parts for k in p})}
+    # a reward may say infinity of a picture, and less than that of another
+    with np.errstate(invalid="ignore", over="ignore"):
+        return {
+            k: float(np.mean([v for p in parts for v in p.get(k, [])]))
+            for k in sorted({k for p in parts for k in p})
+        }
 
 def _diversity(latents):
     "Root mean square distance of latents (n, ...) from their mean, over all processes and dimensions."
@@ -835,7 +1200,12 @@ def _remember(self:DDPOTrainer, watched):
     self.best = dict(epoch=self.epochs_done, value=value, weights=weights)
 
 @patch
-def _past_its_best(self:DDPOTrainer): return bool(self.config.stop_patience and self.best and self.epochs_done - self.best["epoch"] > self.config.stop_patience)
+def _past_its_best(self: DDPOTrainer):
+    return bool(
+        self.config.stop_patience
+        and self.best
+        and self.epochs_done - self.best["epoch"] > self.config.stop_patience
+    )
 
 @patch
 def _take_best(self:DDPOTrainer):
@@ -846,7 +1216,8 @@ def _take_best(self:DDPOTrainer):
 # %% ../nbs/09_trainer.ipynb #ed804adb
 @patch
 def epoch(self:DDPOTrainer) -> dict:
-    "Sample, score, weigh, update; returns the epoch's row of metrics. Goes on where a checkpoint was made in the middle."
+    """Sample, score, weigh, update; returns the epoch's row of metrics. Goes on where a checkpoint was
+    made in the middle."""
     if self.work is None:
         if self.before is None: self.before = self._outside()
         else: self._put_back(self.before)  # the sampling was broken off
@@ -858,8 +1229,19 @@ def epoch(self:DDPOTrainer) -> dict:
     finally: work.row["seconds_training"] += time.perf_counter() - start
     seconds = sum(work.row[f"seconds_{k}"] for k in ("sampling", "reward", "training"))
     self.epochs_done, self.work, self.before = self.epochs_done + 1, None, None
-    row = dict(algorithm=self.config.algorithm, seed=self.config.seed, epoch=self.epochs_done, queries=self.queries, global_step=self.global_step) | work.row | figures
-    row |= dict(learning_rate=self.schedule.get_last_lr()[0], seconds=seconds, images_per_second=len(work.advantages) * self.accelerator.num_processes / seconds, peak_memory_gb=_memory(self.accelerator.device))
+    row = (
+        dict(
+            algorithm=self.config.algorithm, seed=self.config.seed, epoch=self.epochs_done,
+            queries=self.queries, global_step=self.global_step
+        )
+        | work.row
+        | figures
+    )
+    row |= dict(
+        learning_rate=self.schedule.get_last_lr()[0], seconds=seconds,
+        images_per_second=len(work.advantages) * self.accelerator.num_processes / seconds,
+        peak_memory_gb=_memory(self.accelerator.device),
+    )
     self.rows.append(row)
     return row
 
@@ -867,7 +1249,10 @@ def epoch(self:DDPOTrainer) -> dict:
 @patch
 def _outside(self:DDPOTrainer):
     "The state of what is not ours: the global random generators, and the prompt function if it has one."
-    return dict(rng=rng_state(), prompts=self.prompt_function.state_dict() if hasattr(self.prompt_function, "state_dict") else None)
+    return dict(
+        rng=rng_state(),
+        prompts=self.prompt_function.state_dict() if hasattr(self.prompt_function, "state_dict") else None,
+    )
 
 @patch
 def _put_back(self:DDPOTrainer, outside):
@@ -879,15 +1264,27 @@ def _write_state(self:DDPOTrainer, folder):
     "This process's part of a checkpoint."
     rank, work, a = self.accelerator.process_index, self.work, self.accelerator
     own = dict(outside=self.before or self._outside(), work=None)
-    if work and isinstance(work.trajectories, Trajectories): own["work"] = dict(latents=work.trajectories.latents, log_probs=work.trajectories.log_probs, prompts=work.trajectories.prompts, advantages=work.advantages,
-                                row=_plain(work.row), done=work.done, count=work.count, **dict(zip(("totals", "norms"), work.numbers())))
+    if work and isinstance(work.trajectories, Trajectories):
+        own["work"] = dict(
+            latents=work.trajectories.latents, log_probs=work.trajectories.log_probs,
+            prompts=work.trajectories.prompts, advantages=work.advantages, row=_plain(work.row),
+            done=work.done, count=work.count, **dict(zip(("totals", "norms"), work.numbers()))
+        )
     save_state(folder/f"process-{rank}", own)
     if not a.is_main_process: return
     self._save_model_hook([a.unwrap_model(self.policy.unet)], [None], str(folder))
-    if self._trains_more: save_state(folder/"trained", [p.detach() for p in self.policy.trainable_parameters()])
-    save_state(folder/"trainer", dict(epochs_done=self.epochs_done, queries=self.queries, global_step=self.global_step, tracker=self.tracker.state_dict(),
-                                      recent=self.recent, best=self.best, optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(), scaler=a.scaler.state_dict() if a.scaler else None,
-                                      processes=a.num_processes, config=_plain(_identity(self.config)), task=self.task))
+    if self._trains_more:
+        save_state(folder / "trained", [p.detach() for p in self.policy.trainable_parameters()])
+    save_state(
+        folder / "trainer",
+        dict(
+            epochs_done=self.epochs_done, queries=self.queries, global_step=self.global_step,
+            tracker=self.tracker.state_dict(), recent=self.recent, best=self.best,
+            optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(),
+            scaler=a.scaler.state_dict() if a.scaler else None, processes=a.num_processes,
+            config=_plain(_identity(self.config)), task=self.task
+        ),
+    )
 
 def _plain(value):
     "As JSON has it: numbers of NumPy and PyTorch as Python's, tuples as lists, NaN and infinity as null."
@@ -896,14 +1293,19 @@ def _plain(value):
     if hasattr(value, "item"): value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
-RESULT_FREE = ("exp_name", "run_name", "log_with", "tracker_kwargs", "accelerator_kwargs", "project_kwargs", "tracker_project_name", "logdir", "num_epochs", "save_freq",
-         "num_checkpoint_limit", "allow_tf32", "resume_from", "async_reward_computation", "max_workers", "reward_pool", "push_to_hub", "hub_model_id", "micro_batch_size",
-         "gradient_checkpointing", "vae_slicing", "offload_trajectories", "compile")
+RESULT_FREE = (
+    "exp_name", "run_name", "log_with", "tracker_kwargs", "accelerator_kwargs", "project_kwargs",
+    "tracker_project_name", "logdir", "num_epochs", "save_freq", "num_checkpoint_limit", "allow_tf32",
+    "resume_from", "async_reward_computation", "max_workers", "reward_pool", "push_to_hub", "hub_model_id",
+    "micro_batch_size", "gradient_checkpointing", "vae_slicing", "offload_trajectories", "compile"
+)
 
 def _identity(c):
     "The settings that decide a run's result: its length too, if the learning rate follows it."
     steady = c.lr_scheduler.startswith("constant")
-    return {k: v for k, v in asdict(c).items() if k in _KINDS and k not in RESULT_FREE} | ({} if steady else dict(num_epochs=c.num_epochs))
+    return {k: v for k, v in asdict(c).items() if k in _KINDS and k not in RESULT_FREE} | (
+        {} if steady else dict(num_epochs=c.num_epochs)
+    )
 
 @patch
 def _together(self:DDPOTrainer, what, do, main_only=False) -> str|None:
@@ -917,13 +1319,20 @@ def _together(self:DDPOTrainer, what, do, main_only=False) -> str|None:
 
 @patch
 def _write_checkpoint(self:DDPOTrainer, place):
-    "From all processes into a folder of another name, which gets its own when it is whole. CheckpointError on all of them if one cannot write."
+    """From all processes into a folder of another name, which gets its own when it is whole.
+    CheckpointError on all of them if one cannot write."""
     what, tmp = str(place), [None]
-    def begin(): place.parent.mkdir(parents=True, exist_ok=True); tmp[0] = tempfile.mkdtemp(dir=place.parent, prefix=".writing-")
+    def begin():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        tmp[0] = tempfile.mkdtemp(dir=place.parent, prefix=".writing-")
     problem = self._together(what, begin, main_only=True)
     broadcast_object_list(tmp)
     problem = problem or self._together(what, lambda: self._write_state(Path(tmp[0])))
-    problem = problem or self._together(what, lambda: publish(Path(tmp[0]), place.parent, place.name, self.config.num_checkpoint_limit), main_only=True)
+    problem = problem or self._together(
+        what,
+        lambda: publish(Path(tmp[0]), place.parent, place.name, self.config.num_checkpoint_limit),
+        main_only=True,
+    )
     if problem is None: return
     if tmp[0] and self.accelerator.is_main_process: shutil.rmtree(tmp[0], ignore_errors=True)
     raise CheckpointError(problem)
@@ -946,9 +1355,14 @@ def _keep_rows(self:DDPOTrainer):
 
 @patch
 def save_checkpoint(self:DDPOTrainer) -> Path|None:
-    "Write a checkpoint from all processes; returns its folder, or None if the run keeps nothing. CheckpointError on all of them if one cannot write."
+    """Write a checkpoint from all processes; returns its folder, or None if the run keeps nothing.
+    CheckpointError on all of them if one cannot write."""
     if self.home is None: return None
-    place = self.home/"checkpoints"/(f"checkpoint_{self.epochs_done}" + (f"-{self.work.done}" if self.work else ""))
+    place = (
+        self.home
+        / "checkpoints"
+        / (f"checkpoint_{self.epochs_done}" + (f"-{self.work.done}" if self.work else ""))
+    )
     with self._alone():
         self._keep_rows()  # which the checkpoint counts on
         self._write_checkpoint(place)
@@ -957,7 +1371,8 @@ def save_checkpoint(self:DDPOTrainer) -> Path|None:
 
 # %% ../nbs/09_trainer.ipynb #f3fa54d5
 def _called(function):
-    "What a callable is known by: its name, the module it stands in, a digest of what it is made of. None where nobody can tell."
+    """What a callable is known by: its name, the module it stands in, a digest of what it is made of.
+    None where nobody can tell."""
     if isinstance(function, partial): function = function.func
     items = getattr(function, "items", None)
     if isinstance(items, list) and items:  # a `PromptSource`
@@ -966,19 +1381,26 @@ def _called(function):
     if hasattr(function, "identity"): return dict(module=None) | function.identity
     known = function if hasattr(function, "__qualname__") else type(function)
     if "<lambda>" in known.__qualname__: return None
-    return dict(name=known.__qualname__, digest=None, module=None if known.__module__ == "__main__" else known.__module__)
+    return dict(
+        name=known.__qualname__, digest=None,
+        module=None if known.__module__ == "__main__" else known.__module__
+    )
 
 def _some_weights(policy, most=64):
     "A number from each of a model's frozen tensors, or of as many as are enough to tell it from another."
     pipe, found = policy.pipeline, []
     for part in (pipe.vae, pipe.text_encoder, *([pipe.unet] if policy.use_lora else [])):
         tensors = [p for name, p in part.named_parameters() if not p.requires_grad and "lora" not in name]
-        found += [float(p.detach().flatten()[p.numel() // 2]) for p in tensors[::-(-len(tensors) // most) or 1]]
+        found += [
+            float(p.detach().flatten()[p.numel() // 2]) for p in tensors[:: -(-len(tensors) // most) or 1]
+        ]
     return found
 
 def _task(policy, reward, prompts):
     "What a run trains on, as its checkpoints remember it."
-    known = all(hasattr(getattr(policy, "pipeline", None), o) for o in ("vae", "text_encoder", "unet", "config"))
+    known = all(
+        hasattr(getattr(policy, "pipeline", None), o) for o in ("vae", "text_encoder", "unet", "config")
+    )
     model = dict(name=_base_name(policy.pipeline), weights=_some_weights(policy)) if known else None
     return dict(model=model, reward=_called(reward), prompts=_called(prompts))
 
@@ -986,41 +1408,62 @@ def _other(was, now):
     "Are these two certainly not the same?"
     if not was or not now: return False
     a, b = was.get("weights"), now.get("weights")
-    if a is not None and b is not None: return len(a) != len(b) or not np.allclose(a, b, rtol=0.02, atol=1e-4)  # half precision rounds
-    return any(was.get(k) is not None and now.get(k) is not None and was[k] != now[k] for k in ("name", "module", "digest"))
+    # half precision rounds
+    if a is not None and b is not None: return len(a) != len(b) or not np.allclose(a, b, rtol=0.02, atol=1e-4)
+    return any(
+        was.get(k) is not None and now.get(k) is not None and was[k] != now[k]
+        for k in ("name", "module", "digest")
+    )
 
 @patch
 def _check_task(self:DDPOTrainer, was, folder):
     "InputError if a checkpoint was trained on something else."
     def named(o):
         place = f"{o['module']}." if o.get("module") and o.get("name") else ""
-        return f"{place}{o.get('name') or 'one without a name'}" + (f" ({o['digest']})" if o.get("digest") else "")
+        return f"{place}{o.get('name') or 'one without a name'}" + (
+            f" ({o['digest']})" if o.get("digest") else ""
+        )
     for k, now in self.task.items():
         if not _other(was.get(k), now): continue
-        raise InputError("resume_from", f"{str(folder)!r} was made with the {k} {named(was[k])}, and this run has {named(now)}",
-                         "resume with the run's own, or begin another run in another folder")
+        raise InputError(
+            "resume_from",
+            f"{str(folder)!r} was made with the {k} {named(was[k])}, and this run has {named(now)}",
+            "resume with the run's own, or begin another run in another folder",
+        )
 
 # %% ../nbs/09_trainer.ipynb #c2c34831
-STATE_FILES = tuple(f"{o}.{end}" for o in ("trainer", "process-0") for end in ("json", "safetensors"))  # of any checkpoint
+# of any checkpoint
+STATE_FILES = tuple(f"{o}.{end}" for o in ("trainer", "process-0") for end in ("json", "safetensors"))
 
 def find_checkpoint(place: str|Path) -> Path:
     "The checkpoint at `place`, or the newest whole one in it; InputError if there is none."
     place = Path(place).expanduser()
     if place.name.startswith("checkpoint_"):
-        try: check_whole(place, STATE_FILES)
+        try:
+            check_whole(place, STATE_FILES)
         except CheckpointError as e:
-            raise InputError("resume_from", str(e), "name a whole checkpoint, or the folder that holds them") from None
+            raise InputError(
+                "resume_from", str(e), "name a whole checkpoint, or the folder that holds them"
+            ) from None
         return place
     found = newest_whole(place/"checkpoints" if (place/"checkpoints").is_dir() else place, STATE_FILES)
     if found is None:
-        raise InputError("resume_from", f"there is no whole checkpoint in {str(place)!r}", "name a checkpoint, or the folder of a run that has some")
+        raise InputError(
+            "resume_from", f"there is no whole checkpoint in {str(place)!r}",
+            "name a checkpoint, or the folder of a run that has some"
+        )
     return found
 
 def weighed_by_temperature(config: dict) -> bool:
     "Whether these settings of an RWR run are of before `rwr_beta` was the paper's inverse temperature."
     return str(config.get("algorithm")).startswith("rwr") and "rwr_normalizer" not in config
 
-def _is_row(o): return isinstance(o, dict) and all(type(o.get(k)) is int for k in ("epoch", "queries")) and "reward_mean" in o
+def _is_row(o):
+    return (
+        isinstance(o, dict)
+        and all(type(o.get(k)) is int for k in ("epoch", "queries"))
+        and "reward_mean" in o
+    )
 
 def _rows_until(checkpoint, epochs):
     "The metrics of the epochs before a checkpoint: they stand in its run's metrics.jsonl, one line an epoch."
@@ -1028,32 +1471,47 @@ def _rows_until(checkpoint, epochs):
     file = (home.parent if home.name == "checkpoints" else home)/"metrics.jsonl"
     rows = {r["epoch"]: r for r in read_lines(file, _is_row) if 1 <= r["epoch"] <= epochs}
     if len(rows) < epochs:
-        warnings.warn(f"{file} lacks the rows of {epochs - len(rows)} of the {epochs} epochs before {checkpoint.name}; the run goes on without them")
+        warnings.warn(
+            f"{file} lacks the rows of {epochs - len(rows)} of the {epochs} epochs before {checkpoint.name};"
+            " the run goes on without them"
+        )
     return [rows[k] for k in sorted(rows)]
 
 def _lay_out(optimizer):
-    "Give the optimizer's tensors their weights' order in memory, which a file does not keep and fused kernels rely on."
+    """Give the optimizer's tensors their weights' order in memory, which a file does not keep and fused
+    kernels rely on."""
     for p, state in optimizer.state.items():
         for k, v in state.items():
-            if isinstance(v, torch.Tensor) and v.shape == p.shape: state[k] = torch.empty_like(p, dtype=v.dtype).copy_(v)
+            if isinstance(v, torch.Tensor) and v.shape == p.shape:
+                state[k] = torch.empty_like(p, dtype=v.dtype).copy_(v)
 
-_state_kinds = dict(epochs_done=int, queries=int, global_step=int, tracker=dict, recent=list, optimizer=dict, schedule=dict,
-                    processes=int, config=dict, task=dict, best=(dict, type(None)), scaler=(dict, type(None)))
+_state_kinds = dict(
+    epochs_done=int, queries=int, global_step=int, tracker=dict, recent=list, optimizer=dict, schedule=dict,
+    processes=int, config=dict, task=dict, best=(dict, type(None)), scaler=(dict, type(None))
+)
 
 def _check_kinds(state, kinds, folder):
     "InputError unless a checkpoint's state has the parts that it takes."
     for k, kind in kinds.items():
         if not isinstance(state, dict) or k not in state or not isinstance(state[k], kind):
-            raise InputError("resume_from", f"{str(folder)!r} is no state of a run ({k!r} is missing, or of another kind)",
-                             "take another checkpoint; one of an older version of ddpo_nb needs that version")
+            raise InputError(
+                "resume_from",
+                f"{str(folder)!r} is no state of a run ({k!r} is missing, or of another kind)",
+                "take another checkpoint; one of an older version of ddpo_nb needs that version",
+            )
 
 def _check_optimizer(kept, optimizer, folder):
-    "InputError unless the kept state is one of this optimizer: a fused kernel would write past the end of tensors of another size."
+    """InputError unless the kept state is one of this optimizer: a fused kernel would write past the end
+    of tensors of another size."""
     def refuse(what):
-        raise InputError("resume_from", f"{str(folder)!r} holds the state of another optimizer ({what})", "resume with the settings of the run")
+        raise InputError(
+            "resume_from", f"{str(folder)!r} holds the state of another optimizer ({what})",
+            "resume with the settings of the run"
+        )
     own, groups, state = optimizer.param_groups, kept.get("param_groups"), kept.get("state")
     if not isinstance(groups, list) or not isinstance(state, dict): refuse("it has no groups, or no state")
-    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in own]: refuse("of another number of weights")
+    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in own]:
+        refuse("of another number of weights")
     for g, mine in zip(groups, own):
         for k in mine.keys() & g.keys() - {"params", "lr"}:
             if g[k] != mine[k]: refuse(f"{k} is {g[k]!r} there and {mine[k]!r} here")
@@ -1061,8 +1519,10 @@ def _check_optimizer(kept, optimizer, folder):
     if not {*state} <= {*range(len(weights))}: refuse("it is of weights that are not there")
     for i, values in state.items():
         for k, v in values.items():
-            if isinstance(v, torch.Tensor) and not _fits(k, v, weights[i]): refuse(f"{k} of weight {i} is {tuple(v.shape)}, {v.dtype}")
-            if not isinstance(v, (torch.Tensor, int, float)): refuse(f"{k} of weight {i} is a {type(v).__name__}")
+            if isinstance(v, torch.Tensor) and not _fits(k, v, weights[i]):
+                refuse(f"{k} of weight {i} is {tuple(v.shape)}, {v.dtype}")
+            if not isinstance(v, (torch.Tensor, int, float)):
+                refuse(f"{k} of weight {i} is a {type(v).__name__}")
         if state and not _adam & values.keys() > {"step"}: refuse(f"weight {i} has none")
 
 _adam = {"step", "exp_avg", "exp_avg_sq", "state1", "state2"}
@@ -1070,7 +1530,8 @@ _adam = {"step", "exp_avg", "exp_avg_sq", "state1", "state2"}
 def _fits(name, tensor, weight):
     "Can this be Adam's figure of a weight? Names are torch's and bitsandbytes'."
     if name in ("exp_avg", "exp_avg_sq"): return tensor.shape == weight.shape and tensor.dtype == weight.dtype
-    if name in ("state1", "state2"): return tensor.shape == weight.shape and tensor.dtype in (torch.uint8, torch.float32)
+    if name in ("state1", "state2"):
+        return tensor.shape == weight.shape and tensor.dtype in (torch.uint8, torch.float32)
     if name in ("qmap1", "qmap2"): return tensor.shape == (256,)
     return tensor.numel() == 1 if name == "step" else tensor.dim() == 1
 
@@ -1081,23 +1542,42 @@ def load_checkpoint(self:DDPOTrainer, place: str|Path):
     state, own = load_state(folder/"trainer"), None
     _check_kinds(state, _state_kinds, folder)
     if self.config.algorithm.startswith("rwr") and weighed_by_temperature(state["config"]):
-        raise InputError("resume_from", f"{str(folder)!r} was made when rwr_beta was a temperature, and today it is an inverse one",
-                         "train anew: the run cannot go on with weights of another meaning")
-    mine, usual = (_plain(_identity(c)) for c in (self.config, type(self.config)()))  # a setting that is younger than the checkpoint had its default
+        raise InputError(
+            "resume_from",
+            f"{str(folder)!r} was made when rwr_beta was a temperature, and today it is an inverse one",
+            "train anew: the run cannot go on with weights of another meaning",
+        )
+    # a setting that is younger than the checkpoint had its default
+    mine, usual = (_plain(_identity(c)) for c in (self.config, type(self.config)()))
     mine["processes"] = a.num_processes
     for k, v in (usual | state["config"] | dict(processes=state["processes"])).items():
-        if mine.get(k) != v: raise InputError("resume_from", f"{k} was {v!r} when {str(folder)!r} was made, and is {mine.get(k)!r} now", "resume with the settings of the run")
+        if mine.get(k) != v:
+            raise InputError(
+                "resume_from",
+                f"{k} was {v!r} when {str(folder)!r} was made, and is {mine.get(k)!r} now",
+                "resume with the settings of the run",
+            )
     self._check_task(state["task"], folder)
     _check_optimizer(state["optimizer"], self.optimizer, folder)
     own = load_state(folder/f"process-{a.process_index}")
     _check_kinds(own, dict(outside=dict, work=(dict, type(None))), folder)
     if own["outside"].get("prompts") is not None and not hasattr(self.prompt_function, "load_state_dict"):
-        raise InputError("resume_from", f"{str(folder)!r} holds the state of a prompt function, and this run's takes none (load_state_dict)",
-                         "resume with the run's own prompts")
-    try: self._take_up(folder, state, own)
-    except (CheckpointError, InputError, ModelError): raise
+        raise InputError(
+            "resume_from",
+            f"{str(folder)!r} holds the state of a prompt function, and this run's takes none"
+            " (load_state_dict)",
+            "resume with the run's own prompts",
+        )
+    try:
+        self._take_up(folder, state, own)
+    except (CheckpointError, InputError, ModelError):
+        raise
     except Exception as e:  # what is not as it was written may raise anything
-        raise InputError("resume_from", f"{str(folder)!r} cannot be taken up ({type(e).__name__}: {e})".splitlines()[0], "take another checkpoint") from e
+        raise InputError(
+            "resume_from",
+            f"{str(folder)!r} cannot be taken up ({type(e).__name__}: {e})".splitlines()[0],
+            "take another checkpoint",
+        ) from e
 
 @patch
 def _take_up(self:DDPOTrainer, folder, state, own):
@@ -1109,10 +1589,14 @@ def _take_up(self:DDPOTrainer, folder, state, own):
     if self.home != self.wished and folder.resolve().is_relative_to(self.wished.resolve()):
         self.home = self.wished
         self._lock_home()
-    self.optimizer.load_state_dict(state["optimizer"]); _lay_out(self.optimizer); self.schedule.load_state_dict(state["schedule"])
+    self.optimizer.load_state_dict(state["optimizer"])
+    _lay_out(self.optimizer)
+    self.schedule.load_state_dict(state["schedule"])
     if scaler and state["scaler"]: scaler.load_state_dict(state["scaler"])
     self.tracker.load_state_dict(state["tracker"])
-    self.epochs_done, self.queries, self.global_step = (state[k] for k in ("epochs_done", "queries", "global_step"))
+    self.epochs_done, self.queries, self.global_step = (
+        state[k] for k in ("epochs_done", "queries", "global_step")
+    )
     self.recent, self.best = state["recent"], state["best"]
     self.rows = _rows_until(folder, self.epochs_done)
     if own["work"]: self.work = self._work(**own["work"])
@@ -1120,11 +1604,18 @@ def _take_up(self:DDPOTrainer, folder, state, own):
 
 @patch
 def _work(self:DDPOTrainer, latents, log_probs, prompts, advantages, totals, norms, **rest):
-    "An epoch that a checkpoint was made in the middle of. Its images have been scored and shown, and are not needed any more."
+    """An epoch that a checkpoint was made in the middle of. Its images have been scored and shown, and
+    are not needed any more."""
     p, keep = self.policy, "cpu" if self.config.offload_trajectories else self.accelerator.device
-    t = Trajectories(latents.to(keep), p.timesteps, log_probs.to(p.device), p.stochastic, p.encode(prompts), prompts, [{} for _ in prompts])
+    t = Trajectories(
+        latents.to(keep), p.timesteps, log_probs.to(p.device), p.stochastic, p.encode(prompts), prompts,
+        [{} for _ in prompts]
+    )
     number = partial(torch.tensor, dtype=torch.double, device=p.device)
-    return Work(t, advantages.to(p.device), totals={k: number(v) for k, v in totals.items()}, norms=[number(v) for v in norms], **rest)
+    return Work(
+        t, advantages.to(p.device), totals={k: number(v) for k, v in totals.items()},
+        norms=[number(v) for v in norms], **rest
+    )
 
 @patch(as_prop=True)
 def _trains_more(self:DDPOTrainer):
@@ -1134,7 +1625,10 @@ def _trains_more(self:DDPOTrainer):
 @patch
 def _take(self:DDPOTrainer, weights):
     own = self.policy.trainable_parameters()
-    if [p.shape for p in own] != [w.shape for w in weights]: raise InputError("resume_from", "other weights were trained there", "resume with the pipeline of the run")
+    if [p.shape for p in own] != [w.shape for w in weights]:
+        raise InputError(
+            "resume_from", "other weights were trained there", "resume with the pipeline of the run"
+        )
     with torch.no_grad():
         for p, w in zip(own, weights): p.copy_(w)
 
@@ -1143,8 +1637,12 @@ def _take(self:DDPOTrainer, weights):
 @patch
 def _log(self:DDPOTrainer, row):
     "To the trackers, and to metrics.jsonl."
-    self.accelerator.log({k: v for k, v in row.items() if isinstance(v, (int, float))} | {f"reward/{p}": v for p, v in row.get("reward_by_prompt", {}).items()}
-                         | {f"reward_info/{k}": v for k, v in row.get("reward_info", {}).items()}, step=self.global_step)
+    self.accelerator.log(
+        {k: v for k, v in row.items() if isinstance(v, (int, float))}
+        | {f"reward/{p}": v for p, v in row.get("reward_by_prompt", {}).items()}
+        | {f"reward_info/{k}": v for k, v in row.get("reward_info", {}).items()},
+        step=self.global_step,
+    )
     self._keep_rows()
 
 @patch
@@ -1174,11 +1672,16 @@ def _begin(self:DDPOTrainer):
     "Before an epoch: nothing is overridden in vain, and the folder is this run's own."
     self._check_overrides()
     if self.home is None: return
-    if not self.rows and not self.resumed and _used(self.home):  # another run of this process has taken it meanwhile
+    # another run of this process has taken it meanwhile
+    if not self.rows and not self.resumed and _used(self.home):
         self.home = self._free_home()
         self._lock_home()
     if self.home != self.wished and not self._told:
-        self.accelerator.print(f"logdir: {str(self.wished)!r} holds another run, and this one goes to {str(self.home)!r}; resume_from={str(self.wished)!r} goes on with the other", file=sys.stderr)
+        self.accelerator.print(
+            f"logdir: {str(self.wished)!r} holds another run, and this one goes to {str(self.home)!r};"
+            f" resume_from={str(self.wished)!r} goes on with the other",
+            file=sys.stderr,
+        )
     self._told = True
 
 @patch
@@ -1191,7 +1694,8 @@ def step(self:DDPOTrainer,
     self.global_step = global_step
     with self._alone():
         row = self.epoch()
-        if row["epoch"] != epoch + 1: row["loop_epoch"] = epoch  # a loop of one's own may count in another way
+        # a loop of one's own may count in another way
+        if row["epoch"] != epoch + 1: row["loop_epoch"] = epoch
         self._finish(row)
     return self.global_step
 
@@ -1201,7 +1705,12 @@ def _finish(self:DDPOTrainer, row):
     self._found = None
     self._log(row)
     if self._on_row: self._on_row(row)
-    if self.epochs_done % self.config.save_freq == 0 or self.epochs_done == self._until or self._past_its_best(): self.save_checkpoint()
+    if (
+        self.epochs_done % self.config.save_freq == 0
+        or self.epochs_done == self._until
+        or self._past_its_best()
+    ):
+        self.save_checkpoint()
 
 @patch
 def _own_row(self:DDPOTrainer, start):
@@ -1211,10 +1720,23 @@ def _own_row(self:DDPOTrainer, start):
     self.epochs_done += 1
     rewards = np.array(gather_object([v for r, *_ in found or [] for v in r.tolist()]))
     self.queries += len(rewards) or c.samples_per_epoch * self.accelerator.num_processes
-    row = dict(algorithm=c.algorithm, seed=c.seed, epoch=self.epochs_done, queries=self.queries, global_step=self.global_step)
-    row |= dict(reward_mean=rewards.mean(), reward_std=rewards.std()) if len(rewards) else dict(reward_mean=None, reward_std=None)
+    row = dict(
+        algorithm=c.algorithm, seed=c.seed, epoch=self.epochs_done, queries=self.queries,
+        global_step=self.global_step
+    )
+    row |= (
+        dict(reward_mean=rewards.mean(), reward_std=rewards.std())
+        if len(rewards)
+        else dict(reward_mean=None, reward_std=None)
+    )
     row |= self.figures(work) if work else {}
-    self.rows.append(row | dict(learning_rate=self.schedule.get_last_lr()[0], seconds=time.perf_counter() - start, peak_memory_gb=_memory(self.accelerator.device)))
+    self.rows.append(
+        row
+        | dict(
+            learning_rate=self.schedule.get_last_lr()[0], seconds=time.perf_counter() - start,
+            peak_memory_gb=_memory(self.accelerator.device)
+        )
+    )
     return self.rows[-1]
 
 @patch
@@ -1232,11 +1754,21 @@ def train(self:DDPOTrainer,
     on_row = None,            # sees each row of metrics as it comes
     progress: bool = True,    # a progress bar, unless `on_progress` draws one
 ) -> list:                    # rows of metrics, one an epoch
-    "Run all epochs that are left. SIGINT and SIGTERM end it in good order: a checkpoint, then KeyboardInterrupt or SystemExit(143)."
+    """Run all epochs that are left. SIGINT and SIGTERM end it in good order: a checkpoint, then
+    KeyboardInterrupt or SystemExit(143)."""
     self._begin()
     total, c = epochs or self.config.num_epochs, self.config
-    with self._alone(), tqdm(total=total * c.samples_per_epoch * self.accelerator.num_processes, initial=self.queries, unit="query", dynamic_ncols=True,
-              disable=not progress or self.on_progress is not None or not self.accelerator.is_local_main_process) as bar, stop_signals(self.stop):
+    with (
+        self._alone(),
+        tqdm(
+            total=total * c.samples_per_epoch * self.accelerator.num_processes, initial=self.queries,
+            unit="query", dynamic_ncols=True,
+            disable=not progress
+            or self.on_progress is not None
+            or not self.accelerator.is_local_main_process,
+        ) as bar,
+        stop_signals(self.stop),
+    ):
         def seen(row):
             bar.update(self.queries - bar.n)
             if row["reward_mean"] is not None: bar.set_postfix(reward=f"{row['reward_mean']:.3f}")
@@ -1260,7 +1792,10 @@ def _end(self:DDPOTrainer):
     self.optimizer.zero_grad()  # of the update that was under way
     signum, self.stopping = self.stopping, None
     kept = self.save_checkpoint()
-    if kept: self.accelerator.print(f"stopped after {self.queries:,} queries; go on with resume_from={str(kept)!r}", file=sys.stderr)
+    if kept:
+        self.accelerator.print(
+            f"stopped after {self.queries:,} queries; go on with resume_from={str(kept)!r}", file=sys.stderr
+        )
     if signum == 2: raise KeyboardInterrupt
     if signum: raise SystemExit(128 + signum)
 
@@ -1288,7 +1823,10 @@ def _card(self:DDPOTrainer, repo_id, pictures=()):
     from ddpo_nb.hub import model_card
     name = getattr(self.reward_function, "__name__", type(self.reward_function).__name__)
     settings = _plain({k: v for k, v in asdict(self.config).items() if k in _KINDS})
-    return model_card(_base_name(self.policy.pipeline), self.config.algorithm, name, settings, self.rows, repo_id, self.policy.use_lora, pictures)
+    return model_card(
+        _base_name(self.policy.pipeline), self.config.algorithm, name, settings, self.rows, repo_id,
+        self.policy.use_lora, pictures
+    )
 
 @patch
 def create_model_card(self:DDPOTrainer,
@@ -1299,9 +1837,14 @@ def create_model_card(self:DDPOTrainer,
     "Write README.md into the folder that is being saved, or the run's. InputError if there is neither."
     from huggingface_hub import ModelCard
     folder = self._saving or self.home
-    if folder is None: raise InputError("create_model_card", "there is no folder to write it to", "call save_pretrained, or set logdir")
+    if folder is None:
+        raise InputError(
+            "create_model_card", "there is no folder to write it to", "call save_pretrained, or set logdir"
+        )
     card = ModelCard(self._card(model_name or Path(folder).absolute().name))
-    card.data.tags = list(dict.fromkeys([*card.data.tags, *self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]))
+    card.data.tags = list(
+        dict.fromkeys([*card.data.tags, *self._tag_names, *([tags] if isinstance(tags, str) else tags or [])])
+    )
     if dataset_name: card.data.datasets = [dataset_name]
     write_atomic(Path(folder)/"README.md", str(card))
 
@@ -1309,8 +1852,10 @@ def create_model_card(self:DDPOTrainer,
 def _save_pretrained(self:DDPOTrainer, save_directory):
     "The pipeline's own `save_pretrained`, and a model card."
     policy, own = self.policy, self.sd_pipeline
-    if isinstance(policy, PipelinePolicy) and not policy.has("save_pretrained"): policy.save_weights(save_directory)
-    else: own.save_pretrained(save_directory)
+    if isinstance(policy, PipelinePolicy) and not policy.has("save_pretrained"):
+        policy.save_weights(save_directory)
+    else:
+        own.save_pretrained(save_directory)
     self._saving = save_directory
     try: self.create_model_card()
     finally: self._saving = None
@@ -1319,22 +1864,38 @@ def _save_pretrained(self:DDPOTrainer, save_directory):
 def save_pretrained(self:DDPOTrainer,
     save_directory: str|Path,
     *,
-    repo_id: str|None = None,   # where to, with `push_to_hub`: "USER/NAME", or the folder's name under the token's owner
+    # where to, with `push_to_hub`: "USER/NAME", or the folder's name under the token's owner
+    repo_id: str|None = None,
     push_to_hub: bool = False,  # upload the trained weights as well
     **push_to_hub_kwargs,       # of `push_to_hub`
 ):
-    "Write the trained weights, and the pipeline around them if it is TRL's, from the main process. InputError if arguments would do nothing."
+    """Write the trained weights, and the pipeline around them if it is TRL's, from the main process.
+    InputError if arguments would do nothing."""
     if not push_to_hub and (repo_id or push_to_hub_kwargs):
-        raise InputError(next(iter(push_to_hub_kwargs), "repo_id"), "nothing is uploaded", "give push_to_hub=True, or leave it out")
+        raise InputError(
+            next(iter(push_to_hub_kwargs), "repo_id"), "nothing is uploaded",
+            "give push_to_hub=True, or leave it out"
+        )
     if self.accelerator.is_main_process: self._save_pretrained(save_directory)
     self.accelerator.wait_for_everyone()
-    if push_to_hub: return self.push_to_hub(repo_id or Path(save_directory).absolute().name, **push_to_hub_kwargs)
+    if push_to_hub:
+        return self.push_to_hub(repo_id or Path(save_directory).absolute().name, **push_to_hub_kwargs)
 
 def _saved_files(folder):
-    "What a `save_pretrained` of one's own wrote, beside weights and settings, for the hub. InputError for pickles."
-    others = [o for o in Path(folder).rglob("*") if o.is_file() and o.suffix not in (".safetensors", ".json") and o.name != "README.md"]
+    """What a `save_pretrained` of one's own wrote, beside weights and settings, for the hub. InputError
+    for pickles."""
+    others = [
+        o
+        for o in Path(folder).rglob("*")
+        if o.is_file() and o.suffix not in (".safetensors", ".json") and o.name != "README.md"
+    ]
     for o in others:
-        if o.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"): raise InputError("save_pretrained", f"it wrote {o.name}, a pickle, which can run code where it is loaded", "write safetensors")
+        if o.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"):
+            raise InputError(
+                "save_pretrained",
+                f"it wrote {o.name}, a pickle, which can run code where it is loaded",
+                "write safetensors",
+            )
     return {o.relative_to(folder).as_posix(): o.read_bytes() for o in others}
 
 @patch
@@ -1347,21 +1908,33 @@ def push_to_hub(self:DDPOTrainer,
     branch: str|None = None,
     create_pr: bool|None = None,
 ) -> str|None:                 # the commit's address; None on other processes than the main one
-    "Upload the trained weights with a model card, the reward curve and the metrics. InputError or HubError say why not."
+    """Upload the trained weights with a model card, the reward curve and the metrics. InputError or
+    HubError say why not."""
     if not self.accelerator.is_main_process: return None
     from ddpo_nb.dashboard import draw_curve
     from ddpo_nb.hub import owned, push
     repo_id = owned(repo_id or self.hub_model_id or self.config.hub_model_id or self.config.exp_name, token)
-    files = {"metrics.jsonl": "".join(json.dumps(_plain(r)) + "\n" for r in self.rows)} | ({"curves.png": draw_curve(self.rows)} if self.rows else {})
+    files = {"metrics.jsonl": "".join(json.dumps(_plain(r)) + "\n" for r in self.rows)} | (
+        {"curves.png": draw_curve(self.rows)} if self.rows else {}
+    )
     card = self._card(repo_id, [o for o in files if o.endswith("png")])
-    own = any(map(self.overrides, ("save_pretrained", "_save_pretrained", "create_model_card"))) or self._pipeline_overrides("save_pretrained") or isinstance(self.policy, PipelinePolicy)
+    own = (
+        any(map(self.overrides, ("save_pretrained", "_save_pretrained", "create_model_card")))
+        or self._pipeline_overrides("save_pretrained")
+        or isinstance(self.policy, PipelinePolicy)
+    )
     with tempfile.TemporaryDirectory() as folder:
-        if not own: self.policy.save_weights(folder)
+        if not own:
+            self.policy.save_weights(folder)
         else:
             self.save_pretrained(folder)
             files |= _saved_files(folder)
-            if (Path(folder)/"README.md").exists(): card = (Path(folder)/"README.md").read_text(encoding="utf-8")
-        return push(folder, repo_id, card, files, token, private, commit_message, branch, create_pr, again=f"push_to_hub({repo_id!r})")
+            if (Path(folder) / "README.md").exists():
+                card = (Path(folder) / "README.md").read_text(encoding="utf-8")
+        return push(
+            folder, repo_id, card, files, token, private, commit_message, branch, create_pr,
+            again=f"push_to_hub({repo_id!r})"
+        )
 
 trl._OWN.update({name: getattr(DDPOTrainer, name) for name in trl.TRAINER_METHODS})
 
@@ -1369,32 +1942,58 @@ trl._OWN.update({name: getattr(DDPOTrainer, name) for name in trl.TRAINER_METHOD
 class RWRTrainer(DDPOTrainer):
     "The same loop with a reward-weighted objective; the config is an `RWRConfig`."
     def __init__(self, config: RWRConfig, *args, **kwargs):
-        if config.algorithm not in ("rwr", "rwr-sparse"): raise InputError("algorithm", f"{config.algorithm} is not reward-weighted regression", "choose rwr or rwr-sparse")
+        if config.algorithm not in ("rwr", "rwr-sparse"):
+            raise InputError(
+                "algorithm", f"{config.algorithm} is not reward-weighted regression",
+                "choose rwr or rwr-sparse"
+            )
         super().__init__(config, *args, **kwargs)
 
 def make_trainer(config: DDPOConfig, reward_function, prompt_function, policy, **kwargs) -> DDPOTrainer:
     "The trainer for the config's algorithm."
-    return (RWRTrainer if config.algorithm.startswith("rwr") else DDPOTrainer)(config, reward_function, prompt_function, policy, **kwargs)
+    return (RWRTrainer if config.algorithm.startswith("rwr") else DDPOTrainer)(
+        config, reward_function, prompt_function, policy, **kwargs
+    )
 
 # %% ../nbs/09_trainer.ipynb #23292218
-_emoji = dict(mixed_precision="no", sample_num_steps=10, sample_guidance_scale=3.0, sample_batch_size=64, sample_num_batches_per_epoch=1, lora_rank=16,
-              per_prompt_stat_tracking=True, per_prompt_stat_tracking_buffer_size=32, per_prompt_stat_tracking_min_count=3)
+_emoji = dict(
+    mixed_precision="no", sample_num_steps=10, sample_guidance_scale=3.0, sample_batch_size=64,
+    sample_num_batches_per_epoch=1, lora_rank=16, per_prompt_stat_tracking=True,
+    per_prompt_stat_tracking_buffer_size=32, per_prompt_stat_tracking_min_count=3
+)
 _ddpo = dict(train_batch_size=16, train_timestep_fraction=0.5, step_weighting="variance")
-_rwr = dict(sample_num_batches_per_epoch=2, train_batch_size=64, train_num_inner_epochs=2, train_learning_rate=3e-3, train_cfg=False, lora_rank=4,
-            rwr_rewards="normalized", rwr_normalizer="batch", train_fresh_optimizer=False)
+_rwr = dict(
+    sample_num_batches_per_epoch=2, train_batch_size=64, train_num_inner_epochs=2, train_learning_rate=3e-3,
+    train_cfg=False, lora_rank=4, rwr_rewards="normalized", rwr_normalizer="batch",
+    train_fresh_optimizer=False
+)
 EMOJI_SETTINGS = {
     "ddpo-is": _emoji | _ddpo | dict(train_learning_rate=3e-3, train_clip_range=1e-3),
     "ddpo-sf": _emoji | _ddpo | dict(train_learning_rate=1e-3, sample_batch_size=16),
     "rwr": _emoji | _rwr | dict(rwr_draws=2, rwr_beta=5.0),
-    "rwr-sparse": _emoji | _rwr | dict(rwr_draws=8, train_learning_rate=1e-3, rwr_rewards="raw", rwr_normalizer="prompt", samples_per_prompt=8,
-                                       per_prompt_stat_tracking=False),
+    "rwr-sparse": (
+        _emoji
+        | _rwr
+        | dict(
+            rwr_draws=8, train_learning_rate=1e-3, rwr_rewards="raw", rwr_normalizer="prompt",
+            samples_per_prompt=8, per_prompt_stat_tracking=False
+        )
+    ),
 }
-_paper = dict(sample_num_steps=50, sample_eta=1.0, sample_guidance_scale=5.0, sample_batch_size=8, train_cfg=True, train_learning_rate=3e-4,
-              train_adam_weight_decay=1e-4, train_adam_beta1=0.9, train_adam_beta2=0.999, train_max_grad_norm=1.0)
-_paper_ddpo = _paper | dict(sample_num_batches_per_epoch=32, train_num_inner_epochs=1, train_clip_range=1e-4, step_weighting="equal",
-                            per_prompt_stat_tracking=True, per_prompt_stat_tracking_buffer_size=32, per_prompt_stat_tracking_min_count=16)
-_paper_rwr = _paper | dict(sample_num_batches_per_epoch=1280, train_batch_size=128, train_num_inner_epochs=5, train_fresh_optimizer=True,
-                           rwr_beta=0.2, rwr_normalizer="prompt", rwr_rewards="raw")
+_paper = dict(
+    sample_num_steps=50, sample_eta=1.0, sample_guidance_scale=5.0, sample_batch_size=8, train_cfg=True,
+    train_learning_rate=3e-4, train_adam_weight_decay=1e-4, train_adam_beta1=0.9, train_adam_beta2=0.999,
+    train_max_grad_norm=1.0
+)
+_paper_ddpo = _paper | dict(
+    sample_num_batches_per_epoch=32, train_num_inner_epochs=1, train_clip_range=1e-4, step_weighting="equal",
+    per_prompt_stat_tracking=True, per_prompt_stat_tracking_buffer_size=32,
+    per_prompt_stat_tracking_min_count=16
+)
+_paper_rwr = _paper | dict(
+    sample_num_batches_per_epoch=1280, train_batch_size=128, train_num_inner_epochs=5,
+    train_fresh_optimizer=True, rwr_beta=0.2, rwr_normalizer="prompt", rwr_rewards="raw"
+)
 PAPER_SETTINGS = {
     "ddpo-is": _paper_ddpo | dict(train_batch_size=64),
     "ddpo-sf": _paper_ddpo | dict(train_batch_size=256),
@@ -1403,14 +2002,18 @@ PAPER_SETTINGS = {
 }
 
 def _made_fit(algorithm, settings, overrides):
-    "What these overrides change of the settings besides: a normalisation that is asked for is used, and repeats fit the epoch."
+    """What these overrides change of the settings besides: a normalisation that is asked for is used, and
+    repeats fit the epoch."""
     fit, own = {}, overrides.get("baseline", "normalize") != "normalize"
     if own: fit["per_prompt_stat_tracking"] = False  # a baseline of its own
-    if algorithm.startswith("rwr") and (own or overrides.get("per_prompt_stat_tracking") or overrides.get("advantage_min_std")):
+    if algorithm.startswith("rwr") and (
+        own or overrides.get("per_prompt_stat_tracking") or overrides.get("advantage_min_std")
+    ):
         fit["rwr_rewards"] = "normalized"
     if "samples_per_prompt" in settings:
         size = [(settings | overrides)[k] for k in ("sample_batch_size", "sample_num_batches_per_epoch")]
-        if all(isinstance(o, int) and o > 0 for o in size): fit["samples_per_prompt"] = math.gcd(settings["samples_per_prompt"], math.prod(size))
+        if all(isinstance(o, int) and o > 0 for o in size):
+            fit["samples_per_prompt"] = math.gcd(settings["samples_per_prompt"], math.prod(size))
     return fit
 
 def make_config(
@@ -1420,12 +2023,18 @@ def make_config(
     **overrides,              # fields of DDPOConfig; those that are only for other algorithms are left out
 ) -> DDPOConfig:
     "Settings for one algorithm on one model, with any of them overridden."
-    if algorithm not in ALGORITHMS: raise InputError("algorithm", f"there is no {algorithm!r}", f"choose from {', '.join(ALGORITHMS)}")
+    if algorithm not in ALGORITHMS:
+        raise InputError("algorithm", f"there is no {algorithm!r}", f"choose from {', '.join(ALGORITHMS)}")
     settings = (EMOJI_SETTINGS if model == EMOJI_SD else PAPER_SETTINGS)[algorithm]
-    if not lora: settings = settings | dict(train_learning_rate=1e-4 if model == EMOJI_SD else 1e-5)  # which is the paper's
+    # which is the paper's
+    if not lora: settings = settings | dict(train_learning_rate=1e-4 if model == EMOJI_SD else 1e-5)
     overrides = {name: v for name, v in overrides.items() if takes(algorithm, name)}
     settings = settings | _made_fit(algorithm, settings, overrides)
     if not (settings | overrides).get("per_prompt_stat_tracking"):
-        settings = {name: v for name, v in settings.items() if not name.startswith("per_prompt_stat_tracking_")}
-    return (RWRConfig if algorithm.startswith("rwr") else DDPOConfig)(**(dict(algorithm=algorithm) | settings | overrides))
+        settings = {
+            name: v for name, v in settings.items() if not name.startswith("per_prompt_stat_tracking_")
+        }
+    return (RWRConfig if algorithm.startswith("rwr") else DDPOConfig)(
+        **(dict(algorithm=algorithm) | settings | overrides)
+    )
 

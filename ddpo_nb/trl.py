@@ -30,7 +30,10 @@ class SampledSteps:
     def join(cls, samples: list):
         "From dictionaries."
         cat = lambda k: torch.cat([s[k] for s in samples]).detach()
-        return cls(*map(cat, ("latents", "timesteps", "next_latents", "log_probs")), Conditioning(cat("prompt_embeds"), cat("negative_prompt_embeds")))
+        return cls(
+            *map(cat, ("latents", "timesteps", "next_latents", "log_probs")),
+            Conditioning(cat("prompt_embeds"), cat("negative_prompt_embeds"))
+        )
 
     def transitions(self, samples: Tensor, steps: Tensor) -> tuple:
         "x_t (M, C, H, W), t (M,), x_{t-1} (M, C, H, W), log-probability (M,), as `Trajectories.transitions`."
@@ -38,11 +41,17 @@ class SampledSteps:
         return self.latents[i], self.timesteps[i], self.next_latents[i], self.log_probs[i]
 
     def examples(self, policy, advantages: Tensor, most: int) -> dict:
-        "The first `most` steps of every sample, without those that have no noise; sample (M,), step (M,), advantage (M,)."
+        """The first `most` steps of every sample, without those that have no noise; sample (M,), step
+        (M,), advantage (M,)."""
         n, k = len(self.latents), min(most, self.timesteps.shape[1])
         sample, step = torch.arange(n).repeat_interleave(k), torch.arange(k).repeat(n)
         noisy = (step_std(policy.scheduler, self.timesteps[sample, step].cpu(), policy.eta) > 0).cpu()
-        if not noisy.any(): raise InputError("_generate_samples", "no step of its samples has noise, so that there is no policy gradient", "sample with sample_eta above 0")
+        if not noisy.any():
+            raise InputError(
+                "_generate_samples",
+                "no step of its samples has noise, so that there is no policy gradient",
+                "sample with sample_eta above 0",
+            )
         sample, step = sample[noisy].to(self.latents.device), step[noisy].to(self.latents.device)
         return dict(sample=sample, step=step, advantage=advantages[sample])
 
@@ -53,13 +62,22 @@ def shuffled(samples: dict, generator: torch.Generator) -> dict:
     columns = torch.rand((n, k), generator=generator).argsort(1)
     timed = ("timesteps", "latents", "next_latents", "log_probs")
     move = lambda o, v: o.to(v.device)
-    return {key: v[move(order, v)][move(rows, v), move(columns, v)] if key in timed else v[move(order, v)] for key, v in samples.items()}
+    return {
+        key: v[move(order, v)][move(rows, v), move(columns, v)] if key in timed else v[move(order, v)]
+        for key, v in samples.items()
+    }
 
 # %% ../nbs/08d_trl.ipynb #aefc0160
-TRAINER_METHODS = ("step", "compute_rewards", "_generate_samples", "_train_batched_samples", "calculate_loss", "loss", "_setup_optimizer", "_config_check",
-                   "_save_model_hook", "_load_model_hook", "train", "save_pretrained", "_save_pretrained", "push_to_hub", "create_model_card")
-_NEVER_CALLED = dict(_save_checkpoint="override save_pretrained, or the pipeline's save_checkpoint", generate_model_card="override create_model_card",
-                     _from_pretrained="make the trainer with a pipeline that was loaded")
+TRAINER_METHODS = (
+    "step", "compute_rewards", "_generate_samples", "_train_batched_samples", "calculate_loss", "loss",
+    "_setup_optimizer", "_config_check", "_save_model_hook", "_load_model_hook", "train", "save_pretrained",
+    "_save_pretrained", "push_to_hub", "create_model_card"
+)
+_NEVER_CALLED = dict(
+    _save_checkpoint="override save_pretrained, or the pipeline's save_checkpoint",
+    generate_model_card="override create_model_card",
+    _from_pretrained="make the trainer with a pipeline that was loaded"
+)
 _OF_DDPO = ("_generate_samples", "_train_batched_samples", "calculate_loss", "loss")
 _OWN = {}  # name -> the library's own method: filled when the trainer is complete
 
@@ -72,33 +90,72 @@ class TrlTrainer:
         return name in vars(self) or getattr(type(self), name) is not _OWN[name]
 
     @property
-    def _samples_by_dictionary(self): return self.overrides("_generate_samples") or self.overrides("_train_batched_samples") or self._draws_itself
+    def _samples_by_dictionary(self):
+        return (
+            self.overrides("_generate_samples")
+            or self.overrides("_train_batched_samples")
+            or self._draws_itself
+        )
     @property
-    def _draws_itself(self): return isinstance(self.policy, sd.PipelinePolicy) or self._pipeline_overrides("__call__")
+    def _draws_itself(self):
+        return isinstance(self.policy, sd.PipelinePolicy) or self._pipeline_overrides("__call__")
     @property
-    def _unbroken(self): return self._samples_by_dictionary or self.overrides("step")  # an epoch that cannot be taken up in its middle
+    # an epoch that cannot be taken up in its middle
+    def _unbroken(self): return self._samples_by_dictionary or self.overrides("step")
 
     def _pipeline_overrides(self, name):
-        return isinstance(self.sd_pipeline, sd.DefaultDDPOStableDiffusionPipeline) and sd.overridden(self.sd_pipeline, name)
+        return isinstance(self.sd_pipeline, sd.DefaultDDPOStableDiffusionPipeline) and sd.overridden(
+            self.sd_pipeline, name
+        )
 
     def _check_overrides(self):
         "InputError if something is overridden that these settings would never call."
         for name, remedy in _NEVER_CALLED.items():
             owner = next((o for o in (self, *type(self).__mro__) if name in vars(o)), None)
             if owner is not None and not getattr(owner, "__module__", "").startswith("huggingface_hub"):
-                raise InputError(name, f"{type(self).__name__} overrides it, and it is never called, here as in TRL", remedy)
+                raise InputError(
+                    name,
+                    f"{type(self).__name__} overrides it, and it is never called, here as in TRL",
+                    remedy,
+                )
         c, plain = self.config, type(self.objective) is DDPO
         where = type(self).__name__
         for name in _OF_DDPO:
-            if self.overrides(name) and not isinstance(self.objective, DDPO): raise InputError(name, f"{where} overrides it, and {c.algorithm} does not call it", "take a ddpo algorithm")
-        if self.overrides("loss") and not plain: raise InputError("loss", f"{where} overrides it, and {c.algorithm} has no ratio to clip", "take ddpo-is, or override calculate_loss")
+            if self.overrides(name) and not isinstance(self.objective, DDPO):
+                raise InputError(
+                    name, f"{where} overrides it, and {c.algorithm} does not call it", "take a ddpo algorithm"
+                )
+        if self.overrides("loss") and not plain:
+            raise InputError(
+                "loss", f"{where} overrides it, and {c.algorithm} has no ratio to clip",
+                "take ddpo-is, or override calculate_loss"
+            )
         scores = isinstance(self.policy, sd.PipelinePolicy) or self._pipeline_overrides("scheduler_step")
-        if scores and not isinstance(self.objective, DDPO): raise InputError("scheduler_step", f"the pipeline overrides it, and {c.algorithm} does not call it", "take a ddpo algorithm")
-        if scores and c.kl_coef: raise InputError("kl_coef", "scheduler_step is the pipeline's own, and tells no mean to measure a divergence from", "leave it at 0")
+        if scores and not isinstance(self.objective, DDPO):
+            raise InputError(
+                "scheduler_step", f"the pipeline overrides it, and {c.algorithm} does not call it",
+                "take a ddpo algorithm"
+            )
+        if scores and c.kl_coef:
+            raise InputError(
+                "kl_coef",
+                "scheduler_step is the pipeline's own, and tells no mean to measure a divergence from",
+                "leave it at 0",
+            )
         if not self._samples_by_dictionary: return
-        if not isinstance(self.objective, DDPO): raise InputError("__call__", f"the pipeline overrides it, and {c.algorithm} does not call it", "take a ddpo algorithm")
-        for name, usual in dict(offload_trajectories=False, log_prob_reduction="mean", samples_per_prompt=1).items():
-            if getattr(c, name) != usual: raise InputError(name, "sampling or training is overridden, and would not heed it", f"leave it at {usual!r}")
+        if not isinstance(self.objective, DDPO):
+            raise InputError(
+                "__call__", f"the pipeline overrides it, and {c.algorithm} does not call it",
+                "take a ddpo algorithm"
+            )
+        for name, usual in dict(
+            offload_trajectories=False, log_prob_reduction="mean", samples_per_prompt=1
+        ).items():
+            if getattr(c, name) != usual:
+                raise InputError(
+                    name, "sampling or training is overridden, and would not heed it",
+                    f"leave it at {usual!r}"
+                )
 
     # what TRL calls the trainer's attributes
     @property
@@ -123,7 +180,11 @@ class TrlTrainer:
     def neg_prompt_embed(self): return self.policy.encode([self.config.negative_prompts]).prompt  # (1, L, D)
     @property
     def autocast(self):
-        own = getattr(self.sd_pipeline, "autocast", None) if not isinstance(self.policy, sd.PipelinePolicy) or self.policy.has("autocast") else None
+        own = (
+            getattr(self.sd_pipeline, "autocast", None)
+            if not isinstance(self.policy, sd.PipelinePolicy) or self.policy.has("autocast")
+            else None
+        )
         return own or self.accelerator.autocast
     @property
     def first_epoch(self): return self._first_epoch
@@ -132,15 +193,21 @@ class TrlTrainer:
     @property
     def num_train_timesteps(self):
         "How many of a sample's steps are trained on."
-        return self._trained_steps or max(1, int(self.config.sample_num_steps * self.config.train_timestep_fraction))
+        return self._trained_steps or max(
+            1, int(self.config.sample_num_steps * self.config.train_timestep_fraction)
+        )
     @num_train_timesteps.setter
     def num_train_timesteps(self, steps):
         self._trained_steps = steps
-        if isinstance(self.objective, DDPO): self.objective.timestep_fraction = min(1., steps / len(self.policy.timesteps))
+        if isinstance(self.objective, DDPO):
+            self.objective.timestep_fraction = min(1.0, steps / len(self.policy.timesteps))
 
 # %% ../nbs/08d_trl.ipynb #1f38d192
 def _prompt_ids(tokenizer, prompts, device):
-    return tokenizer(prompts, return_tensors="pt", padding="max_length", truncation=True, max_length=tokenizer.model_max_length).input_ids.to(device)
+    return tokenizer(
+        prompts, return_tensors="pt", padding="max_length", truncation=True,
+        max_length=tokenizer.model_max_length
+    ).input_ids.to(device)
 
 def _generate_samples(self, iterations: int, batch_size: int) -> tuple:
     "Dictionaries of samples, one a batch, and [images, prompts, metadata] of each."
@@ -149,12 +216,22 @@ def _generate_samples(self, iterations: int, batch_size: int) -> tuple:
     samples, pairs = [], []
     for i in range(0, n, batch_size):
         prompts, metadata = zip(*drawn[i:i + batch_size])
-        generators = [sample_generator(self.config.seed, self.epochs_done, rank * n + j) for j in range(i, i + batch_size)]
-        images, latents, log_probs = (self._call_pipeline if self._draws_itself else self._roll_out)(prompts, metadata, generators)
+        generators = [
+            sample_generator(self.config.seed, self.epochs_done, rank * n + j)
+            for j in range(i, i + batch_size)
+        ]
+        images, latents, log_probs = (self._call_pipeline if self._draws_itself else self._roll_out)(
+            prompts, metadata, generators
+        )
         cond, steps = policy.encode(prompts), log_probs.shape[1]
-        samples.append(dict(prompt_ids=_prompt_ids(self.sd_pipeline.tokenizer, list(prompts), policy.device), prompt_embeds=cond.prompt,
-                            timesteps=policy.timesteps[-steps:].repeat(batch_size, 1), latents=latents[:, :-1], next_latents=latents[:, 1:], log_probs=log_probs,
-                            negative_prompt_embeds=cond.negative))
+        samples.append(
+            dict(
+                prompt_ids=_prompt_ids(self.sd_pipeline.tokenizer, list(prompts), policy.device),
+                prompt_embeds=cond.prompt, timesteps=policy.timesteps[-steps:].repeat(batch_size, 1),
+                latents=latents[:, :-1], next_latents=latents[:, 1:], log_probs=log_probs,
+                negative_prompt_embeds=cond.negative
+            )
+        )
         pairs.append([images, prompts, metadata])
     return samples, pairs
 
@@ -165,17 +242,23 @@ def _roll_out(self, prompts, metadata, generators):
 def _call_pipeline(self, prompts, metadata, generators):
     c, cond = self.config, self.policy.encode(prompts)
     with self.autocast():
-        out = self.sd_pipeline(prompt_embeds=cond.prompt, negative_prompt_embeds=cond.negative, num_inference_steps=c.sample_num_steps,
-                               guidance_scale=c.sample_guidance_scale, eta=c.sample_eta, output_type="pt")
+        out = self.sd_pipeline(
+            prompt_embeds=cond.prompt, negative_prompt_embeds=cond.negative,
+            num_inference_steps=c.sample_num_steps, guidance_scale=c.sample_guidance_scale, eta=c.sample_eta,
+            output_type="pt"
+        )
     return out.images, torch.stack(list(out.latents), 1), torch.stack(list(out.log_probs), 1)
 
 def compute_rewards(self, prompt_image_pairs: list, is_async: bool = False) -> tuple:
-    "(rewards, metadata), each a tuple with one entry a batch; the pairs are [images, prompts, metadata]. InputError for rewards that are none."
+    """(rewards, metadata), each a tuple with one entry a batch; the pairs are [images, prompts,
+    metadata]. InputError for rewards that are none."""
     submit = self.ask(is_async)
     waiting = [submit(*pair) for pair in prompt_image_pairs]
     found = [self.checked(wait(), len(pair[1])) for wait, pair in zip(waiting, prompt_image_pairs)]
     self._found = found
-    return tuple(torch.as_tensor(r, device=self.accelerator.device) for r, *_ in found), tuple(info for _, info, _ in found)
+    return tuple(torch.as_tensor(r, device=self.accelerator.device) for r, *_ in found), tuple(
+        info for _, info, _ in found
+    )
 
 for f in (_generate_samples, _roll_out, _call_pipeline, compute_rewards): setattr(TrlTrainer, f.__name__, f)
 
@@ -190,14 +273,17 @@ def calculate_loss(self,
     next_latents: Tensor,  # x_{t-1}, (N, C, H, W)
     log_probs: Tensor,     # under the policy that sampled, (N,)
     advantages: Tensor,    # (N,)
-    embeds: Tensor,        # of the prompts, (N, L, D); with `train_cfg` those of the negative prompts come first, (2N, L, D)
+    # of the prompts, (N, L, D); with `train_cfg` those of the negative prompts come first, (2N, L, D)
+    embeds: Tensor,
 ) -> tuple:                # loss, approximate KL, share of clipped ratios; a number each
     "The loss of a batch of transitions."
     c = self.config
     negative, prompt = embeds.chunk(2) if c.train_cfg else (embeds, embeds)
     cut = advantages.clamp(-c.train_adv_clip_max, c.train_adv_clip_max)
     with self.autocast():
-        cost, figures = self.objective.cost(self.policy, latents, timesteps, next_latents, log_probs, Conditioning(prompt, negative), cut)
+        cost, figures = self.objective.cost(
+            self.policy, latents, timesteps, next_latents, log_probs, Conditioning(prompt, negative), cut
+        )
     return cost.mean(), figures["approx_kl"].mean(), figures["clip_fraction"].mean()
 
 def _own_loss(self, trajectories, examples, advantages):
@@ -207,9 +293,16 @@ def _own_loss(self, trajectories, examples, advantages):
     embeds = torch.cat([cond.negative, cond.prompt]) if self.config.train_cfg else cond.prompt
     found = self.calculate_loss(*trajectories.transitions(i, examples["step"]), advantages[i], embeds)
     value, *figures = found if isinstance(found, (tuple, list)) else (found,)
-    if not isinstance(value, Tensor) or value.numel() != 1: raise InputError("calculate_loss", "its loss is not one number", "return loss, approx_kl and clipfrac, a number each")
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise InputError(
+            "calculate_loss", "its loss is not one number",
+            "return loss, approx_kl and clipfrac, a number each"
+        )
     named = dict(zip(("approx_kl", "clip_fraction"), figures))
-    return value.reshape(1).expand(m), {k: torch.as_tensor(v, device=value.device).detach().float().mean().reshape(1).expand(m) for k, v in named.items()}
+    return value.reshape(1).expand(m), {
+        k: torch.as_tensor(v, device=value.device).detach().float().mean().reshape(1).expand(m)
+        for k, v in named.items()
+    }
 
 def _objective_of_own(self):
     "Let the objective ask an overridden `loss`."
@@ -221,7 +314,8 @@ def _objective_of_own(self):
     self.objective.objective = objective
 
 def by_sample(examples: dict, size: int) -> dict:
-    "Examples in an order in which `size` that follow each other are of as many samples, if each sample has equally many."
+    """Examples in an order in which `size` that follow each other are of as many samples, if each sample
+    has equally many."""
     sample = examples["sample"]
     n = len(sample.unique())
     if len(sample) % n or n % size: return examples
@@ -231,7 +325,9 @@ def by_sample(examples: dict, size: int) -> dict:
 for f in (loss, calculate_loss, _own_loss, _objective_of_own): setattr(TrlTrainer, f.__name__, f)
 
 # %% ../nbs/08d_trl.ipynb #0f017653
-def _train_batched_samples(self, inner_epoch: int, epoch: int, global_step: int, batched_samples: list) -> int:
+def _train_batched_samples(
+    self, inner_epoch: int, epoch: int, global_step: int, batched_samples: list
+) -> int:
     "Train on dictionaries of samples; the number of updates so far, `global_step` and those made here."
     size, work = self.config.train_gradient_accumulation_steps, self._current_work()
     self.global_step = global_step
@@ -247,7 +343,11 @@ def _config_check(self) -> tuple: return True, ""
 
 def _keeps_itself(self, name):
     "Has the pipeline a way of its own to write or read a checkpoint's weights?"
-    return self.policy.has(name) if isinstance(self.policy, sd.PipelinePolicy) else hasattr(self.sd_pipeline, name)
+    return (
+        self.policy.has(name)
+        if isinstance(self.policy, sd.PipelinePolicy)
+        else hasattr(self.sd_pipeline, name)
+    )
 
 def _save_model_hook(self, models, weights, output_dir):
     "Write the trained weights of a checkpoint: the pipeline's `save_checkpoint`."
@@ -261,4 +361,8 @@ def _load_model_hook(self, models, input_dir):
     else: self.policy.restore(input_dir)
     models.pop()
 
-for f in (_train_batched_samples, _setup_optimizer, _config_check, _keeps_itself, _save_model_hook, _load_model_hook): setattr(TrlTrainer, f.__name__, f)
+for f in (
+    _train_batched_samples, _setup_optimizer, _config_check, _keeps_itself, _save_model_hook,
+    _load_model_hook
+):
+    setattr(TrlTrainer, f.__name__, f)

@@ -48,14 +48,18 @@ def chat_request(
     max_tokens: int,     # the longest answer
     kind: str = "png",   # how the picture is sent
 ) -> dict:
-    "The JSON body of a request to /chat/completions. Temperature 0: the same picture should get the same answer."
+    """The JSON body of a request to /chat/completions. Temperature 0: the same picture should get the
+    same answer."""
     picture = dict(type="image_url", image_url=dict(url=png_url(pixels, kind)))
     message = dict(role="user", content=[dict(type="text", text=question), picture])
     return dict(model=model, messages=[message], temperature=0, max_tokens=max_tokens)
 
 # %% ../nbs/05c_vlm.ipynb #f14b6037
-class ServerGone(RuntimeError): "The VLM's server gave no answer however often it was asked; one line that says where, how often, how long and what came last."
-class _Again(Exception): "What came back is worth another try: (problem, seconds that the server asks us to wait)."
+class ServerGone(RuntimeError):
+    """The VLM's server gave no answer however often it was asked; one line that says where, how often,
+    how long and what came last."""
+class _Again(Exception):
+    "What came back is worth another try: (problem, seconds that the server asks us to wait)."
 class Refused(InputError): "The server says that we are wrong."
 class _Cancelled(Exception): "Somebody else's failure has ended this call."
 class _NotTaken(Exception): "The server does not take something in the request: (field, what it says)."
@@ -64,15 +68,21 @@ class _Key:
     "An API key that shows itself to nobody but `reveal`'s caller."
     def __init__(self, text):
         self._reveal = lambda: text
-        if text and not re.fullmatch(r"[!-~]+", text): raise InputError("OPENAI_API_KEY", "the key has characters that no key has", "copy it once more")
+        if text and not re.fullmatch(r"[!-~]+", text):
+            raise InputError("OPENAI_API_KEY", "the key has characters that no key has", "copy it once more")
     def __bool__(self): return bool(self._reveal())
     def __repr__(self): return "***" if self else "none"
     def __reduce__(self): raise TypeError("a key is not written anywhere")
     def reveal(self) -> str: return self._reveal()
     def hide(self, text):
-        "The text, or bytes, without the key. Stand-ins such as EMPTY are no secrets, and may be words of an answer."
+        """The text, or bytes, without the key. Stand-ins such as EMPTY are no secrets, and may be
+        words of an answer."""
         if len(self.reveal()) < 8: return text
-        return text.replace(self.reveal(), "***") if isinstance(text, str) else text.replace(self.reveal().encode(), b"***")
+        return (
+            text.replace(self.reveal(), "***")
+            if isinstance(text, str)
+            else text.replace(self.reveal().encode(), b"***")
+        )
 
 def _line(text, most=200):
     "A stranger's words on one line, without control characters, cut short."
@@ -136,8 +146,10 @@ _not_able = "(?:unable|not able|not allowed)"
 _unable = rf"(?:i (?:can't|cannot|can not|won't|will not|must decline|am {_not_able})|i'm {_not_able})"
 _help = ("(?:assist|help|comply|fulfil+|provide|engage|discuss|respond|process|do that|answer|describe|view"
          "|analy[sz]e|generate)")
-_declines = re.compile(rf"\W*(?:as an? (?:ai|language|large)\b[^,.]{{0,40}}, *)?"
-                       rf"(?:{_sorry}\b[^.!?]{{0,40}}?{_unable}\b|(?:unfortunately,? )?{_unable} (?:to )?{_help}\b)")
+_declines = re.compile(
+    rf"\W*(?:as an? (?:ai|language|large)\b[^,.]{{0,40}}, *)?"
+    rf"(?:{_sorry}\b[^.!?]{{0,40}}?{_unable}\b|(?:unfortunately,? )?{_unable} (?:to )?{_help}\b)"
+)
 
 def declines(
     text: str,  # an answer
@@ -179,10 +191,12 @@ def read_answer(
     """The answer's text, without thoughts; a `Refusal` if the model declines.
     `_Again` if this is no chat completion; InputError if the tokens were used up before anything was said."""
     text = data.decode("utf-8", "replace")
-    try: choice = json.loads(text)["choices"][0]
+    try:
+        choice = json.loads(text)["choices"][0]
     except (ValueError, RecursionError):
-        raise _Again(f"not JSON: {text.strip() or 'an empty body'}", 0.) from None
-    except (KeyError, IndexError, TypeError): raise _Again(f"JSON without an answer: {_said(data)}", 0.) from None
+        raise _Again(f"not JSON: {text.strip() or 'an empty body'}", 0.0) from None
+    except (KeyError, IndexError, TypeError):
+        raise _Again(f"JSON without an answer: {_said(data)}", 0.0) from None
     if not isinstance(choice, dict): raise _Again(f"JSON without an answer: {_said(data)}", 0.)
     message, why = choice.get("message"), str(choice.get("finish_reason") or "").lower()
     said = _content(message)
@@ -197,11 +211,13 @@ def read_answer(
     return Refusal(answer) if declines(answer) else answer
 
 # %% ../nbs/05c_vlm.ipynb #f55a324c
-_unsupported = re.compile(r"unsupported|(?:not|n't|no longer) support|unrecogni[sz]ed|unknown|unexpected"
-                          r"|deprecated|extra(?:neous|_forbidden| inputs?| fields?)|only the default|strictly positive"
-                          r"|not (?:permitted|allowed|accepted|available|compatible)|incompatible"
-                          r"|cannot (?:find field|be (?:set|used))|invalid (?:parameter|argument|field)"
-                          r"|use '?max_completion_tokens")
+_unsupported = re.compile(
+    r"unsupported|(?:not|n't|no longer) support|unrecogni[sz]ed|unknown|unexpected"
+    r"|deprecated|extra(?:neous|_forbidden| inputs?| fields?)|only the default|strictly positive"
+    r"|not (?:permitted|allowed|accepted|available|compatible)|incompatible"
+    r"|cannot (?:find field|be (?:set|used))|invalid (?:parameter|argument|field)"
+    r"|use '?max_completion_tokens"
+)
 _of_kind = re.compile(r"\bpng\b|(image|media|mime)[\w ]{0,20}(format|type)")
 _too_much = re.compile(r"too large|too long|context length|maximum|at most|exceed|less than|greater than")
 _otherwise = dict(max_tokens="max_completion_tokens", max_completion_tokens="max_tokens")
@@ -246,15 +262,31 @@ def pause(
 # %% ../nbs/05c_vlm.ipynb #e7299b29
 def _address(url: str) -> httpx2.URL:
     "The address that paths are added to. InputError if it is none, or if a password stands in it."
-    problem, remedy = None, "give the address of an OpenAI-compatible server, such as http://localhost:8000/v1"
-    try: parsed = httpx2.URL(url.strip())
-    except (httpx2.InvalidURL, AttributeError, TypeError): problem = "this is no address"
+    problem, remedy = (
+        None,
+        "give the address of an OpenAI-compatible server, such as http://localhost:8000/v1",
+    )
+    try:
+        parsed = httpx2.URL(url.strip())
+    except (httpx2.InvalidURL, AttributeError, TypeError):
+        problem = "this is no address"
     else:
-        if parsed.scheme not in ("http", "https") or not re.fullmatch(r"[\w.:-]+", parsed.host): problem = f"{_line(hide(url), 80)!r} is not an http(s) address" if "@" not in url else "this is not an http(s) address"
-        elif parsed.userinfo: problem, remedy = "there is a user or a password in the address", "put the key into OPENAI_API_KEY"
-        elif "***" in url: problem, remedy = "a part was left out where it was shown", "put it back, or set DDPO_VLM_URL"
+        if parsed.scheme not in ("http", "https") or not re.fullmatch(r"[\w.:-]+", parsed.host):
+            problem = (
+                f"{_line(hide(url), 80)!r} is not an http(s) address"
+                if "@" not in url
+                else "this is not an http(s) address"
+            )
+        elif parsed.userinfo:
+            problem, remedy = (
+                "there is a user or a password in the address", "put the key into OPENAI_API_KEY"
+            )
+        elif "***" in url:
+            problem, remedy = "a part was left out where it was shown", "put it back, or set DDPO_VLM_URL"
     if problem: raise InputError("--vlm-url", problem, remedy)
-    return parsed.copy_with(path=parsed.path.rstrip("/").removesuffix("/chat/completions").rstrip("/") or "/", fragment=None)
+    return parsed.copy_with(
+        path=parsed.path.rstrip("/").removesuffix("/chat/completions").rstrip("/") or "/", fragment=None
+    )
 
 def _discreet(record):
     "For a logger: its lines without secrets. httpx2 logs the whole address of each request."
@@ -316,29 +348,46 @@ class _Crew:
         self.threads.clear()
 
 class VLMClient:
-    "Asks a vision-language model about pictures, over OpenAI's protocol. Safe to share between threads; `concurrency` holds for all of them together."
+    """Asks a vision-language model about pictures, over OpenAI's protocol. Safe to share between threads;
+    `concurrency` holds for all of them together."""
     def __init__(self,
-        url: str,                   # of the server, to which /chat/completions is added: http://localhost:8000/v1
+        # of the server, to which /chat/completions is added: http://localhost:8000/v1
+        url: str,
         model: str,                 # as the server calls it
-        api_key: str|None = None,   # None: from OPENAI_API_KEY; sent as a header to `url`, and kept out of everything else
+        # None: from OPENAI_API_KEY; sent as a header to `url`, and kept out of everything else
+        api_key: str|None = None,
         timeout: float = 60.,       # seconds for one try
         retries: int = 5,           # tries after the first
         concurrency: int = 8,       # pictures asked about at a time
         max_tokens: int = 64,       # the longest answer
         backoff: float = 1.,        # seconds before the second try; then doubling, a minute at most
         patience: float = 300.,     # the longest Retry-After that is waited for
-        options: dict|None = None,  # more fields of the request; None takes one out: {"max_tokens": None, "max_completion_tokens": 64}
-        answers: str|Path|None = None,  # JSON lines to keep answers in, so that not even a new process asks twice
+        # more fields of the request; None takes one out: {"max_tokens": None,
+        # "max_completion_tokens": 64}
+        options: dict|None = None,
+        # JSON lines to keep answers in, so that not even a new process asks twice
+        answers: str|Path|None = None,
         remembered: int = 20_000,   # answers kept in memory
     ):
-        for name, value, least in (("timeout", timeout, 1e-3), ("retries", retries, 0), ("concurrency", concurrency, 1), ("max_tokens", max_tokens, 1), ("backoff", backoff, 0), ("remembered", remembered, 1)):
-            if not least <= value < float("inf"): raise InputError(name, f"{value} is out of range", f"give {least} or more")
-        if not isinstance(model, str) or not model.strip(): raise InputError("--vlm-model", "there is no name", "give the model's name as the server calls it")
+        for name, value, least in (
+            ("timeout", timeout, 1e-3), ("retries", retries, 0), ("concurrency", concurrency, 1),
+            ("max_tokens", max_tokens, 1), ("backoff", backoff, 0), ("remembered", remembered, 1)
+        ):
+            if not least <= value < float("inf"):
+                raise InputError(name, f"{value} is out of range", f"give {least} or more")
+        if not isinstance(model, str) or not model.strip():
+            raise InputError(
+                "--vlm-model", "there is no name", "give the model's name as the server calls it"
+            )
         self.url, self.model = _address(url), model.strip()
         self._secrets = [o for o in address_secrets(url) if len(o) >= 6]  # a server may repeat them
         keep_secret(*self._secrets)
-        self.timeout, self.retries, self.concurrency, self.backoff, self.patience = timeout, retries, concurrency, backoff, patience
-        self.max_tokens, self.options, self.answers = max_tokens, dict(options or {}), None if answers is None else Path(answers)
+        self.timeout, self.retries, self.concurrency, self.backoff, self.patience = (
+            timeout, retries, concurrency, backoff, patience
+        )
+        self.max_tokens, self.options, self.answers = (
+            max_tokens, dict(options or {}), None if answers is None else Path(answers)
+        )
         self.key = _Key((os.environ.get("OPENAI_API_KEY", "") if api_key is None else api_key).strip())
         self.requests = self.retried = 0  # sent; of these, sent again
         self._lock, self._memory, self._remembered = threading.Lock(), OrderedDict(), remembered
@@ -354,23 +403,42 @@ class VLMClient:
         if self.answers: self._recall()
 
     @property
-    def place(self) -> str: return hide_address(str(self.url.copy_with(query=None)), strict=True)  # to show: it may hold a key
+    # to show: it may hold a key
+    def place(self) -> str: return hide_address(str(self.url.copy_with(query=None)), strict=True)
     def __repr__(self): return f"VLMClient({self.place!r}, {self.model!r}, key {self.key})"
 
 # %% ../nbs/05c_vlm.ipynb #09f66cbb
 _PASSING = {408, 409, 425, 429}  # and all from 500
 _MOST = 1 << 20                  # bytes of a body: an answer is a few hundred
-_held_back = re.compile(b"content_filter|content_policy_violation|ResponsibleAIPolicyViolation|moderation_blocked")
+_held_back = re.compile(
+    b"content_filter|content_policy_violation|ResponsibleAIPolicyViolation|moderation_blocked"
+)
 
 @patch
-def _headers(self: VLMClient): return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key.reveal()}"} if self.key else {})
+def _headers(self: VLMClient):
+    return {"Content-Type": "application/json"} | (
+        {"Authorization": f"Bearer {self.key.reveal()}"} if self.key else {}
+    )
 
 @patch
 def _refusal(self: VLMClient, status, said, moved):
     "The error for a status that waiting does not change."
-    if status in (401, 403): return Refused("OPENAI_API_KEY", f"{self.place} {'did not accept the key' if self.key else 'wants a key'} ({status}: {said})", "set OPENAI_API_KEY to a key for this server")
-    if status < 400: return Refused("--vlm-url", f"{self.place} sends us elsewhere ({status}: {moved})", "give the final address")
-    if status == 404: return Refused("--vlm-url", f"{self.place} does not know the path or the model {self.model!r} (404: {said})", "vLLM's and llama.cpp's addresses end in /v1; GET /v1/models lists the models")
+    if status in (401, 403):
+        return Refused(
+            "OPENAI_API_KEY",
+            f"{self.place} {'did not accept the key' if self.key else 'wants a key'} ({status}: {said})",
+            "set OPENAI_API_KEY to a key for this server",
+        )
+    if status < 400:
+        return Refused(
+            "--vlm-url", f"{self.place} sends us elsewhere ({status}: {moved})", "give the final address"
+        )
+    if status == 404:
+        return Refused(
+            "--vlm-url",
+            f"{self.place} does not know the path or the model {self.model!r} (404: {said})",
+            "vLLM's and llama.cpp's addresses end in /v1; GET /v1/models lists the models",
+        )
     return Refused("--vlm-model", f"{self.place} refuses the request ({status}: {said})",
                    f"check that {self.model!r} takes images, and what --vlm-max-tokens and --vlm-set say")
 
@@ -410,17 +478,21 @@ def _try(self: VLMClient, method, path, body, read):
     "One request, and what `read` makes of the body. `_Again` for what may pass, InputError for what may not."
     status, head, data = self._fetch(method, path, body)
     if 200 <= status < 300: return read(data)
-    if status in _PASSING or status >= 500: raise _Again(f"{status}: {_said(data)}", retry_after(head.get("retry-after")))
+    if status in _PASSING or status >= 500:
+        raise _Again(f"{status}: {_said(data)}", retry_after(head.get("retry-after")))
     if body and status in (400, 403) and _held_back.search(data):  # it has judged the picture
         return Refusal(_line(self.key.hide(_said(data))))
     if body and status in (400, 422) and (field := refused_field(data, json.loads(body))):
         raise _NotTaken(field, self._refusal(status, _line(self.key.hide(_said(data))), ""))
-    raise self._refusal(status, *(_line(self.key.hide(o)) for o in (_said(data), head.get("location", "nowhere"))))
+    raise self._refusal(
+        status, *(_line(self.key.hide(o)) for o in (_said(data), head.get("location", "nowhere")))
+    )
 
 # %% ../nbs/05c_vlm.ipynb #b39531a4
 @patch
 def _ask_until(self: VLMClient, method, path, body, read, stop):
-    "Try until there is an answer. ServerGone when tries or patience are used up; `_Cancelled` if `stop` is set meanwhile."
+    """Try until there is an answer. ServerGone when tries or patience are used up; `_Cancelled` if `stop`
+    is set meanwhile."""
     start, tries = time.monotonic(), 1 if time.monotonic() < self._gone_until else self.retries + 1
     for k in range(1, tries + 1):
         if stop.is_set(): raise _Cancelled
@@ -434,12 +506,16 @@ def _ask_until(self: VLMClient, method, path, body, read, stop):
         if asked > self.patience: problem = f"to come back in {asked:.0f} s, {problem}"; break
         if k < tries and stop.wait(max(asked, pause(k, self.backoff))): raise _Cancelled
     self._gone_until = time.monotonic() + 10 * self.backoff
-    raise ServerGone(f"the VLM at {self.place} does not answer: {k} {'try' if k == 1 else 'tries'} in {time.monotonic() - start:.1f} s, the last gave: {_line(self.key.hide(problem))}")
+    raise ServerGone(
+        f"the VLM at {self.place} does not answer: {k} {'try' if k == 1 else 'tries'} in"
+        f" {time.monotonic() - start:.1f} s, the last gave: {_line(self.key.hide(problem))}"
+    )
 
 # %% ../nbs/05c_vlm.ipynb #0bebfdbd
 @patch
 def _name(self: VLMClient, pixels, question) -> str:
-    "What an answer is remembered under: all that decides it. A server may move, so its address is no part of it."
+    """What an answer is remembered under: all that decides it. A server may move, so its address is no
+    part of it."""
     settings = json.dumps([self.model, self.max_tokens, self.options, question, pixels.shape], sort_keys=True)
     return sha256(settings.encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
@@ -458,7 +534,8 @@ def _remember(self: VLMClient, name, answer, question="", write=True):
 
 @patch
 def _recall(self: VLMClient):
-    "Take up the answers of earlier processes. A line that was cut off is no answer; the next begins on its own."
+    """Take up the answers of earlier processes. A line that was cut off is no answer; the next begins on
+    its own."""
     if not self.answers.exists(): return
     text = self.answers.read_text(encoding="utf-8", errors="replace")
     for line in text.split("\n"):
@@ -527,7 +604,8 @@ def _answer(self: VLMClient, name, pixels, question, stop) -> str:
         with self._introduced(stop):
             answer = self._ask_once(pixels, question, stop)
             self._met = True
-    except BaseException: stop.set(); raise  # here and not where it is noticed: this thread would begin the next picture
+    # here and not where it is noticed: this thread would begin the next picture
+    except BaseException: stop.set(); raise
     answer = type(answer)(self.key.hide(answer))
     self._remember(name, answer, question)
     return answer
@@ -571,18 +649,24 @@ def close(self: VLMClient):
 
 @patch
 def check(self: VLMClient) -> list:
-    "The names of the server's models, [] if it does not tell. InputError if ours is not among them or the key is refused; ServerGone if nobody answers."
+    """The names of the server's models, [] if it does not tell. InputError if ours is not among them or
+    the key is refused; ServerGone if nobody answers."""
     def read(data):
         try: return [o["id"] for o in json.loads(data)["data"] if isinstance(o["id"], str)]
         except (ValueError, KeyError, TypeError, RecursionError): return []
     try: models = self._ask_until("GET", "/models", None, read, threading.Event())
     except Refused as e:
-        if "(404: " in e.problem or "(405: " in e.problem: return []  # the list is a courtesy that not every server offers
+        # the list is a courtesy that not every server offers
+        if "(404: " in e.problem or "(405: " in e.problem: return []
         raise
     except ServerGone as e:
         if not re.search(r"the last gave: 5\d\d: ", str(e)): raise
         self._gone_until, models = 0., []  # somebody is there, and may yet answer what matters
-    if models and self.model not in models: raise InputError("--vlm-model", f"{self.place} has no {self.model!r}", f"choose from {_line(', '.join(models), 300)}")
+    if models and self.model not in models:
+        raise InputError(
+            "--vlm-model", f"{self.place} has no {self.model!r}",
+            f"choose from {_line(', '.join(models), 300)}"
+        )
     return models
 
 # %% ../nbs/05c_vlm.ipynb #213fcf42
@@ -591,7 +675,8 @@ _LITTLE = set("a an the of on in at with and or is are to it its this that there
 def _words(text): return [w for w in re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).lower())]
 
 class WordRecall:
-    "Similarity: the share of the prompt's words (articles and the like left out) that occur in the answer, in [0, 1]."
+    """Similarity: the share of the prompt's words (articles and the like left out) that occur in the
+    answer, in [0, 1]."""
     def __call__(self, answers: list, prompts: list) -> np.ndarray:
         return np.array([self.score(a, p) for a, p in zip(answers, prompts, strict=True)], dtype=np.float64)
     def score(self, answer: str, prompt: str) -> float:
@@ -604,25 +689,43 @@ def _text_model(name: str):
     "Tokenizer and model by a hub id or folder, for reading only. ModelError if they cannot be had."
     from transformers import AutoModel, AutoTokenizer
     from ddpo_nb.loading import _no_bars, _one_line
-    with _no_bars(), _one_line("--vlm-similarity", name, "give a transformers text encoder with safetensors weights, its folder, or words"):
+    with (
+        _no_bars(),
+        _one_line(
+            "--vlm-similarity", name,
+            "give a transformers text encoder with safetensors weights, its folder, or words",
+        ),
+    ):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
     return tokenizer, model.eval()
 
 @torch.no_grad()
 def _states(tokenizer, model, texts: list, layer: int|None = None):
-    "Hidden states (N, L, D) of a layer, or the model's output, and two masks (N, L): tokens, and tokens that are not special."
+    """Hidden states (N, L, D) of a layer, or the model's output, and two masks (N, L): tokens, and tokens
+    that are not special."""
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
-    tokens = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt", return_special_tokens_mask=True)
+    tokens = tokenizer(
+        texts, padding=True, truncation=True, max_length=longest, return_tensors="pt",
+        return_special_tokens_mask=True
+    )
     special, mask = tokens.pop("special_tokens_mask"), tokens["attention_mask"]
-    inputs = {k: v.to(model.device) for k, v in tokens.items() if k in ("input_ids", "attention_mask", "token_type_ids")}
+    inputs = {
+        k: v.to(model.device)
+        for k, v in tokens.items()
+        if k in ("input_ids", "attention_mask", "token_type_ids")
+    }
     out = model(**inputs, output_hidden_states=True)
-    return (out.last_hidden_state if layer is None else out.hidden_states[layer]).float().cpu(), mask.bool(), mask.bool() & ~special.bool()
+    return (
+        (out.last_hidden_state if layer is None else out.hidden_states[layer]).float().cpu(),
+        mask.bool(), mask.bool() & ~special.bool()
+    )
 
 def mean_pooled(
     name: str,  # of a transformers text encoder
 ):              # texts -> (N, D)
-    "An embedder of texts: the mean of the last layer's states over a text's tokens, as sentence-transformers models want it."
+    """An embedder of texts: the mean of the last layer's states over a text's tokens, as
+    sentence-transformers models want it."""
     parts = _text_model(name)
     def embed(texts):
         states, mask, _ = _states(*parts, texts)
@@ -631,16 +734,36 @@ def mean_pooled(
 
 class EmbeddingSimilarity:
     "Similarity: the cosine of two texts' embeddings, in [-1, 1]."
-    def __init__(self,
-        embed="sentence-transformers/all-MiniLM-L6-v2",  # a callable, texts -> (N, D), or the name of a text encoder for `mean_pooled`
+    def __init__(
+        self,
+        # a callable, texts -> (N, D), or the name of a text encoder for `mean_pooled`
+        embed="sentence-transformers/all-MiniLM-L6-v2",
         batch_size: int = 64,
-    ): self.embed, self.batch_size = mean_pooled(embed) if isinstance(embed, (str, Path)) else embed, batch_size
+    ):
+        self.embed, self.batch_size = (
+            mean_pooled(embed) if isinstance(embed, (str, Path)) else embed
+        ), batch_size
 
     def __call__(self, answers: list, prompts: list) -> np.ndarray:
         "Cosines (N,). Each distinct text is embedded once; one without any words points nowhere, and gets 0."
         texts = sorted({*answers, *prompts})
-        e = torch.cat([torch.as_tensor(self.embed(texts[i:i + self.batch_size])).float().cpu() for i in range(0, len(texts), self.batch_size)]) if texts else torch.zeros(0, 1)
-        e = dict(zip(texts, torch.nn.functional.normalize(e, dim=-1).double() * torch.tensor([bool(t.strip()) for t in texts])[:, None]))
+        e = (
+            torch.cat(
+                [
+                    torch.as_tensor(self.embed(texts[i : i + self.batch_size])).float().cpu()
+                    for i in range(0, len(texts), self.batch_size)
+                ]
+            )
+            if texts
+            else torch.zeros(0, 1)
+        )
+        e = dict(
+            zip(
+                texts,
+                torch.nn.functional.normalize(e, dim=-1).double()
+                * torch.tensor([bool(t.strip()) for t in texts])[:, None],
+            )
+        )
         return np.array([float(e[a] @ e[p]) for a, p in zip(answers, prompts, strict=True)], dtype=np.float64)
 
 # %% ../nbs/05c_vlm.ipynb #74c4232d
@@ -648,16 +771,19 @@ def bertscore_recall(
     reference: Tensor,  # (L, D), hidden states of the reference's tokens
     candidate: Tensor,  # (M, D), of the candidate's
 ) -> float:
-    "BERTScore's recall: each token of the reference is matched greedily with the candidate's most similar (Zhang et al. 2020, eq. 1). 0 if one has no tokens."
+    """BERTScore's recall: each token of the reference is matched greedily with the candidate's most
+    similar (Zhang et al. 2020, eq. 1). 0 if one has no tokens."""
     if not len(reference) or not len(candidate): return 0.
     r, c = (torch.nn.functional.normalize(o.double(), dim=-1) for o in (reference, candidate))
     return float((r @ c.T).amax(1).mean())
 
 class BERTScoreRecall:
-    "Similarity: BERTScore's recall of the prompt in the answer, rescaled so that `baseline` becomes 0 and 1 stays 1 (sec. 5 of the paper)."
+    """Similarity: BERTScore's recall of the prompt in the answer, rescaled so that `baseline` becomes 0
+    and 1 stays 1 (sec. 5 of the paper)."""
     def __init__(self,
         model = "microsoft/deberta-xlarge-mnli",  # a text encoder's name, or a pair of tokenizer and model
-        layer: int|None = None, # whose hidden states, None for the last; BERTScore's authors choose one for each model
+        # whose hidden states, None for the last; BERTScore's authors choose one for each model
+        layer: int|None = None,
         baseline: float = 0.,   # what unrelated texts get
         batch_size: int = 64,
     ):
@@ -676,7 +802,10 @@ class BERTScoreRecall:
         "Rescaled recalls (N,)."
         texts = sorted({*answers, *prompts})
         states = dict(zip(texts, self.tokens(texts)))
-        recall = np.array([bertscore_recall(states[p], states[a]) for a, p in zip(answers, prompts, strict=True)], dtype=np.float64)
+        recall = np.array(
+            [bertscore_recall(states[p], states[a]) for a, p in zip(answers, prompts, strict=True)],
+            dtype=np.float64,
+        )
         return (recall - self.baseline) / (1 - self.baseline)
 
 # %% ../nbs/05c_vlm.ipynb #602710d5
@@ -704,24 +833,36 @@ class VLMAlignment:
         return np.asarray(rewards, dtype=np.float64), dict(answers=answers, **counted([[a] for a in answers]))
 
 # %% ../nbs/05c_vlm.ipynb #32313de7
-_NUMBERS = {w: str(i) for i, w in enumerate("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty".split())} | {"none": "0"}
+_NUMBERS = {
+    w: str(i)
+    for i, w in enumerate(
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
+        " sixteen seventeen eighteen nineteen twenty".split()
+    )
+} | {"none": "0"}
 _ARTICLES = {"a", "an", "the"}
 
 def _plain(text):
     "Words in lower case, numbers as digits, articles left out."
     words = _words(re.sub(r"(?<=\d),(?=\d{3})", "", text))
-    return [str(int(w)) if w.isdecimal() and len(w) < 100 else _NUMBERS.get(w, w) for w in words if w not in _ARTICLES]
+    return [
+        str(int(w)) if w.isdecimal() and len(w) < 100 else _NUMBERS.get(w, w)
+        for w in words
+        if w not in _ARTICLES
+    ]
 
 def answer_matches(
     said: str,      # "There are three bears."
     expected: str,  # "3"
 ) -> bool:
-    "Does what was said hold the expected answer? Whole words; a number, and yes or no, must be the first of its kind that is said."
+    """Does what was said hold the expected answer? Whole words; a number, and yes or no, must be the
+    first of its kind that is said."""
     said, expected = _plain(said), _plain(expected)
     if not expected: return not said
     if len(expected) == 1:
         word = expected[0]
-        if word.isdecimal(): return next((w for w in said if w.isdecimal()), "0" if "no" in said else None) == word
+        if word.isdecimal():
+            return next((w for w in said if w.isdecimal()), "0" if "no" in said else None) == word
         if word in ("yes", "no"): return next((w for w in said if w in ("yes", "no")), None) == word
     return any(said[i:i + len(expected)] == expected for i in range(len(said)))
 
@@ -729,13 +870,21 @@ def answer_matches(
 def _quiz(i, metadata):
     "Questions and answers of one prompt. InputError if they are not there, or do not fit together."
     q, a = (metadata.get(k) if isinstance(metadata, dict) else None for k in ("questions", "answers"))
-    fine = all(isinstance(o, (list, tuple)) and o and all(isinstance(t, str) for t in o) for o in (q, a)) and len(q) == len(a)
+    fine = all(
+        isinstance(o, (list, tuple)) and o and all(isinstance(t, str) for t in o) for o in (q, a)
+    ) and len(q) == len(a)
     if fine: return q, a
-    raise InputError("--prompts", f"prompt {i} (counted from 0) of this batch has no lists of questions and answers of equal length in its metadata",
-                     'use a .jsonl file with lines such as {"prompt": "three bears", "questions": ["How many bears are in the picture?"], "answers": ["3"]}')
+    raise InputError(
+        "--prompts",
+        f"prompt {i} (counted from 0) of this batch has no lists of questions and answers of equal length in"
+        " its metadata",
+        'use a .jsonl file with lines such as {"prompt": "three bears", "questions": ["How many bears are in'
+        ' the picture?"], "answers": ["3"]}',
+    )
 
 class VLMQuestions:
-    "Reward: the share of a prompt's questions that a VLM answers as expected, in [0, 1]. The metadata of each prompt holds lists `questions` and `answers`."
+    """Reward: the share of a prompt's questions that a VLM answers as expected, in [0, 1]. The metadata
+    of each prompt holds lists `questions` and `answers`."""
     __name__ = "vlm_questions"
     def __init__(self,
         client: VLMClient,
@@ -778,18 +927,30 @@ def vlm_client(
     """A client as the environment describes it: DDPO_VLM_URL, DDPO_VLM_MODEL, DDPO_VLM_MAX_TOKENS,
     DDPO_VLM_TIMEOUT, DDPO_VLM_SET (a JSON object), DDPO_VLM_ANSWERS. InputError if it does not."""
     url, name = url or os.environ.get("DDPO_VLM_URL", ""), vlm_model or os.environ.get("DDPO_VLM_MODEL", "")
-    if not url.strip(): raise InputError("--vlm-url", "there is no server to ask", "give an OpenAI-compatible address such as http://localhost:8000/v1, or set DDPO_VLM_URL")
-    if not name.strip(): raise InputError("--vlm-model", "there is no model to ask for", "give its name as the server calls it, or set DDPO_VLM_MODEL")
+    if not url.strip():
+        raise InputError(
+            "--vlm-url", "there is no server to ask",
+            "give an OpenAI-compatible address such as http://localhost:8000/v1, or set DDPO_VLM_URL",
+        )
+    if not name.strip():
+        raise InputError(
+            "--vlm-model", "there is no model to ask for",
+            "give its name as the server calls it, or set DDPO_VLM_MODEL"
+        )
     return VLMClient(url, name, **(_from_environment() | settings))
 
 def make_similarity(
-    name: str,  # "words", "emoji-clip", or a transformers text encoder's name, with "clip:" or "bertscore:" before it for other ways than mean pooling
+    # "words", "emoji-clip", or a transformers text encoder's name, with "clip:" or "bertscore:"
+    # before it for other ways than mean pooling
+    name: str,
 ):              # a callable (answers, prompts) -> numbers
     "A way to compare answers with prompts by its name."
     if name == "words": return WordRecall()
     if name == "emoji-clip" or name.startswith("clip:"):
         from ddpo_nb.clip import load_embedder
-        return EmbeddingSimilarity(load_embedder(name.removeprefix("clip:"), argument="--vlm-similarity").texts)
+        return EmbeddingSimilarity(
+            load_embedder(name.removeprefix("clip:"), argument="--vlm-similarity").texts
+        )
     if name.startswith("bertscore:"): return BERTScoreRecall(name.removeprefix("bertscore:"))
     return EmbeddingSimilarity(name)
 
@@ -799,12 +960,21 @@ def vlm_alignment(
     model: str = "emoji-sd",      # the diffusion model whose pictures are judged
     url: str|None = None,         # None: from DDPO_VLM_URL
     vlm_model: str|None = None,   # None: from DDPO_VLM_MODEL
-    similarity: str|None = None,  # a name for `make_similarity`; None: from DDPO_VLM_SIMILARITY, or else what suits the diffusion model
+    # a name for `make_similarity`; None: from DDPO_VLM_SIMILARITY, or else what suits the diffusion
+    # model
+    similarity: str|None = None,
     **settings,                   # of `VLMClient`
 ) -> VLMAlignment:
     "The reward `vlm_alignment` as flags or the environment describe it. InputError if something is missing."
     client = vlm_client(url, vlm_model, **settings)
-    return VLMAlignment(client, make_similarity(similarity or os.environ.get("DDPO_VLM_SIMILARITY") or ("emoji-clip" if model == "emoji-sd" else _ENGLISH)))
+    return VLMAlignment(
+        client,
+        make_similarity(
+            similarity
+            or os.environ.get("DDPO_VLM_SIMILARITY")
+            or ("emoji-clip" if model == "emoji-sd" else _ENGLISH)
+        ),
+    )
 
 def vlm_questions(
     model: str = "emoji-sd",     # the diffusion model whose pictures are judged: it makes no difference here

@@ -1,4 +1,5 @@
-"Set before anything heavy is imported: tests draw to files, never ask the network for a model, and side by side (pytest-xdist) take a core each."
+"""Set before anything heavy is imported: tests draw to files, never ask the network for a model, and side by
+side (pytest-xdist) take a core each."""
 import os
 import shutil
 
@@ -48,7 +49,8 @@ def exact():
 
 @pytest.fixture(scope="module")
 def small_unet():
-    "Emoji SD with a UNet of a ninth of the weights, which are random: for tests of what happens around the network"
+    """Emoji SD with a UNet of a ninth of the weights, which are random: for tests of what happens around
+    the network"""
     import torch
     from diffusers import UNet2DConditionModel
     from ddpo_nb import emoji_sd

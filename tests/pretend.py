@@ -1,7 +1,9 @@
-"""A GPU that is only pretended: its tensors compute on the CPU, say that they are elsewhere, and refuse what a real GPU would refuse.
+"""A GPU that is only pretended: its tensors compute on the CPU, say that they are elsewhere, and refuse what
+a real GPU would refuse.
 
-Within `pretend_gpu()` tensors of two devices do not mix, `.numpy()` of a tensor "on the GPU" fails, and accelerate hands the device out. So a machine
-without a GPU finds out who forgot a `.to(device)` or a `.cpu()`. It says nothing of speed, memory, rounding or half precision: tests marked `cuda` do.
+Within `pretend_gpu()` tensors of two devices do not mix, `.numpy()` of a tensor "on the GPU" fails, and
+accelerate hands the device out. So a machine without a GPU finds out who forgot a `.to(device)` or a
+`.cpu()`. It says nothing of speed, memory, rounding or half precision: tests marked `cuda` do.
 """
 from contextlib import contextmanager
 import torch
@@ -21,7 +23,8 @@ class Backend:
     def current_device(self): return 0
     def device_count(self): return 1
     def manual_seed_all(self, seed): pass
-    def get_rng_state(self, device=0): return torch.get_rng_state()  # what `fork_rng` keeps; it is the CPU's here
+    # what `fork_rng` keeps; it is the CPU's here
+    def get_rng_state(self, device=0): return torch.get_rng_state()
     def set_rng_state(self, state, device=0): pass
     def _is_in_bad_fork(self): return False
 
@@ -30,16 +33,26 @@ GPU = torch.device("pretended:0")
 aten = torch.ops.aten
 JOINS = {aten.cat.default, aten.stack.default}  # here not even a single number may come from the CPU
 COPIES = {aten.copy_.default, aten._to_copy.default, aten._foreach_copy_.default}
-INDEXES = {aten.index.Tensor: None, aten.index_put.default: 2, aten.index_put_.default: 2, aten._index_put_impl_.default: 2}  # place of the values put
+# place of the values put
+INDEXES = {
+    aten.index.Tensor: None, aten.index_put.default: 2, aten.index_put_.default: 2,
+    aten._index_put_impl_.default: 2
+}
 
-INSIDE = {getattr(torch.Tensor, o): o for o in ("tolist", "untyped_storage", "data_ptr")}  # what a wrapper cannot say of itself
+# what a wrapper cannot say of itself
+INSIDE = {getattr(torch.Tensor, o): o for o in ("tolist", "untyped_storage", "data_ptr")}
 
 class Pretended(torch.Tensor):
     "Holds a tensor of the CPU in `inner`."
     @staticmethod
     def __new__(cls, inner):
-        like = dict(strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, layout=inner.layout)
-        return torch.Tensor._make_wrapper_subclass(cls, inner.size(), **like, device=GPU, requires_grad=inner.requires_grad)
+        like = dict(
+            strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
+            layout=inner.layout
+        )
+        return torch.Tensor._make_wrapper_subclass(
+            cls, inner.size(), **like, device=GPU, requires_grad=inner.requires_grad
+        )
 
     def __init__(self, inner): self.inner = inner
     def __repr__(self): return f"Pretended({self.inner!r})"
@@ -47,7 +60,10 @@ class Pretended(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func in (torch.Tensor.numpy, torch.Tensor.__array__):
-            raise TypeError(f"can't convert {GPU} device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
+            raise TypeError(
+                f"can't convert {GPU} device type tensor to numpy. Use Tensor.cpu() to copy the tensor to"
+                " host memory first."
+            )
         if func in INSIDE: return getattr(args[0].inner, INSIDE[func])()
         with torch._C.DisableTorchFunctionSubclass(): out = func(*args, **(kwargs or {}))
         if func == torch.Tensor.data.__set__ and isinstance(args[1], Pretended): args[0].inner = args[1].inner
@@ -75,12 +91,18 @@ def on_cpu(o): return isinstance(o, torch.Tensor) and not on_gpu(o) and o.device
 def check(func, args, given):
     "RuntimeError if tensors of two devices meet where CUDA would not take them together."
     if func in INDEXES:  # an index may wait on the CPU, but not the other way round
-        if on_cpu(args[0]) and any(map(on_gpu, args[1])): raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
+        if on_cpu(args[0]) and any(map(on_gpu, args[1])):
+            raise RuntimeError(
+                "indices should be either on cpu or on the same device as the indexed tensor (cpu)"
+            )
         given = [args[0], *([args[INDEXES[func]]] if INDEXES[func] else [])]
     if func in COPIES or not any(map(on_gpu, given)): return
     stray = next((o for o in given if on_cpu(o) and (o.dim() or func in JOINS)), None)
     if stray is not None:
-        raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, {GPU} and cpu! ({func}, {tuple(stray.shape)})")
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but found at least two devices, {GPU} and cpu!"
+            f" ({func}, {tuple(stray.shape)})"
+        )
 
 def run(func, args, kwargs):
     "The operation on the CPU; its results are where a GPU's would be."
@@ -90,7 +112,9 @@ def run(func, args, kwargs):
     if func is aten.copy_.default: there = on_gpu(args[0])
     if there and any(isinstance(o, torch.Generator) and o.device.type == "cpu" for o in given):
         raise RuntimeError(f"Expected a {GPU.type!r} device type for generator but found 'cpu'")
-    own = {k: plain(v) for k, v in kwargs.items()} | ({} if device is None else dict(device=torch.device("cpu")))
+    own = {k: plain(v) for k, v in kwargs.items()} | (
+        {} if device is None else dict(device=torch.device("cpu"))
+    )
     if own.get("pin_memory"): own["pin_memory"] = False
     out = func(*plain(args), **own)
     if not there: return out

@@ -2,9 +2,12 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
-from ddpo_nb.advantages import BASELINES, PerPromptStatTracker, above_others, group_relative, leave_one_out, normalize
+from ddpo_nb.advantages import (BASELINES, PerPromptStatTracker, above_others, group_relative, leave_one_out,
+                                normalize)
 
-rewards = arrays(np.float64, st.integers(2, 40), elements=st.floats(-100, 100)).filter(lambda r: r.std() > 1e-2)
+rewards = arrays(np.float64, st.integers(2, 40), elements=st.floats(-100, 100)).filter(
+    lambda r: r.std() > 1e-2
+)
 
 @settings(max_examples=60, deadline=None)
 @given(rewards, st.floats(.1, 1000), st.floats(-1000, 1000))
@@ -29,7 +32,8 @@ def test_takes_lists_and_keeps_inputs():
 def test_per_prompt_by_hand():
     tracker = PerPromptStatTracker(buffer_size=3, min_count=2)
     a = tracker.update(["a", "b", "a"], [1., 10., 3.], eps=0)
-    np.testing.assert_allclose(a, [-1, (10 - 14/3)/np.std([1, 10, 3]), 1])   # b was seen once: the batch's statistics
+    # b was seen once: the batch's statistics
+    np.testing.assert_allclose(a, [-1, (10 - 14/3)/np.std([1, 10, 3]), 1])
     a = tracker.update(["a", "a"], [5., 7.], eps=0)                         # the buffer of 3 holds 3, 5, 7
     np.testing.assert_allclose(a, (np.array([5, 7]) - 5)/np.std([3, 5, 7]))
 
@@ -43,11 +47,17 @@ def test_an_empty_memory_with_room_normalises_each_prompt_alone(pairs):
         np.testing.assert_allclose(a[mine], normalize(r[mine], eps=1e-6), atol=1e-9)
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(-100, 100)), min_size=1, max_size=20), st.integers(-50, 50))
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(-100, 100)), min_size=1, max_size=20),
+    st.integers(-50, 50),
+)
 def test_per_prompt_ignores_a_shift_of_one_prompt(pairs, shift):
     prompts, r = [p for p, _ in pairs], np.array([v for _, v in pairs], dtype=float)
     moved = r + shift*np.array([p == "a" for p in prompts])
-    np.testing.assert_allclose(PerPromptStatTracker(20, 1).update(prompts, moved), PerPromptStatTracker(20, 1).update(prompts, r), atol=1e-6)
+    np.testing.assert_allclose(
+        PerPromptStatTracker(20, 1).update(prompts, moved), PerPromptStatTracker(20, 1).update(prompts, r),
+        atol=1e-6
+    )
 
 @settings(max_examples=30, deadline=None)
 @given(rewards, st.randoms())
@@ -70,8 +80,12 @@ def test_bad_input():
 
 # Baselines from the same prompt's samples, and the floor
 
-pairs = st.lists(st.tuples(st.sampled_from("abcd"), st.floats(-100, 100)), min_size=1, max_size=24).map(lambda o: ([p for p, _ in o], np.array([r for _, r in o])))
-within = pytest.mark.parametrize("advantages", [group_relative, leave_one_out], ids=["group", "leave-one-out"])
+pairs = st.lists(st.tuples(st.sampled_from("abcd"), st.floats(-100, 100)), min_size=1, max_size=24).map(
+    lambda o: ([p for p, _ in o], np.array([r for _, r in o]))
+)
+within = pytest.mark.parametrize(
+    "advantages", [group_relative, leave_one_out], ids=["group", "leave-one-out"]
+)
 def mine(prompts, p): return np.array([o == p for o in prompts])
 
 @within
@@ -98,7 +112,9 @@ def test_a_prompts_level_does_not_matter(advantages, data, levels):
 def test_the_samples_may_come_in_any_order(advantages, data, random):
     prompts, r = data
     order = random.sample(range(len(r)), len(r))
-    np.testing.assert_allclose(advantages([prompts[i] for i in order], r[order]), advantages(prompts, r)[order], atol=1e-6)
+    np.testing.assert_allclose(
+        advantages([prompts[i] for i in order], r[order]), advantages(prompts, r)[order], atol=1e-6
+    )
 
 @within
 def test_nothing_to_compare_with_is_no_advantage(advantages):
@@ -110,7 +126,10 @@ def test_nothing_to_compare_with_is_no_advantage(advantages):
 @given(pairs)
 def test_group_relative_is_each_prompt_normalised_by_itself(data):
     prompts, r = data
-    for p in set(prompts): np.testing.assert_allclose(group_relative(prompts, r)[mine(prompts, p)], normalize(r[mine(prompts, p)]), atol=1e-6)
+    for p in set(prompts):
+        np.testing.assert_allclose(
+            group_relative(prompts, r)[mine(prompts, p)], normalize(r[mine(prompts, p)]), atol=1e-6
+        )
 
 @settings(max_examples=60, deadline=None)
 @given(pairs)
@@ -148,8 +167,14 @@ def test_leave_one_out_is_unbiased_and_the_group_mean_is_short(k):
     assert abs(gradients.mean() + 4) < error(gradients) and abs(short.mean() + 4 * (k - 1) / k) < error(short)
     assert abs(short.mean() + 4) > error(short)  # the test tells the two apart
 
-floors = pytest.mark.parametrize("advantages", [lambda p, r, m: normalize(r, min_std=m), group_relative, leave_one_out, lambda p, r, m: PerPromptStatTracker(30, 2, m).update(p, r)],
-                                 ids=["normalize", "group", "leave-one-out", "history"])
+floors = pytest.mark.parametrize(
+    "advantages",
+    [
+        lambda p, r, m: normalize(r, min_std=m), group_relative, leave_one_out,
+        lambda p, r, m: PerPromptStatTracker(30, 2, m).update(p, r)
+    ],
+    ids=["normalize", "group", "leave-one-out", "history"],
+)
 
 @floors
 @settings(max_examples=60, deadline=None)
@@ -163,12 +188,15 @@ def test_a_higher_floor_never_makes_an_advantage_larger(advantages, data, low, h
 def test_a_floor_bounds_what_noise_can_do(advantages):
     prompts, r = ["a"] * 4 + ["b"] * 4, 1 - 1e-3 * np.array([0, 1, 2, 3, 1, 0, 3, 2])
     assert abs(advantages(prompts, r, 0.)).max() > 1 and abs(advantages(prompts, r, .1)).max() < .03
-    np.testing.assert_array_equal(advantages(prompts, 1000 * r, 0.), advantages(prompts, 1000 * r, .1))  # a large spread does not meet it
+    # a large spread does not meet it
+    np.testing.assert_array_equal(advantages(prompts, 1000 * r, 0.), advantages(prompts, 1000 * r, .1))
 
 @pytest.mark.parametrize("floor", [-1., float("nan"), float("inf")])
 def test_a_bad_floor_is_refused(floor):
-    for make in (lambda: normalize([1., 2.], min_std=floor), lambda: group_relative(["a", "a"], [1., 2.], floor), lambda: leave_one_out(["a", "a"], [1., 2.], floor),
-                 lambda: PerPromptStatTracker(min_std=floor)):
+    for make in (
+        lambda: normalize([1.0, 2.0], min_std=floor), lambda: group_relative(["a", "a"], [1.0, 2.0], floor),
+        lambda: leave_one_out(["a", "a"], [1.0, 2.0], floor), lambda: PerPromptStatTracker(min_std=floor)
+    ):
         with pytest.raises(ValueError, match="min_std must be 0 or more"): make()
 
 @pytest.mark.parametrize("function", [group_relative, leave_one_out, above_others])
@@ -180,10 +208,12 @@ def test_baselines_want_one_reward_a_prompt(function):
 def test_baselines_have_names():
     prompts, r = ["a", "a", "b", "b"], [1., 2., 5., 9.]
     assert list(BASELINES) == ["normalize", "group", "leave-one-out"]
-    for name, f in dict(zip(BASELINES, (lambda p, r: normalize(r), group_relative, leave_one_out))).items(): np.testing.assert_array_equal(BASELINES[name](prompts, r), f(prompts, r))
+    for name, f in dict(zip(BASELINES, (lambda p, r: normalize(r), group_relative, leave_one_out))).items():
+        np.testing.assert_array_equal(BASELINES[name](prompts, r), f(prompts, r))
 
 def test_what_stands_beside_the_spread_is_the_peers():
-    "1e-8 under the batch's rewards, 1e-6 under a prompt's (ddpo-pytorch's train.py and stat_tracking.py, TRL 0.23.1)"
+    """1e-8 under the batch's rewards, 1e-6 under a prompt's (ddpo-pytorch's train.py and
+    stat_tracking.py, TRL 0.23.1)"""
     r = np.array([0.0, 1e-7, 2e-7])
     np.testing.assert_allclose(normalize(r), (r - r.mean()) / (r.std() + 1e-8), rtol=1e-9)
     for count in (1, 9):   # its own statistics, and the batch's

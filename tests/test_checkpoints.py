@@ -5,11 +5,17 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from ddpo_nb import checkpoints as C
 from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
-from ddpo_nb.checkpoints import (CheckpointError, check_whole, checkpoints, complaints, load_state, newest_whole, publish, rng_state, save_state, set_rng_state,
-                                 stop_signals, write_atomic)
+from ddpo_nb.checkpoints import (CheckpointError, check_whole, checkpoints, complaints, load_state,
+                                 newest_whole, publish, rng_state, save_state, set_rng_state, stop_signals,
+                                 write_atomic)
 
-plain = st.recursive(st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats(allow_nan=False) | st.text(),
-                     lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text() | st.integers() | st.tuples(st.integers()), inner), max_leaves=12)
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner)
+    | st.tuples(inner, inner)
+    | st.dictionaries(st.text() | st.integers() | st.tuples(st.integers()), inner),
+    max_leaves=12,
+)
 
 @settings(max_examples=40, deadline=None)
 @given(plain)
@@ -19,15 +25,25 @@ def test_plain_values_come_back_as_they_were(tmp_path_factory, value):
     again = load_state(stem)
     assert again == value and repr(again) == repr(value)  # repr tells tuples from lists, -0.0 from 0.0
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool], ids=str
+)
 def test_arrays_come_back_to_the_last_bit(tmp_path, dtype):
-    value = {0: torch.randn(3, 4).mul(9).to(dtype), "view": torch.arange(12.).reshape(3, 4).T, "scalar": torch.tensor(1.5), "numpy": np.random.default_rng(0).normal(size=5)}
+    value = {
+        0: torch.randn(3, 4).mul(9).to(dtype), "view": torch.arange(12.0).reshape(3, 4).T,
+        "scalar": torch.tensor(1.5), "numpy": np.random.default_rng(0).normal(size=5)
+    }
     save_state(tmp_path/"s", value)
     again = load_state(tmp_path/"s")
-    assert all(torch.equal(again[k], value[k]) and again[k].dtype == value[k].dtype for k in (0, "view", "scalar")) and np.array_equal(again["numpy"], value["numpy"])
+    assert all(
+        torch.equal(again[k], value[k]) and again[k].dtype == value[k].dtype for k in (0, "view", "scalar")
+    ) and np.array_equal(again["numpy"], value["numpy"])
 
 def test_an_optimizer_goes_on_as_if_never_stopped(tmp_path):
-    def make(): torch.manual_seed(0); net = torch.nn.Linear(4, 4); return net, torch.optim.AdamW(net.parameters(), 0.1)
+    def make():
+        torch.manual_seed(0)
+        net = torch.nn.Linear(4, 4)
+        return net, torch.optim.AdamW(net.parameters(), 0.1)
     def step(net, opt): opt.zero_grad(); net(torch.ones(2, 4)).square().sum().backward(); opt.step()
     a, b = make(), make()
     for _ in range(3): step(*a); step(*b)
@@ -37,7 +53,9 @@ def test_an_optimizer_goes_on_as_if_never_stopped(tmp_path):
     step(*a); step(*b)
     assert torch.equal(a[0].weight, b[0].weight)
 
-@pytest.mark.parametrize("value", [object(), {1: {2: lambda: 0}}, [b"bytes"]], ids=["object", "function", "bytes"])
+@pytest.mark.parametrize(
+    "value", [object(), {1: {2: lambda: 0}}, [b"bytes"]], ids=["object", "function", "bytes"]
+)
 def test_other_objects_are_refused(tmp_path, value):
     with pytest.raises(TypeError, match="cannot be kept"): save_state(tmp_path/"s", value)
     assert not list(tmp_path.iterdir())
@@ -61,9 +79,12 @@ def write(home, name, limit=5):
     publish(folder, home, name, limit)
 
 def test_the_newest_is_by_number_and_the_oldest_go(tmp_path):
-    for name in ("checkpoint_2", "checkpoint_9", "checkpoint_10", "checkpoint_10-3", "checkpoint_10-12"): write(tmp_path, name, 4)
+    for name in ("checkpoint_2", "checkpoint_9", "checkpoint_10", "checkpoint_10-3", "checkpoint_10-12"):
+        write(tmp_path, name, 4)
     (tmp_path/"checkpoint_old").mkdir(); (tmp_path/"checkpoint_99").write_text("a file")
-    assert [o.name for o in checkpoints(tmp_path)] == ["checkpoint_10-12", "checkpoint_10-3", "checkpoint_10", "checkpoint_9"]
+    assert [o.name for o in checkpoints(tmp_path)] == [
+        "checkpoint_10-12", "checkpoint_10-3", "checkpoint_10", "checkpoint_9"
+    ]
     assert not list(tmp_path.glob(".*"))
 
 def test_what_a_killed_process_left_is_cleared(tmp_path):
@@ -83,7 +104,8 @@ def flip(path): data = bytearray(path.read_bytes()); data[-1] ^= 1; path.write_b
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path, harm, file):
     for k in (1, 2, 3): write(tmp_path, f"checkpoint_{k}")
     harm(tmp_path/"checkpoint_3"/file)
-    with pytest.warns(UserWarning, match=f"checkpoint_3: {file}"): assert newest_whole(tmp_path).name == "checkpoint_2"
+    with pytest.warns(UserWarning, match=f"checkpoint_3: {file}"):
+        assert newest_whole(tmp_path).name == "checkpoint_2"
 
 def test_none_is_whole(tmp_path):
     assert newest_whole(tmp_path) is None
@@ -145,6 +167,8 @@ def test_what_is_written_follows_the_umask(tmp_path, policies, mask):
         for o in policies: o.save_pretrained(home/"weights")
     finally: assert os.umask(usual) == mask
     found = {o.relative_to(home).as_posix(): o.stat().st_mode & 0o777 for o in home.rglob("*")}
-    assert {"deep/report.html", "checkpoint_1/files.json", "weights/pytorch_lora_weights.safetensors"} <= {*found}
+    assert {"deep/report.html", "checkpoint_1/files.json", "weights/pytorch_lora_weights.safetensors"} <= {
+        *found
+    }
     assert "weights/unet/diffusion_pytorch_model.safetensors" in found
     assert {k: oct(v) for k, v in found.items() if v != (0o777 if (home/k).is_dir() else 0o666) & ~mask} == {}

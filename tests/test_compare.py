@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from ddpo_nb import compare as C
-from ddpo_nb.compare import (BASE, Comparison, Evaluation, RewardError, Table, compare, exam_generators, exam_sets, fit_budget, latent_spread, load_reward,
-                             mean_interval, pm, spread, t_quantile, write_atomic)
+from ddpo_nb.compare import (BASE, Comparison, Evaluation, RewardError, Table, compare, exam_generators,
+                             exam_sets, fit_budget, latent_spread, load_reward, mean_interval, pm, spread,
+                             t_quantile, write_atomic)
 from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
 from ddpo_nb.prompts import InputError, prompt_source
 from ddpo_nb.rewards import jpeg_compressibility
@@ -22,13 +23,18 @@ from ddpo_nb.trainer import ALGORITHMS, make_config
 
 pytestmark = pytest.mark.usefixtures("small_unet")  # what the network draws is not looked at here
 
-tiny = dict(queries=4, evaluation_samples=2, sample_num_steps=2, train_batch_size=2, sample_batch_size=2, sample_num_batches_per_epoch=1,
-            train_num_inner_epochs=1, rwr_draws=1, progress=False)
+tiny = dict(
+    queries=4, evaluation_samples=2, sample_num_steps=2, train_batch_size=2, sample_batch_size=2,
+    sample_num_batches_per_epoch=1, train_num_inner_epochs=1, rwr_draws=1, progress=False
+)
 
 # Statistics
 
-@pytest.mark.parametrize("df,t", [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (29, 2.0452), (1000, 1.96234)])
-def test_t_quantile_is_that_of_the_tables(df, t): assert t_quantile(df) == pytest.approx(t, rel=2e-5)
+@pytest.mark.parametrize(
+    "df,t", [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (29, 2.0452), (1000, 1.96234)]
+)
+def test_t_quantile_is_that_of_the_tables(df, t):
+    assert t_quantile(df) == pytest.approx(t, rel=2e-5)
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(1, 60), st.floats(.5, .99))
@@ -36,7 +42,9 @@ def test_t_quantile_integrates_to_its_level(df, level):
     "Independent of the closed form: integrate torch's density"
     t = t_quantile(df, level)
     x = torch.linspace(0, t, 4001, dtype=torch.float64)
-    inside = 2 * torch.trapezoid(torch.distributions.StudentT(torch.tensor(float(df), dtype=torch.float64)).log_prob(x).exp(), x)
+    inside = 2 * torch.trapezoid(
+        torch.distributions.StudentT(torch.tensor(float(df), dtype=torch.float64)).log_prob(x).exp(), x
+    )
     assert float(inside) == pytest.approx(level, abs=1e-5)
 
 def test_mean_interval():
@@ -46,7 +54,10 @@ def test_mean_interval():
     with pytest.raises(ValueError): mean_interval([])
     with pytest.raises(ValueError): t_quantile(0)
 
-def test_pm(): assert [pm(-1.2345, .0321), pm(.5, math.nan), pm(12, 3, sign=True), pm(0, 0)] == ["−1.234 ± 0.032", "0.500", "+12.0 ± 3.0", "0.000 ± 0.000"]
+def test_pm():
+    assert [pm(-1.2345, 0.0321), pm(0.5, math.nan), pm(12, 3, sign=True), pm(0, 0)] == [
+        "−1.234 ± 0.032", "0.500", "+12.0 ± 3.0", "0.000 ± 0.000"
+    ]
 
 # Budget
 
@@ -60,7 +71,9 @@ def test_every_algorithm_gets_the_same_number_of_queries(queries, algorithms, pr
     fitted, budget, notes = fit_budget(configs, queries, processes)
     assert 0 < budget <= queries
     assert {c.num_epochs * c.samples_per_epoch * processes for c in fitted.values()} == {budget}
-    changed = budget < queries or any(fitted[a].samples_per_epoch != c.samples_per_epoch for a, c in configs.items())
+    changed = budget < queries or any(
+        fitted[a].samples_per_epoch != c.samples_per_epoch for a, c in configs.items()
+    )
     assert changed == bool(notes)  # nothing is changed silently
 
 # Examination
@@ -82,19 +95,36 @@ def test_held_out_prompts_are_not_trained_on():
 
 def test_exam_noise_is_not_that_of_training():
     from ddpo_nb.rollout import sample_generator
-    a, b = torch.randn(8, generator=exam_generators(3, 1)[0]), torch.randn(8, generator=exam_generators(3, 1)[0])
+    a, b = torch.randn(8, generator=exam_generators(3, 1)[0]), torch.randn(
+        8, generator=exam_generators(3, 1)[0]
+    )
     assert torch.equal(a, b)
     assert not any(torch.equal(a, torch.randn(8, generator=sample_generator(3, e, 0))) for e in range(3))
 
 def test_a_small_budget_cuts_repeats_too_and_says_so():
     configs, budget, notes = fit_budget({"rwr-sparse": make_config("rwr-sparse")}, 4)
-    assert budget == 4 and (configs["rwr-sparse"].samples_per_epoch, configs["rwr-sparse"].samples_per_prompt) == (4, 4)
-    assert "rwr-sparse gets 4 pictures of each prompt that is drawn, not 8: they have to fit its epochs." in notes
+    assert budget == 4 and (
+        configs["rwr-sparse"].samples_per_epoch, configs["rwr-sparse"].samples_per_prompt
+    ) == (4, 4)
+    assert (
+        "rwr-sparse gets 4 pictures of each prompt that is drawn, not 8: they have to fit its epochs."
+        in notes
+    )
 
 def test_latent_spread_is_the_mean_pairwise_distance():
     vae, x = load_pipeline().vae, torch.rand(6, 3, 64, 64, generator=torch.manual_seed(0))
-    with torch.no_grad(): z = (vae.encode(2 * x - 1).latent_dist.mode() * vae.config.scaling_factor).flatten(1)
-    by_hand = [np.mean([float((z[i] - z[j]).square().mean().sqrt()) for i in range(a, a + 3) for j in range(i + 1, a + 3)]) for a in (0, 3)]
+    with torch.no_grad():
+        z = (vae.encode(2 * x - 1).latent_dist.mode() * vae.config.scaling_factor).flatten(1)
+    by_hand = [
+        np.mean(
+            [
+                float((z[i] - z[j]).square().mean().sqrt())
+                for i in range(a, a + 3)
+                for j in range(i + 1, a + 3)
+            ]
+        )
+        for a in (0, 3)
+    ]
     assert latent_spread(x, 3, vae, batch_size=4) == pytest.approx(by_hand, rel=1e-4)
     assert latent_spread(x[:1].repeat(3, 1, 1, 1), 3, vae) == pytest.approx([0], abs=1e-3)
 
@@ -107,18 +137,31 @@ def run(tmp_path_factory):
 
 def test_run_directory_is_that_of_the_contract(run):
     c, folder = run
-    for name in ("config.json", "metrics.jsonl", "report.html", "curves.png", "before_after.png", "weights/ddpo-is-seed0/pytorch_lora_weights.safetensors",
-                 "weights/rwr-seed1/pytorch_lora_weights.safetensors"): assert (folder/name).stat().st_size > 0
+    for name in (
+        "config.json", "metrics.jsonl", "report.html", "curves.png", "before_after.png",
+        "weights/ddpo-is-seed0/pytorch_lora_weights.safetensors",
+        "weights/rwr-seed1/pytorch_lora_weights.safetensors"
+    ):
+        assert (folder / name).stat().st_size > 0
     rows = [json.loads(o) for o in (folder/"metrics.jsonl").read_text().splitlines()]
     assert {(r["algorithm"], r["seed"]) for r in rows} == {(a, s) for a in ("ddpo-is", "rwr") for s in (0, 1)}
-    for r in rows: assert {"algorithm", "seed", "reward", "epoch", "queries", "reward_mean", "reward_std", "seconds"} <= {*r} and r["reward"] == "jpeg_compressibility"
+    for r in rows:
+        assert {
+            "algorithm", "seed", "reward", "epoch", "queries", "reward_mean", "reward_std", "seconds"
+        } <= {*r} and r["reward"] == "jpeg_compressibility"
     assert {max(r["queries"] for r in rows if r["algorithm"] == a) for a in ("ddpo-is", "rwr")} == {4}
     assert not list(folder.rglob(".writing*")) and not list(folder.rglob("*unfinished*"))
 
 def test_report_is_self_contained(run):
     page = (run[1]/"report.html").read_text()
-    assert not re.search(r'(?:src|href)="(?!data:|#)', page) and "<script" not in page and "url(http" not in page
-    assert "prefers-color-scheme:dark" in page and 'name="viewport"' in page and "image-rendering:pixelated" in page
+    assert (
+        not re.search(r'(?:src|href)="(?!data:|#)', page) and "<script" not in page and "url(http" not in page
+    )
+    assert (
+        "prefers-color-scheme:dark" in page
+        and 'name="viewport"' in page
+        and "image-rendering:pixelated" in page
+    )
     assert page.count("data:image/png") == 3 * len(run[0].evaluations[BASE, 0].shown)
     assert "DDPO-IS" in page and run[0].headline()[:30] in page
 
@@ -131,7 +174,10 @@ def test_report_on_a_phone(run, browser, scheme):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.evaluate("[...document.images].every(o => o.naturalWidth > 0)") and not failed
     light = lambda css: sum(map(int, re.findall(r"\d+", css)[:3])) / 3
-    ink, paper = page.evaluate("[getComputedStyle(document.querySelector('svg')).color, getComputedStyle(document.querySelector('section')).backgroundColor]")
+    ink, paper = page.evaluate(
+        "[getComputedStyle(document.querySelector('svg')).color,"
+        " getComputedStyle(document.querySelector('section')).backgroundColor]"
+    )
     assert abs(light(ink) - light(paper)) > 150 and (light(paper) < 100) == (scheme == "dark")
     page.close()
 
@@ -140,7 +186,10 @@ def test_load_gives_the_same_back(run):
     d = Comparison.load(folder)
     assert (d.headline(), d.table(), d.rows, d.settings) == (c.headline(), c.table(), c.rows, c.settings)
     assert d.html() == c.html()
-    assert all(np.array_equal(a, b) for a, b in zip(d.evaluations["rwr", 1].pictures, c.evaluations["rwr", 1].pictures))
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(d.evaluations["rwr", 1].pictures, c.evaluations["rwr", 1].pictures)
+    )
     with pytest.raises(InputError, match="holds no comparison"): Comparison.load(folder.parent)
 
 def test_rwr_runs_of_before_the_inverse_temperature_are_not_gone_on_with(run, tmp_path):
@@ -150,16 +199,26 @@ def test_rwr_runs_of_before_the_inverse_temperature_are_not_gone_on_with(run, tm
     for k in ("rwr_normalizer", "rwr_rewards"): del s["configs"]["rwr"][k]
     (folder/"config.json").write_text(json.dumps(s))
     assert len(Comparison.load(folder).table()) == 3   # its results can still be looked at
-    with pytest.raises(InputError, match="--output: the RWR runs kept there are of when rwr_beta was a temperature, .*; name a new folder"):
+    with pytest.raises(
+        InputError,
+        match=(
+            "--output: the RWR runs kept there are of when rwr_beta was a temperature, .*; name a new folder"
+        ),
+    ):
         compare(output=folder, seeds=(0, 1, 2), **tiny)
 
 def test_trained_weights_load_and_reproduce_the_examination(run):
     c, folder = run
     s = c.settings["configs"]["ddpo-is"]
     items = exam_sets(prompt_source("simple_animals").items, 2)["seen"]
-    policy = StableDiffusionPolicy(load_pipeline(lora=folder/"weights/ddpo-is-seed1"), num_steps=2, guidance_scale=s["sample_guidance_scale"])
+    policy = StableDiffusionPolicy(
+        load_pipeline(lora=folder / "weights/ddpo-is-seed1"), num_steps=2,
+        guidance_scale=s["sample_guidance_scale"]
+    )
     images = rollout(policy, [p for p, _ in items], exam_generators(1, 2)).images
-    assert jpeg_compressibility(images, [], [])[0] == pytest.approx(c.evaluations["ddpo-is", 1].rewards["seen"], abs=.02)
+    assert jpeg_compressibility(images, [], [])[0] == pytest.approx(
+        c.evaluations["ddpo-is", 1].rewards["seen"], abs=0.02
+    )
 
 def test_figures_and_table(run):
     c, _ = run
@@ -174,23 +233,38 @@ def test_rerun_keeps_what_is_finished(run, monkeypatch):
     again = compare(output=folder, seeds=(0, 1), **tiny)
     assert again.headline() == c.headline() and {o: o.stat().st_mtime_ns for o in before} == before
 
-@pytest.mark.parametrize("change,named", [(dict(queries=8), "queries is 4 there and 8 here"), (dict(reward="jpeg_incompressibility"), "reward is"),
-                                          (dict(train_learning_rate=.5), "train_learning_rate"), (dict(prompts="animal_activities"), "prompts is")])
+@pytest.mark.parametrize(
+    "change,named",
+    [
+        (dict(queries=8), "queries is 4 there and 8 here"),
+        (dict(reward="jpeg_incompressibility"), "reward is"),
+        (dict(train_learning_rate=0.5), "train_learning_rate"),
+        (dict(prompts="animal_activities"), "prompts is")
+    ],
+)
 def test_a_different_comparison_is_refused(run, change, named):
     with pytest.raises(InputError, match=named): compare(output=run[1], seeds=(0, 1), **tiny | change)
 
 def test_a_folder_of_before_there_were_baselines_is_gone_on_with(run):
     settings = run[0].settings
-    old = settings | dict(configs={a: {k: v for k, v in c.items() if k not in ("baseline", "samples_per_prompt")} for a, c in settings["configs"].items()})
+    old = settings | dict(
+        configs={
+            a: {k: v for k, v in c.items() if k not in ("baseline", "samples_per_prompt")}
+            for a, c in settings["configs"].items()
+        }
+    )
     assert C._join(settings, old)["configs"] == settings["configs"]
-    other = settings | dict(configs={a: c | dict(samples_per_prompt=2) for a, c in settings["configs"].items()})
+    other = settings | dict(
+        configs={a: c | dict(samples_per_prompt=2) for a, c in settings["configs"].items()}
+    )
     with pytest.raises(InputError, match="samples_per_prompt is 1 there and 2 here"): C._join(other, old)
 
 def test_interrupt_keeps_finished_runs_and_goes_on(tmp_path):
     calls = [0]
     def reward(images, prompts, metadata):
         calls[0] += 1
-        if calls[0] == 9: raise KeyboardInterrupt  # 3 for the base, 2 epochs and 3 for the first run, then the second run's first epoch
+        # 3 for the base, 2 epochs and 3 for the first run, then the second run's first epoch
+        if calls[0] == 9: raise KeyboardInterrupt
         return images.mean((1, 2, 3)), {}
     c = compare(reward, output=tmp_path/"run", **tiny)
     assert c.interrupted and c.names == ["ddpo-is"] and c.missing == [("rwr", 0)]
@@ -203,14 +277,20 @@ def test_interrupt_keeps_finished_runs_and_goes_on(tmp_path):
 
 def test_everything_is_escaped(tmp_path):
     evil = '<img src=x onerror="alert(1)">'
-    c = compare(lambda i, p, m: (i.mean((1, 2, 3)), {}), algorithms=("rwr",), prompts=[evil, "a|b"], command=evil, **tiny)
+    c = compare(
+        lambda i, p, m: (i.mean((1, 2, 3)), {}), algorithms=("rwr",), prompts=[evil, "a|b"], command=evil,
+        **tiny
+    )
     assert evil not in c.html() and c.html().count("&lt;img src=x") >= 2
 
 # Rewards
 
 def test_load_reward_from_file(tmp_path):
     (tmp_path/"neighbour.py").write_text("K = 2.0")
-    (tmp_path/"r.py").write_text("from neighbour import K\ndef twice(i, p, m): return [K] * len(p), {}\ndef boom(i, p, m): raise KeyError('mine')\ndef bare(i, p, m): return [1.0] * len(p)")
+    (tmp_path / "r.py").write_text(
+        "from neighbour import K\ndef twice(i, p, m): return [K] * len(p), {}\ndef boom(i, p, m): raise"
+        " KeyError('mine')\ndef bare(i, p, m): return [1.0] * len(p)"
+    )
     function, name, *_ = load_reward(f"{tmp_path/'r.py'}:twice")
     assert name == "twice" and function(None, ["a", "b"], None)[0] == [2, 2]
     with pytest.raises(RewardError) as e: load_reward(f"{tmp_path/'r.py'}:boom")[0](None, [], [])
@@ -218,7 +298,8 @@ def test_load_reward_from_file(tmp_path):
     tb = e.value.__cause__.__traceback__
     while tb: frames.append(tb.tb_frame.f_code.co_filename); tb = tb.tb_next
     assert frames == [str(tmp_path/"r.py")]  # the user's frames and none of ours
-    with pytest.raises(InputError, match="return a pair"): load_reward(f"{tmp_path/'r.py'}:bare")[0](None, ["a"], [{}])
+    with pytest.raises(InputError, match="return a pair"):
+        load_reward(f"{tmp_path/'r.py'}:bare")[0](None, ["a"], [{}])
     with pytest.raises(InputError, match="has no function"): load_reward(f"{tmp_path/'r.py'}:nothing")
     with pytest.raises(InputError, match="there is no file"): load_reward(f"{tmp_path/'none.py'}:f")
     with pytest.raises(InputError, match="names no function"): load_reward(str(tmp_path/"r.py"))
@@ -231,15 +312,28 @@ def test_a_files_reward_travels_to_another_process(tmp_path, monkeypatch):
     sent = pickle.dumps(load_reward("r.py:twice")[0])
     monkeypatch.chdir("/")
     again = pickle.loads(sent)
-    assert again.__name__ == "twice" and again(None, ["a"], [{}]) == ([2.0], {}) and pickle.loads(pickle.dumps(again))(None, [], []) == ([], {})
+    assert (
+        again.__name__ == "twice"
+        and again(None, ["a"], [{}]) == ([2.0], {})
+        and pickle.loads(pickle.dumps(again))(None, [], []) == ([], {})
+    )
     assert pickle.loads(pickle.dumps(load_reward("jpeg_compressibility")[0])).function is jpeg_compressibility
 
 # Bad input
 
-@pytest.mark.parametrize("bad,named", [(dict(algorithms=("ppo",)), "algorithms"), (dict(algorithms=()), "algorithms"), (dict(algorithms=("rwr", "rwr")), "twice"),
-    (dict(seeds=(-1,)), "seeds"), (dict(seeds=("a",)), "seeds"), (dict(queries=0), "queries"), (dict(nonsense=1), "nonsense"), (dict(evaluation_samples=1), "evaluation_samples"),
-    (dict(overrides={"rwr": dict(sample_num_steps=9)}), "sample_num_steps"), (dict(overrides={"ddpo-sf": {}}), "overrides"), (dict(sample_num_steps=1001), "sample_num_steps"),
-    (dict(reward="beauty"), "--reward"), (dict(prompts="nowhere.txt"), "--prompts"), (dict(samples_per_prompt=4), "samples_per_prompt: 4 does not divide the 2 samples")])
+@pytest.mark.parametrize(
+    "bad,named",
+    [
+        (dict(algorithms=("ppo",)), "algorithms"), (dict(algorithms=()), "algorithms"),
+        (dict(algorithms=("rwr", "rwr")), "twice"), (dict(seeds=(-1,)), "seeds"),
+        (dict(seeds=("a",)), "seeds"), (dict(queries=0), "queries"), (dict(nonsense=1), "nonsense"),
+        (dict(evaluation_samples=1), "evaluation_samples"),
+        (dict(overrides={"rwr": dict(sample_num_steps=9)}), "sample_num_steps"),
+        (dict(overrides={"ddpo-sf": {}}), "overrides"), (dict(sample_num_steps=1001), "sample_num_steps"),
+        (dict(reward="beauty"), "--reward"), (dict(prompts="nowhere.txt"), "--prompts"),
+        (dict(samples_per_prompt=4), "samples_per_prompt: 4 does not divide the 2 samples"),
+    ],
+)
 def test_bad_input_is_named_and_nothing_is_written(bad, named, tmp_path):
     with pytest.raises(InputError, match=named): compare(output=tmp_path/"run", **tiny | bad)
     assert list(tmp_path.iterdir()) == []
@@ -252,6 +346,8 @@ def test_foreign_folder_is_left_alone(tmp_path):
 
 def test_write_atomic_leaves_the_old_file_whole(tmp_path, monkeypatch):
     write_atomic(tmp_path/"f", "old")
-    monkeypatch.setattr(C.os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        C.os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(InputError, match="No space left"): write_atomic(tmp_path/"f", "new")
     assert (tmp_path/"f").read_text() == "old" and len(list(tmp_path.iterdir())) == 1

@@ -1,6 +1,8 @@
-"""A GPU's own: what has to be seen on one, at a size that matters. `pytest -m cuda` runs it, with the tests of other files that take a device.
+"""A GPU's own: what has to be seen on one, at a size that matters. `pytest -m cuda` runs it, with the tests
+of other files that take a device.
 
-Each body runs on the CPU too, with Emoji SD where the GPU takes Stable Diffusion 1.5's size, so that it is known to be right before it meets a GPU."""
+Each body runs on the CPU too, with Emoji SD where the GPU takes Stable Diffusion 1.5's size, so that it is
+known to be right before it meets a GPU."""
 import gc, json
 from functools import partial
 import numpy as np, pytest, torch
@@ -16,9 +18,12 @@ from test_precision import overflow, trainer as precise
 CUDA = partial(pytest.param, marks=pytest.mark.cuda)
 GiB = 2**30
 # what other files test on the CPU anyway: there the twin runs when asked for
-rarely = pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), CUDA("cuda")], indirect=True)
+rarely = pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.slow), CUDA("cuda")], indirect=True
+)
 
-def brightness(images, prompts, metadata): return images.float().mean((1, 2, 3)), {"contrast": images.float().std((1, 2, 3))}
+def brightness(images, prompts, metadata):
+    return images.float().mean((1, 2, 3)), {"contrast": images.float().std((1, 2, 3))}
 
 @pytest.fixture(scope="module")
 def sd15(tmp_path_factory):
@@ -33,11 +38,16 @@ def sized(device, request, lora=True, **kw):
     "A trainer of a model that suits the device, and what the dry run knows of that model"
     gc.collect()  # an earlier trainer, which its own methods refer to
     name = "emoji-sd" if device.type == "cpu" else "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    usual = dict(mixed_precision="no" if device.type == "cpu" else "bf16", logdir="", sample_num_steps=2, sample_batch_size=2,
-                 sample_num_batches_per_epoch=2, train_batch_size=4, micro_batch_size=1, train_learning_rate=1e-5, allow_tf32=False)
+    usual = dict(
+        mixed_precision="no" if device.type == "cpu" else "bf16", logdir="", sample_num_steps=2,
+        sample_batch_size=2, sample_num_batches_per_epoch=2, train_batch_size=4, micro_batch_size=1,
+        train_learning_rate=1e-5, allow_tf32=False
+    )
     c = make_config("ddpo-is", name, **usual | kw)
     model = "emoji-sd" if device.type == "cpu" else request.getfixturevalue("sd15")
-    policy = StableDiffusionPolicy(load_pipeline(model, dtype=torch.float32), use_lora=lora, lora_rank=c.lora_rank)
+    policy = StableDiffusionPolicy(
+        load_pipeline(model, dtype=torch.float32), use_lora=lora, lora_rank=c.lora_rank
+    )
     return make_trainer(c, brightness, PromptSource(["cat", "dog"], 0), policy), model_numbers(name)
 
 # ---- the same numbers as on a CPU ----
@@ -51,12 +61,16 @@ def scored(device, precision="no"):
     sample, step = torch.arange(3).repeat_interleave(4), torch.arange(4).repeat(3)
     x, when, action, old = t.transitions(sample, step)
     policy.pipeline.to(device)
-    again = policy.step(x.to(device), when.to(device), policy.encode(t.prompts)[sample.to(device)], prev_sample=action.to(device))
+    again = policy.step(
+        x.to(device), when.to(device), policy.encode(t.prompts)[sample.to(device)],
+        prev_sample=action.to(device)
+    )
     drawn = rollout(policy, ["cat", "dog", "bear"], [sample_generator(0, 0, i) for i in range(3)])
     return old, again.log_prob.cpu(), t.images, drawn.images.cpu(), t.latents[:, 0], drawn.latents[:, 0].cpu()
 
 def test_log_probabilities_and_pictures_are_the_cpus(device):
-    "fp32 without TF32. Noise to the bit; log-probabilities to 1e-4 of themselves, pictures to a thousandth of white"
+    """fp32 without TF32. Noise to the bit; log-probabilities to 1e-4 of themselves, pictures to a
+    thousandth of white"""
     from ddpo_nb.trainer import _tf32
     _tf32(False)
     old, new, here, there, noise, own = scored(device)
@@ -64,27 +78,37 @@ def test_log_probabilities_and_pictures_are_the_cpus(device):
     torch.testing.assert_close(new, old, rtol=1e-4, atol=1e-4)
     assert (here - there).abs().mean() < 1e-3
 
-@pytest.mark.parametrize("device,algorithm", [("cpu", "rwr"), *(CUDA("cuda", o) for o in ALGORITHMS)], indirect=["device"])
+@pytest.mark.parametrize(
+    "device,algorithm", [("cpu", "rwr"), *(CUDA("cuda", o) for o in ALGORITHMS)], indirect=["device"]
+)
 def test_the_gradient_is_the_cpus(device, algorithm):
     "Of one update in fp32, weight by weight: the direction, and the size to a hundredth"
     def gradient(kind):
         from conftest import on_device
         on_device(kind)
-        t = precise("no", allow_tf32=False, algorithm=algorithm, sample_num_steps=3, sample_num_batches_per_epoch=1, train_batch_size=4)
+        t = precise(
+            "no", allow_tf32=False, algorithm=algorithm, sample_num_steps=3, sample_num_batches_per_epoch=1,
+            train_batch_size=4
+        )
         found = []
         flat = lambda: torch.cat([p.grad.detach().flatten().cpu() for p in t.policy.trainable_parameters()])
         t.optimizer.optimizer.register_step_pre_hook(lambda *_: found.append(flat()))
         t.epoch()
         return found[0]
     here, there = gradient("cpu"), gradient(device.type)
-    assert torch.cosine_similarity(here, there, 0) > 0.9999 and float(there.norm() / here.norm()) == pytest.approx(1, rel=1e-2)
+    assert torch.cosine_similarity(here, there, 0) > 0.9999 and float(
+        there.norm() / here.norm()
+    ) == pytest.approx(1, rel=1e-2)
 
 # ---- fp16's scaler ----
 
 @pytest.mark.cuda
 def test_fp16_skips_what_overflowed_and_goes_on(tmp_path):
     "The real one: test_precision.py does the same on a CPU with a scaler put in by hand"
-    small = dict(sample_num_steps=3, sample_num_batches_per_epoch=1, train_batch_size=2, micro_batch_size=99, logdir=str(tmp_path))
+    small = dict(
+        sample_num_steps=3, sample_num_batches_per_epoch=1, train_batch_size=2, micro_batch_size=99,
+        logdir=str(tmp_path)
+    )
     t = precise("fp16", **small)
     scale = t.accelerator.scaler.get_scale()
     overflow(t, 0)
@@ -104,12 +128,19 @@ def peak(t):
     t.epoch()
     return torch.cuda.max_memory_allocated() if t.accelerator.device.type == "cuda" else None
 
-def within(measured, expected, share): return measured is None or expected * (1 - share) - GiB / 4 < measured < expected * (1 + share) + GiB / 4
+def within(measured, expected, share):
+    return measured is None or expected * (1 - share) - GiB / 4 < measured < expected * (1 + share) + GiB / 4
 
-SETTINGS = {"micro-batch 1": (True, {}), "micro-batch 4": (True, dict(micro_batch_size=4)), "offloaded": (True, dict(offload_trajectories=True)),
-            "checkpointing": (True, dict(gradient_checkpointing=True, micro_batch_size=4)), "whole": (False, {})}
+SETTINGS = {
+    "micro-batch 1": (True, {}), "micro-batch 4": (True, dict(micro_batch_size=4)),
+    "offloaded": (True, dict(offload_trajectories=True)),
+    "checkpointing": (True, dict(gradient_checkpointing=True, micro_batch_size=4)),
+    "whole": (False, {}),
+}
 
-@pytest.mark.parametrize("device,name", [("cpu", "offloaded"), *(CUDA("cuda", o) for o in SETTINGS)], indirect=["device"])
+@pytest.mark.parametrize(
+    "device,name", [("cpu", "offloaded"), *(CUDA("cuda", o) for o in SETTINGS)], indirect=["device"]
+)
 def test_a_dry_run_knows_the_memory(device, request, name):
     "To a fifth, and a quarter of a GiB for what CUDA's libraries take"
     lora, kw = SETTINGS[name]
@@ -121,7 +152,10 @@ def test_a_dry_run_knows_the_memory(device, request, name):
 @rarely
 def test_gradient_checkpointing_and_offloading_take_less(device, request):
     def of(**kw):
-        t, _ = sized(device, request, sample_num_batches_per_epoch=4, train_batch_size=8, sample_num_steps=3, micro_batch_size=4, **kw)
+        t, _ = sized(
+            device, request, sample_num_batches_per_epoch=4, train_batch_size=8, sample_num_steps=3,
+            micro_batch_size=4, **kw
+        )
         return peak(t)
     plain, checkpointed, offloaded = of(), of(gradient_checkpointing=True), of(offload_trajectories=True)
     assert plain is None or (checkpointed < 0.8 * plain and offloaded <= plain)
@@ -129,7 +163,12 @@ def test_gradient_checkpointing_and_offloading_take_less(device, request):
 @rarely
 def test_8_bit_adam_takes_a_quarter_of_the_state(device, request):
     pytest.importorskip("bitsandbytes")
-    state = lambda t: sum(v.numel() * v.element_size() for s in t.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor))
+    state = lambda t: sum(
+        v.numel() * v.element_size()
+        for s in t.optimizer.state.values()
+        for v in s.values()
+        if isinstance(v, torch.Tensor)
+    )
     def of(eight_bit):
         t, _ = sized(device, request, lora=False, train_use_8bit_adam=eight_bit)
         t.epoch()
@@ -142,7 +181,10 @@ def test_8_bit_adam_takes_a_quarter_of_the_state(device, request):
 @rarely
 @pytest.mark.parametrize("pool", ["thread", "process"])
 def test_rewards_found_meanwhile_are_the_same(device, pool):
-    small = dict(sample_num_steps=2, sample_batch_size=2, sample_num_batches_per_epoch=2, train_batch_size=4, offload_trajectories=True)
+    small = dict(
+        sample_num_steps=2, sample_batch_size=2, sample_num_batches_per_epoch=2, train_batch_size=4,
+        offload_trajectories=True
+    )
     def rewards(**kw):
         t = precise("no", **small, **kw)
         t.reward_function = jpeg_compressibility
@@ -152,17 +194,28 @@ def test_rewards_found_meanwhile_are_the_same(device, pool):
     assert rewards() == pytest.approx(rewards(async_reward_computation=True, reward_pool=pool), rel=1e-3)
 
 def test_a_reward_with_a_model_is_scored_where_the_pictures_are(device):
-    t = precise("no", sample_num_steps=2, sample_batch_size=2, sample_num_batches_per_epoch=1, train_batch_size=2, watch_reward="prompt_alignment")
+    t = precise(
+        "no", sample_num_steps=2, sample_batch_size=2, sample_num_batches_per_epoch=1, train_batch_size=2,
+        watch_reward="prompt_alignment"
+    )
     t.reward_function = get_reward("clip_alignment").to(device)
     row = t.epoch()
     assert np.isfinite([row["reward_mean"], row["watch_mean"]]).all()
 
 @rarely
 def test_compare_from_the_prompts_to_the_report(device, tmp_path):
-    found = compare("jpeg_compressibility", ("ddpo-is",), queries=4, output=tmp_path, evaluation_samples=2, progress=False, sample_num_steps=2,
-                    sample_batch_size=2, sample_num_batches_per_epoch=1, train_batch_size=2)
+    found = compare(
+        "jpeg_compressibility", ("ddpo-is",), queries=4, output=tmp_path, evaluation_samples=2,
+        progress=False, sample_num_steps=2, sample_batch_size=2, sample_num_batches_per_epoch=1,
+        train_batch_size=2
+    )
     report = found.report(tmp_path/"report.html")
     text = (tmp_path/"report.html").read_text(encoding="utf-8")
     assert report is None or report
-    assert len(found.rows) == 2 and not found.missing and "<html" in text and (tmp_path/"weights/ddpo-is-seed0/pytorch_lora_weights.safetensors").is_file()
+    assert (
+        len(found.rows) == 2
+        and not found.missing
+        and "<html" in text
+        and (tmp_path / "weights/ddpo-is-seed0/pytorch_lora_weights.safetensors").is_file()
+    )
     assert found.settings["machine"].endswith("cores") == (device.type == "cpu")

@@ -13,8 +13,13 @@ pytestmark = pytest.mark.usefixtures("small_unet")  # what the network draws is 
 def brightness(images, prompts, metadata): return images.mean((1, 2, 3)), {}
 
 def trainer(home="", reward=brightness, epochs=3):
-    c = make_config("ddpo-is", logdir=str(home), num_epochs=epochs, sample_num_steps=3, sample_batch_size=4, train_batch_size=4, micro_batch_size=2)
-    return make_trainer(c, reward, PromptSource(["cat", "a dog that is on the moon"]), StableDiffusionPolicy(load_pipeline()))
+    c = make_config(
+        "ddpo-is", logdir=str(home), num_epochs=epochs, sample_num_steps=3, sample_batch_size=4,
+        train_batch_size=4, micro_batch_size=2
+    )
+    return make_trainer(
+        c, reward, PromptSource(["cat", "a dog that is on the moon"]), StableDiffusionPolicy(load_pipeline())
+    )
 
 def is_picture(data): return Image.open(io.BytesIO(data)).size[0] >= 90
 
@@ -26,8 +31,13 @@ def test_it_shows_curve_pictures_and_state():
     assert not board.stop.disabled
     board.wait()
     assert view is board.view and is_picture(board.curve.value) and is_picture(board.pictures.value)
-    assert board.text.value.startswith("finished: epoch 3 of 3, 12 queries, reward 0.") and len(seen) == 3  # the user's hook goes on being called
-    assert board.stop.disabled and board.pause.disabled and (board.bar.description, board.bar.value, board.bar.max) == ("training", 1, 1)
+    # the user's hook goes on being called
+    assert board.text.value.startswith("finished: epoch 3 of 3, 12 queries, reward 0.") and len(seen) == 3
+    assert (
+        board.stop.disabled
+        and board.pause.disabled
+        and (board.bar.description, board.bar.value, board.bar.max) == ("training", 1, 1)
+    )
 
 def test_pause_and_go_on():
     t = trainer(epochs=40)
@@ -38,7 +48,11 @@ def test_pause_and_go_on():
     time.sleep(1)
     held = (len(t.rows), t.global_step)
     time.sleep(1)
-    assert held == (len(t.rows), t.global_step) and board.text.value.startswith("paused") and board.thread.is_alive()
+    assert (
+        held == (len(t.rows), t.global_step)
+        and board.text.value.startswith("paused")
+        and board.thread.is_alive()
+    )
     board.pause.value = False
     while len(t.rows) == held[0]: time.sleep(0.01)
     t.stop()
@@ -51,7 +65,11 @@ def test_stop_saves_and_the_run_can_go_on(tmp_path):
     while not t.rows: time.sleep(0.01)
     board.stop.click()
     board.wait()
-    assert board.text.value.startswith("stopped") and board.text.value.endswith(f"go on with resume_from='{checkpoints(tmp_path/'checkpoints')[0]}'") and t.epochs_done < 1000
+    assert (
+        board.text.value.startswith("stopped")
+        and board.text.value.endswith(f"go on with resume_from='{checkpoints(tmp_path/'checkpoints')[0]}'")
+        and t.epochs_done < 1000
+    )
     again = trainer(tmp_path)
     again.load_checkpoint(tmp_path)
     assert again.epochs_done == t.epochs_done and again.global_step == t.global_step
@@ -89,7 +107,11 @@ def test_started_twice():
 def test_a_terminal_gets_lines(capsys):
     Dashboard(trainer()).start()
     lines = capsys.readouterr().out.strip().splitlines()
-    assert len(lines) == 4 and lines[0].startswith("running: epoch 1 of 3, 4 queries, reward 0.") and lines[-1].startswith("finished: epoch 3 of 3")
+    assert (
+        len(lines) == 4
+        and lines[0].startswith("running: epoch 1 of 3, 4 queries, reward 0.")
+        and lines[-1].startswith("finished: epoch 3 of 3")
+    )
 
 def test_any_prompt_can_be_drawn():
     for prompt in ("", "$", "a $\\frac$ of a cat", "x" * 200, "a bear on a blue background " * 9):
@@ -98,4 +120,6 @@ def test_any_prompt_can_be_drawn():
 def test_drawings_of_one():
     images = torch.rand(1, 3, 8, 8)
     row = dict(queries=8, reward_mean=1., reward_q10=0., reward_q90=2.)
-    assert is_picture(draw_pictures([images, ["cat"], [{}], torch.tensor([1.]), {}])) and is_picture(draw_curve([row]))
+    assert is_picture(draw_pictures([images, ["cat"], [{}], torch.tensor([1.0]), {}])) and is_picture(
+        draw_curve([row])
+    )

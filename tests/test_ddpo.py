@@ -22,7 +22,9 @@ def grads(policy, objective, batch, examples, micro=None):
     m, total = len(examples["sample"]), 0
     for i in range(0, m, micro or m):
         loss, _ = objective.loss(policy, batch, {k: v[i:i + (micro or m)] for k, v in examples.items()})
-        total = total + torch.cat([g.flatten() for g in torch.autograd.grad(loss.sum() / m, policy.trainable_parameters())])
+        total = total + torch.cat(
+            [g.flatten() for g in torch.autograd.grad(loss.sum() / m, policy.trainable_parameters())]
+        )
     return total
 
 def difference(a, b): return ((a - b).norm() / b.norm()).item()
@@ -40,7 +42,9 @@ def test_surrogate_is_the_pessimists_choice(A, ratio, clip):
 @given(finite.filter(lambda a: abs(a) > 1e-3), ratios, clips)
 def test_clipped_examples_have_no_gradient_and_the_others_all_of_it(A, ratio, clip):
     rho = torch.tensor([ratio], dtype=torch.float64, requires_grad=True)
-    slope, = torch.autograd.grad(clipped_surrogate(torch.tensor([A], dtype=torch.float64), rho, clip).sum(), rho)
+    (slope,) = torch.autograd.grad(
+        clipped_surrogate(torch.tensor([A], dtype=torch.float64), rho, clip).sum(), rho
+    )
     cut = (A > 0 and ratio > 1 + clip) or (A < 0 and ratio < 1 - clip)
     if min(abs(ratio - 1 - clip), abs(ratio - 1 + clip)) > 1e-9: assert slope.item() == (0 if cut else -A)
 
@@ -52,14 +56,21 @@ def test_at_ratio_one_the_surrogate_is_minus_the_advantage(A, clip):
 # ---- settings ----
 
 @pytest.mark.parametrize("cls", [DDPO, DDPOSF])
-@pytest.mark.parametrize("name,bad", [("clip_range", 0), ("clip_range", -1e-4), ("clip_range", math.nan), ("adv_clip_max", 0), ("adv_clip_max", -5),
-                                      ("timestep_fraction", 0), ("timestep_fraction", -0.5), ("timestep_fraction", 1.1), ("timestep_fraction", math.nan)])
+@pytest.mark.parametrize(
+    "name,bad",
+    [
+        ("clip_range", 0), ("clip_range", -1e-4), ("clip_range", math.nan), ("adv_clip_max", 0),
+        ("adv_clip_max", -5), ("timestep_fraction", 0), ("timestep_fraction", -0.5),
+        ("timestep_fraction", 1.1), ("timestep_fraction", math.nan)
+    ],
+)
 def test_bad_settings_fail_at_once_and_say_why(cls, name, bad):
     with pytest.raises(InputError, match=f"^{name}: .*; give "): cls(**{name: bad})
 
 @pytest.mark.parametrize("cls", [DDPO, DDPOSF])
 def test_an_unknown_step_weighting_is_named(cls):
-    with pytest.raises(InputError, match="^step_weighting: there is no 'late'; choose from equal, variance"): cls(step_weighting="late")
+    with pytest.raises(InputError, match="^step_weighting: there is no 'late'; choose from equal, variance"):
+        cls(step_weighting="late")
 
 def test_only_the_score_function_is_on_policy(): assert DDPOSF().on_policy and not DDPO().on_policy
 
@@ -79,12 +90,20 @@ def test_timestep_fraction_keeps_distinct_steps_of_every_sample(tiny, fraction, 
 
 def test_each_sample_draws_its_own_steps(tiny):
     policy, batch = tiny
-    steps = DDPO(timestep_fraction=0.5).examples(policy, batch, torch.zeros(6), gen())["step"].reshape(6, 5).sort(1).values
+    steps = (
+        DDPO(timestep_fraction=0.5)
+        .examples(policy, batch, torch.zeros(6), gen())["step"]
+        .reshape(6, 5)
+        .sort(1)
+        .values
+    )
     assert len({tuple(o) for o in steps.tolist()}) > 1
 
 def test_examples_come_from_the_generator_alone(tiny):
     policy, batch = tiny
-    one, two, other = (DDPO(timestep_fraction=0.5).examples(policy, batch, torch.zeros(6), gen(s))["step"] for s in (1, 1, 2))
+    one, two, other = (
+        DDPO(timestep_fraction=0.5).examples(policy, batch, torch.zeros(6), gen(s))["step"] for s in (1, 1, 2)
+    )
     assert torch.equal(one, two) and not torch.equal(one, other)
 
 def test_advantages_are_cut_and_belong_to_their_sample(tiny):
@@ -116,8 +135,12 @@ def test_trap_2_zero_variance_at_the_last_step_is_left_out(cls):
 
 def test_trap_2_a_wholly_deterministic_sampler_has_no_policy_gradient(tiny):
     policy, batch = tiny
-    batch = type(batch)(batch.latents, batch.timesteps, batch.log_probs, torch.zeros(10, dtype=torch.bool), batch.conditioning, batch.prompts, batch.metadata)
-    with pytest.raises(ValueError, match="no step .* is stochastic"): DDPO().examples(policy, batch, torch.zeros(6), gen())
+    batch = type(batch)(
+        batch.latents, batch.timesteps, batch.log_probs, torch.zeros(10, dtype=torch.bool),
+        batch.conditioning, batch.prompts, batch.metadata
+    )
+    with pytest.raises(ValueError, match="no step .* is stochastic"):
+        DDPO().examples(policy, batch, torch.zeros(6), gen())
 
 # ---- on Emoji SD ----
 
@@ -125,7 +148,9 @@ def test_trap_2_a_wholly_deterministic_sampler_has_no_policy_gradient(tiny):
 def emoji():
     torch.manual_seed(0)  # LoRA's first weights
     policy = StableDiffusionPolicy(load_pipeline(), num_steps=20, guidance_scale=3.)
-    batch = rollout(policy, ["a cat", "a dog on a red background"], [sample_generator(0, 0, i) for i in range(2)])
+    batch = rollout(
+        policy, ["a cat", "a dog on a red background"], [sample_generator(0, 0, i) for i in range(2)]
+    )
     return policy, batch, torch.tensor([0.8, -1.2])
 
 @pytest.fixture
@@ -141,14 +166,16 @@ def test_trap_3_ratio_is_one_and_nothing_is_clipped_before_an_update(emoji, micr
     policy, batch, A = emoji
     ex, seen = DDPO().examples(policy, batch, A, gen()), []
     for i in range(0, 40, micro):
-        with torch.no_grad(): seen.append(DDPO().loss(policy, batch, {k: v[i:i+micro] for k, v in ex.items()})[1])
+        with torch.no_grad():
+            seen.append(DDPO().loss(policy, batch, {k: v[i : i + micro] for k, v in ex.items()})[1])
     ratio, clipped, kl = (torch.cat([s[k] for s in seen]) for k in ("ratio", "clip_fraction", "approx_kl"))
     assert (ratio - 1).abs().max() < 1e-6 and clipped.sum() == 0 and kl.max() < 1e-12
 
 def test_without_guidance_in_training_the_ratio_compares_two_policies(emoji):
     policy, batch, A = emoji
     unguided = DDPO(guidance=False)
-    with torch.no_grad(): ratio = unguided.loss(policy, batch, unguided.examples(policy, batch, A, gen()))[1]["ratio"]
+    with torch.no_grad():
+        ratio = unguided.loss(policy, batch, unguided.examples(policy, batch, A, gen()))[1]["ratio"]
     assert (ratio - 1).abs().max() > 1e-4
 
 @pytest.mark.parametrize("objective,micro", [(DDPO(), 6), (DDPO(timestep_fraction=0.3), 1), (DDPOSF(), 16)])
@@ -161,7 +188,11 @@ def test_summed_gradient_does_not_depend_on_the_micro_batch(emoji, objective, mi
 def test_in_float64_the_micro_batch_changes_nothing_at_all(tiny, objective):
     policy, batch = tiny
     ex = objective.examples(policy, batch, torch.randn(6, generator=gen()).double(), gen())
-    for micro in (1, 7): assert difference(grads(policy, objective, batch, ex, micro), grads(policy, objective, batch, ex)) < 1e-12
+    for micro in (1, 7):
+        assert (
+            difference(grads(policy, objective, batch, ex, micro), grads(policy, objective, batch, ex))
+            < 1e-12
+        )
 
 def test_score_function_and_importance_sampling_agree_at_ratio_one(emoji):
     policy, batch, A = emoji
@@ -180,16 +211,20 @@ def test_an_update_makes_good_actions_likelier_and_bad_ones_less(restored):
     assert (log_ratio * ex["advantage"]).mean() > 0
 
 def test_trap_1_mean_or_sum_decides_what_a_clip_of_1e_4_means(restored):
-    "A move well inside a clip of the per-dimension mean puts nearly every exact ratio outside, with n = 512 dimensions."
+    """A move well inside a clip of the per-dimension mean puts nearly every exact ratio outside, with n =
+    512 dimensions."""
     policy, batch, A = restored
     clip, weights = DDPO(clip_range=1e-4), policy.trainable_parameters()
-    before, moves = [p.detach().clone() for p in weights], [torch.randn(p.shape, generator=gen(5)) for p in weights]
+    before, moves = [p.detach().clone() for p in weights], [
+        torch.randn(p.shape, generator=gen(5)) for p in weights
+    ]
     def figures(batch, size):
         with torch.no_grad():
             for p, b, m in zip(weights, before, moves): p.copy_(b + size * m)
             return clip.loss(policy, batch, clip.examples(policy, batch, A, gen()))[1]
     size = 3e-4
-    size *= 3e-5 / figures(batch, size)["ratio"].double().log().abs().median().item()   # the median mean log-ratio becomes about 3e-5
+    # the median mean log-ratio becomes about 3e-5
+    size *= 3e-5 / figures(batch, size)["ratio"].double().log().abs().median().item()
     mean = figures(batch, size)
     policy.configure(num_steps=20, guidance_scale=3., reduction="sum")
     try:
@@ -198,7 +233,9 @@ def test_trap_1_mean_or_sum_decides_what_a_clip_of_1e_4_means(restored):
         sum_ = figures(again, size)
     finally: policy.configure(num_steps=20, guidance_scale=3.)
     assert torch.equal(again.latents, batch.latents) and math.prod(policy.latent_shape) == 512
-    torch.testing.assert_close(sum_["ratio"].double().log(), 512 * mean["ratio"].double().log(), rtol=0.02, atol=512 * 5e-7)
+    torch.testing.assert_close(
+        sum_["ratio"].double().log(), 512 * mean["ratio"].double().log(), rtol=0.02, atol=512 * 5e-7
+    )
     assert mean["clip_fraction"].mean() < 0.4 and sum_["clip_fraction"].mean() > 0.9
 
 # ---- figures ----
@@ -213,16 +250,23 @@ def test_figures_are_what_their_names_say(tiny):
     dist = torch.distributions.Normal(other.step(x, t).mean, other.step(x, t).std[:, None])
     log_ratio = dist.log_prob(prev).sum(1) - old
     torch.testing.assert_close(f["ratio"].log(), log_ratio.detach())
-    torch.testing.assert_close(f["approx_kl"], 0.5 * log_ratio.detach()**2)   # TRL's figure, of the ratio as it is reduced
-    torch.testing.assert_close(f["kl_step"], f["approx_kl"])                  # of a sum: the divergence itself
-    assert torch.equal(f["clip_fraction"], ((f["ratio"] - 1).abs() > 0.1).float()) and 0 < f["clip_fraction"].mean() < 1
+    # TRL's figure, of the ratio as it is reduced
+    torch.testing.assert_close(f["approx_kl"], 0.5 * log_ratio.detach()**2)
+    # of a sum: the divergence itself
+    torch.testing.assert_close(f["kl_step"], f["approx_kl"])
+    assert (
+        torch.equal(f["clip_fraction"], ((f["ratio"] - 1).abs() > 0.1).float())
+        and 0 < f["clip_fraction"].mean() < 1
+    )
     assert loss.requires_grad and not any(v.requires_grad for v in f.values())
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_kl_step_is_the_divergence_in_nats_whatever_the_reduction(reduction):
     "A mean over D dimensions makes the log-ratio D times smaller, and its square D²: the figure undoes it."
     D, n = 6, 40_000
-    sampler, moved = (TinyDiffusion([m] * D, [0.7] * D, num_steps=3, reduction=reduction) for m in (0.0, 0.02))
+    sampler, moved = (
+        TinyDiffusion([m] * D, [0.7] * D, num_steps=3, reduction=reduction) for m in (0.0, 0.02)
+    )
     batch = sampler.sample(n, gen())
     for step in range(3):
         ex = dict(sample=torch.arange(n), step=torch.full((n,), step), advantage=torch.zeros(n))
@@ -233,17 +277,22 @@ def test_kl_step_is_the_divergence_in_nats_whatever_the_reduction(reduction):
         exact = ((one.mean - other.mean)**2).sum(1).div(2 * one.std**2).mean().item()
         spread = f["kl_step"].std().item() / n**0.5
         assert abs(f["kl_step"].mean().item() - (exact + exact**2 / 2)) < 4 * spread and exact > 20 * spread
-        assert (f["kl_step"] / f["approx_kl"]).mean().item() == pytest.approx(D**2 if reduction == "mean" else 1)
+        assert (f["kl_step"] / f["approx_kl"]).mean().item() == pytest.approx(
+            D**2 if reduction == "mean" else 1
+        )
 
 def test_the_simple_loss_drops_the_factor_that_turns_noise_into_divergence():
-    "Ho et al. 2020, eq. 12: β²/(2σ²α(1−ᾱ)) ‖ε−ε_θ‖² is the divergence of two steps at η = 1, from noises ε and ε_θ."
+    """Ho et al. 2020, eq. 12: β²/(2σ²α(1−ᾱ)) ‖ε−ε_θ‖² is the divergence of two steps at η = 1, from
+    noises ε and ε_θ."""
     policy = TinyDiffusion([0.0] * 5, [1.0] * 5, num_steps=10)
     s, g = policy.scheduler, gen()
     abar = s.alphas_cumprod[policy.timesteps]
     alpha = abar / torch.cat([abar[1:], s.final_alpha_cumprod[None].double()])
     x, eps, other = (torch.randn(10, 5, generator=g, dtype=torch.float64) for _ in range(3))
     a, b = (ddim_step(s, e, policy.timesteps, x, 1.0, prev_sample=x) for e in (eps, other))
-    kl = torch.distributions.kl_divergence(*(torch.distributions.Normal(o.mean, o.std[:, None]) for o in (a, b))).sum(1)
+    kl = torch.distributions.kl_divergence(
+        *(torch.distributions.Normal(o.mean, o.std[:, None]) for o in (a, b))
+    ).sum(1)
     factor = (1 - alpha)**2 / (2 * a.std**2 * alpha * (1 - abar))
     torch.testing.assert_close(kl, factor * ((eps - other)**2).sum(1), rtol=1e-6, atol=0)
     assert ((factor * 2 * a.std**2).log().diff().abs() > 0.01).any()   # so the factor is not 1/2σ² alone

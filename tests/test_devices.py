@@ -1,4 +1,5 @@
-"What is on the GPU meets only what is on the GPU. On a machine without one, it is a pretended one (pretend.py); `-m cuda` takes a real one."
+"""What is on the GPU meets only what is on the GPU. On a machine without one, it is a pretended one
+(pretend.py); `-m cuda` takes a real one."""
 from contextlib import contextmanager
 import numpy as np, pytest, torch
 from conftest import on_device
@@ -14,16 +15,22 @@ from ddpo_nb.rollout import sample_generator
 from ddpo_nb.taste import SimulatedRater, TasteReward, TasteSession, draw_pool, warm_and_bold
 from ddpo_nb.trainer import make_config, make_trainer
 
-if not torch.cuda.is_available(): from pretend import pretend_gpu  # before the first backward pass, which counts the devices that torch knows
+# before the first backward pass, which counts the devices that torch knows
+if not torch.cuda.is_available(): from pretend import pretend_gpu
 
 def trainer(home="", algorithm="ddpo-is", lora=True, reward=jpeg_compressibility, **kw):
-    settings = dict(mixed_precision="no", logdir=str(home), sample_num_steps=2, sample_batch_size=2,
-                    sample_num_batches_per_epoch=2, train_batch_size=4, train_num_inner_epochs=1,
-                    train_learning_rate=1e-3 if lora else 1e-5, rwr_fraction=.5, rwr_draws=1, num_epochs=2, allow_tf32=False)
+    settings = dict(
+        mixed_precision="no", logdir=str(home), sample_num_steps=2, sample_batch_size=2,
+        sample_num_batches_per_epoch=2, train_batch_size=4, train_num_inner_epochs=1,
+        train_learning_rate=1e-3 if lora else 1e-5, rwr_fraction=0.5, rwr_draws=1, num_epochs=2,
+        allow_tf32=False
+    )
     c = make_config(algorithm, **settings | kw)
     pipeline = load_pipeline()
     torch.manual_seed(0)
-    return make_trainer(c, reward, PromptSource(["cat", "dog"], 0), StableDiffusionPolicy(pipeline, use_lora=lora))
+    return make_trainer(
+        c, reward, PromptSource(["cat", "dog"], 0), StableDiffusionPolicy(pipeline, use_lora=lora)
+    )
 
 def weights(t): return torch.cat([p.detach().cpu().flatten() for p in t.policy.trainable_parameters()])
 
@@ -48,24 +55,36 @@ def refused(run, match):
 
 def test_both_refuse_a_mixture(gpu):
     there, here = torch.ones(3, device=gpu), torch.ones(3)
-    mixtures = (lambda: there + here, lambda: torch.cat([there, here]), lambda: torch.where(there > 0, there, here),
-                lambda: torch.stack([there[0], here[0]]), lambda: torch.nn.functional.mse_loss(there, here),
-                lambda: torch.nn.functional.linear(there[None], here[None]))
+    mixtures = (
+        lambda: there + here, lambda: torch.cat([there, here]), lambda: torch.where(there > 0, there, here),
+        lambda: torch.stack([there[0], here[0]]), lambda: torch.nn.functional.mse_loss(there, here),
+        lambda: torch.nn.functional.linear(there[None], here[None])
+    )
     for run in mixtures: refused(run, "same device|on cpu")
     refused(lambda: here[there.long()], "indices should be")
     refused(lambda: there.numpy(), "Tensor.cpu")
     refused(lambda: np.asarray(there), "Tensor.cpu")
     refused(lambda: torch.randn(2, device=gpu, generator=torch.Generator()), "device type for generator")
-    def write(): there[:] = torch.ones(3, dtype=torch.double)  # a copy from device to device, which is allowed
+    # a copy from device to device, which is allowed
+    def write(): there[:] = torch.ones(3, dtype=torch.double)
     write()
-    assert (there * 2 + here[0]).device.type == gpu.type and there[torch.tensor([0, 2])].tolist() == [1, 1] and there.cpu().numpy().sum() == 3
+    assert (
+        (there * 2 + here[0]).device.type == gpu.type
+        and there[torch.tensor([0, 2])].tolist() == [1, 1]
+        and there.cpu().numpy().sum() == 3
+    )
 
 def test_a_small_network_trains_as_on_the_cpu(gpu):
     def trained(device):
         torch.manual_seed(0)
-        net, x = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.GELU(), torch.nn.Linear(4, 1)).to(device), torch.arange(6.).view(2, 3)
+        net, x = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.GELU(), torch.nn.Linear(4, 1)).to(
+            device
+        ), torch.arange(6.0).view(2, 3)
         optimizer = torch.optim.AdamW(net.parameters(), fused=True)
-        for _ in range(3): optimizer.zero_grad(); net(x.to(device)).square().mean().backward(); optimizer.step()
+        for _ in range(3):
+            optimizer.zero_grad()
+            net(x.to(device)).square().mean().backward()
+            optimizer.step()
         return torch.cat([p.detach().cpu().flatten() for p in net.parameters()])
     assert torch.allclose(trained(gpu), trained("cpu"), atol=1e-5)
 
@@ -85,7 +104,12 @@ def test_an_epoch_is_the_cpus(kind, algorithm, offload):
     with placed(kind) as device:
         t = trainer(algorithm=algorithm, offload_trajectories=offload)
         t.work = work = t.collect()
-        assert t.policy.device.type == work.trajectories.device.type == work.advantages.device.type == device.type
+        assert (
+            t.policy.device.type
+            == work.trajectories.device.type
+            == work.advantages.device.type
+            == device.type
+        )
         waits = "cpu" if offload else device.type
         assert work.trajectories.latents.device.type == work.trajectories.images.device.type == waits
         assert same(here, t.epoch(), rel=1e-4 if kind == "pretended" else 1e-2)
@@ -95,7 +119,10 @@ def test_on_meta_latents_that_wait_meet_nothing_but_their_own():
     from ddpo_nb import recipes as R
     from ddpo_nb.trainer import make_objective
     for algorithm in ("ddpo-is", "rwr"):
-        c, numbers, mode = make_config(algorithm, mixed_precision="no", micro_batch_size=3), R.model_numbers(), R._LikeCuda()
+        c, numbers, mode = (
+            make_config(algorithm, mixed_precision="no", micro_batch_size=3), R.model_numbers(),
+            R._LikeCuda()
+        )
         policy, (t, ex) = R._skeleton(c, numbers, True, mode), R._micro_batch(c, numbers, torch.float32)
         zeros = lambda o: torch.zeros(o.shape, dtype=o.dtype)  # on the CPU
         t.latents, ex = zeros(t.latents), ex | {k: zeros(ex[k]) for k in ("sample", "step", "noise")}
@@ -111,7 +138,9 @@ def test_an_epoch_taken_up_in_the_middle_ends_in_the_same_bits(gpu, exact, offlo
     again = trainer(tmp_path/"again", offload_trajectories=offload, resume_from=str(kept))
     assert again.work.trajectories.latents.device.type == ("cpu" if offload else t.policy.device.type)
     assert same(row, again.epoch(), rel=0) and torch.equal(weights(t), weights(again))
-    assert {v.device for s in again.optimizer.state.values() for v in s.values()} == {again.policy.trainable_parameters()[0].device}
+    assert {v.device for s in again.optimizer.state.values() for v in s.values()} == {
+        again.policy.trainable_parameters()[0].device
+    }
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_of_the_cpu_goes_on_on_the_gpu_and_comes_back(kind, tmp_path):
@@ -139,18 +168,28 @@ def test_noise_is_the_same_on_any_device(gpu):
     t, out = policy.timesteps[:1].expand(2), torch.zeros_like(x)
     step = ddim_step(policy.scheduler, out, t, x, 1., generator=generators())
     own = ddim_step(policy.scheduler, out.cpu(), t.cpu(), here, 1., generator=generators())
-    assert step.prev_sample.device.type == gpu.type and torch.allclose(step.prev_sample.cpu(), own.prev_sample, atol=1e-6)
+    assert step.prev_sample.device.type == gpu.type and torch.allclose(
+        step.prev_sample.cpu(), own.prev_sample, atol=1e-6
+    )
 
 # ---- beside training ----
 
 def test_the_examination(gpu):
     "Rewards, alignment and variety of a policy on the device; the untouched model makes room afterwards"
     base = StableDiffusionPolicy(load_pipeline(), use_lora=False, num_steps=2)
-    examiner = Examiner(base, jpeg_compressibility, "jpeg_compressibility", PromptSource(["cat", "dog"], 0).items, 2, copies=2)
+    examiner = Examiner(
+        base, jpeg_compressibility, "jpeg_compressibility", PromptSource(["cat", "dog"], 0).items, 2, copies=2
+    )
     found = examiner(base, "base", 0)
-    assert {len(v) for v in found.rewards.values()} == {2} and all(np.isfinite(list(found.diversity.values()))) and base.device.type == "cpu"
+    assert (
+        {len(v) for v in found.rewards.values()} == {2}
+        and all(np.isfinite(list(found.diversity.values())))
+        and base.device.type == "cpu"
+    )
 
-@pytest.mark.parametrize("name", ["clip_alignment", "aesthetic", "prompt_alignment", "jpeg_incompressibility"])
+@pytest.mark.parametrize(
+    "name", ["clip_alignment", "aesthetic", "prompt_alignment", "jpeg_incompressibility"]
+)
 def test_a_reward_whose_model_is_there(gpu, name):
     "Asked about pictures on either device, in threads too"
     pictures, prompts = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)), ["cat", "dog"]
@@ -158,16 +197,22 @@ def test_a_reward_whose_model_is_there(gpu, name):
     before = check_rewards(reward(pictures, prompts, [{}] * 2)[0], 2, name)
     if hasattr(reward, "to"): reward.to(gpu)
     for images in (pictures, pictures.to(gpu)):
-        np.testing.assert_allclose(check_rewards(reward(images, prompts, [{}] * 2)[0], 2, name), before, atol=2e-3)
+        np.testing.assert_allclose(
+            check_rewards(reward(images, prompts, [{}] * 2)[0], 2, name), before, atol=2e-3
+        )
 
 def test_rewards_and_pictures_of_the_gpu_are_read(gpu):
     rewards, prompts = torch.tensor([1., 2., 4., 5.], device=gpu), ["a", "a", "b", "b"]
-    for baseline in BASELINES.values(): np.testing.assert_array_equal(baseline(prompts, rewards), baseline(prompts, rewards.tolist()))
+    for baseline in BASELINES.values():
+        np.testing.assert_array_equal(baseline(prompts, rewards), baseline(prompts, rewards.tolist()))
     tracker, other = PerPromptStatTracker(4, 1), PerPromptStatTracker(4, 1)
     np.testing.assert_array_equal(tracker.update(prompts, rewards), other.update(prompts, rewards.tolist()))
     assert torch.equal(clip_pixels(calibration_pictures().to(gpu)), clip_pixels(calibration_pictures()))
     with ParallelReward(lambda images, prompts, metadata: (images.mean((1, 2, 3)), {}), 2) as pool:
-        assert check_rewards(pool(torch.ones(4, 3, 2, 2, device=gpu), prompts, [{}] * 4)[0], 4, "mean").tolist() == [1] * 4
+        assert (
+            check_rewards(pool(torch.ones(4, 3, 2, 2, device=gpu), prompts, [{}] * 4)[0], 4, "mean").tolist()
+            == [1] * 4
+        )
 
 def test_a_taste_learned_from_pictures_of_the_gpu(gpu):
     policy, embedder = StableDiffusionPolicy(load_pipeline(), num_steps=2), load_embedder().to(gpu)

@@ -1,4 +1,5 @@
-"A run may be long: an epoch costs the same after thousands of others, on disk and in memory. Bytes are counted, not seconds."
+"""A run may be long: an epoch costs the same after thousands of others, on disk and in memory. Bytes are
+counted, not seconds."""
 import json
 import numpy as np, pytest, torch
 from ddpo_nb import policy as P
@@ -15,7 +16,14 @@ pytestmark = pytest.mark.usefixtures("small_unet")  # what the network draws is 
 def pipe(): return load_pipeline()
 
 def trainer(home, pipe, **kw):
-    c = make_config("ddpo-is", **dict(sample_num_steps=2, sample_batch_size=2, train_batch_size=2, micro_batch_size=8, logdir=str(home), num_epochs=30_000) | kw)
+    c = make_config(
+        "ddpo-is",
+        **dict(
+            sample_num_steps=2, sample_batch_size=2, train_batch_size=2, micro_batch_size=8, logdir=str(home),
+            num_epochs=30_000
+        )
+        | kw,
+    )
     return make_trainer(c, jpeg_compressibility, PromptSource(["cat"], 0), StableDiffusionPolicy(pipe))
 
 def size(folder): return sum(o.stat().st_size for o in folder.rglob("*") if o.is_file())
@@ -34,14 +42,26 @@ def test_an_epoch_writes_as_much_after_thousands(tmp_path, pipe):
         t.train(n + 2, progress=False)
         after = file.stat()
         assert after.st_ino == before.st_ino  # the same file, and not another one of this name
-        written.append(dict(rows=after.st_size - before.st_size, checkpoint=size(checkpoints(tmp_path/name/"checkpoints")[0])))
+        written.append(
+            dict(
+                rows=after.st_size - before.st_size,
+                checkpoint=size(checkpoints(tmp_path / name / "checkpoints")[0])
+            )
+        )
     short, long = written
-    assert abs(long["rows"] - short["rows"]) < 200 and abs(long["checkpoint"] - short["checkpoint"]) < 1000, written
-    again = trainer(tmp_path/"long", pipe, watch_reward="jpeg_incompressibility", stop_patience=30_000, resume_from=str(tmp_path/"long"))
+    assert (
+        abs(long["rows"] - short["rows"]) < 200 and abs(long["checkpoint"] - short["checkpoint"]) < 1000
+    ), written
+    again = trainer(
+        tmp_path / "long", pipe, watch_reward="jpeg_incompressibility", stop_patience=30_000,
+        resume_from=str(tmp_path / "long")
+    )
     assert len(again.rows) == 4_002 and again.recent == t.recent and again.best["value"] == t.best["value"]
 
 def test_a_comparison_appends_its_rows(tmp_path):
-    c = Comparison(dict(algorithms=[], seeds=[]), folder=tmp_path, rows=[dict(epoch=i) for i in range(20_000)])
+    c = Comparison(
+        dict(algorithms=[], seeds=[]), folder=tmp_path, rows=[dict(epoch=i) for i in range(20_000)]
+    )
     c.write_rows()
     before = (tmp_path/"metrics.jsonl").stat()
     c.add_row(dict(epoch=20_000))
@@ -56,17 +76,21 @@ def test_half_a_line_is_none_and_a_damaged_one_is_named(tmp_path):
     with open(file, "a") as f: f.write('{"a": ')
     assert read_lines(file) == [dict(a=1)]
     file.write_text('{"a": 1}\nx\n[]\n{"a": 2}')
-    with pytest.warns(UserWarning, match=r"line 2 is damaged, and left out \(2 such lines\)"): assert read_lines(file) == [dict(a=1), dict(a=2)]
+    with pytest.warns(UserWarning, match=r"line 2 is damaged, and left out \(2 such lines\)"):
+        assert read_lines(file) == [dict(a=1), dict(a=2)]
 
 def test_embeddings_of_prompts_are_kept_as_far_as_there_is_room(pipe, monkeypatch):
     p = StableDiffusionPolicy(pipe)
     one = p.encode(["cat"]).negative[0].nbytes
     monkeypatch.setattr(P, "EMBEDDINGS_KEPT", 4 * one)
     asked, encode = [], p.pipeline.encode_prompt
-    monkeypatch.setattr(p.pipeline, "encode_prompt", lambda texts, *a: asked.extend(texts) or encode(texts, *a))
+    monkeypatch.setattr(
+        p.pipeline, "encode_prompt", lambda texts, *a: asked.extend(texts) or encode(texts, *a)
+    )
     whole = p.encode([f"a {i}" for i in range(9)])
     assert len(p._embeddings) == 4 and len(whole) == 9 and len(asked) == 9
-    assert sum(o.untyped_storage().nbytes() for o in p._embeddings.values()) == 4 * one  # and no view of something larger
+    # and no view of something larger
+    assert sum(o.untyped_storage().nbytes() for o in p._embeddings.values()) == 4 * one
     last = next(reversed([k for k in p._embeddings if k]))
     asked.clear()
     assert torch.allclose(p.encode([last]).prompt, whole.prompt[[int(last[2:])]], atol=1e-6) and asked == []

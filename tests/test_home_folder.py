@@ -1,4 +1,5 @@
-"`~` is the home folder wherever a path can be given: a shell leaves that of --output=~/run alone, and a config file knows no shell."
+"""`~` is the home folder wherever a path can be given: a shell leaves that of --output=~/run alone, and a
+config file knows no shell."""
 import argparse
 import os
 from pathlib import Path
@@ -20,32 +21,53 @@ def home(tmp_path, monkeypatch):
 
 def path_options():
     "(command, option, action) of everything that names a place"
-    commands = next(a for a in cli.make_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    commands = next(
+        a for a in cli.make_parser()._actions if isinstance(a, argparse._SubParsersAction)
+    ).choices
     no_path = {"--vlm-url", "--push-to-hub", "--hub-model-id", "--run-name"}
     for command, p in commands.items():
         for a in p._actions:
             words = f"{a.metavar} {a.help}".lower()
-            if any(o in words for o in ("dir", "file", "folder", ".txt", ".png")) and a.option_strings and a.nargs != 0 and a.type is None and not {*a.option_strings} & no_path and not a.const:
+            if (
+                any(o in words for o in ("dir", "file", "folder", ".txt", ".png"))
+                and a.option_strings
+                and a.nargs != 0
+                and a.type is None
+                and not {*a.option_strings} & no_path
+                and not a.const
+            ):
                 yield command, p, a
 
 OPTIONS = [*path_options()]
 
 def test_the_walk_finds_them_all():
     found = {o for _, _, a in OPTIONS for o in a.option_strings}
-    assert {"--model", "--reward", "--prompts", "--output", "--lora", "--unet", "--init-lora", "--ratings", "--images", "--clip", "--cache"} <= found
+    assert {
+        "--model", "--reward", "--prompts", "--output", "--lora", "--unet", "--init-lora", "--ratings",
+        "--images", "--clip", "--cache"
+    } <= found
 
-@pytest.mark.parametrize("command,parser,action", OPTIONS, ids=[f"{c}{a.option_strings[0]}" for c, _, a in OPTIONS])
+@pytest.mark.parametrize(
+    "command,parser,action", OPTIONS, ids=[f"{c}{a.option_strings[0]}" for c, _, a in OPTIONS]
+)
 def test_every_path_option_knows_the_home_folder(command, parser, action, home):
-    others = [w for a in parser._actions if a.required and a is not action for w in (a.option_strings[0], "x")]
+    others = [
+        w for a in parser._actions if a.required and a is not action for w in (a.option_strings[0], "x")
+    ]
     value = "~/x.py:f" if action.dest == "reward" else "~/x"
     for words in ([action.option_strings[0], value], [f"{action.option_strings[0]}={value}"]):
         args = cli.make_parser().parse_args([command, *others, *words])
-        assert getattr(args, action.dest) in (str(home/value[2:]), [str(home/value[2:])]), action.option_strings
+        assert getattr(args, action.dest) in (
+            str(home / value[2:]), [str(home / value[2:])]
+        ), action.option_strings
 
 def test_files_of_all_kinds_are_read_from_and_written_to_it(home, capsys):
     (home/"r.py").write_text("def f(images, prompts, metadata): return images.mean((1, 2, 3)), {}")
     (home/"p.txt").write_text("a bear\n")
-    assert cli.main("sample --prompt bear --steps 1 --output=~/pics/a.png".split()) == 0 and (home/"pics/a.png").is_file()
+    assert (
+        cli.main("sample --prompt bear --steps 1 --output=~/pics/a.png".split()) == 0
+        and (home / "pics/a.png").is_file()
+    )
     assert cli.main("evaluate --samples 1 --steps 1 --reward=~/r.py:f --prompts=~/p.txt".split()) == 0
     assert "f: " in capsys.readouterr().out
 

@@ -1,4 +1,5 @@
-"Every figure, page and table shows the words of others as they are: TeX's signs, Markdown's, HTML's, and letters of no font."
+"""Every figure, page and table shows the words of others as they are: TeX's signs, Markdown's, HTML's, and
+letters of no font."""
 import warnings
 from types import SimpleNamespace
 
@@ -16,8 +17,13 @@ from ddpo_nb.taste import Pool, TasteWidget, draw_ranking
 
 pytestmark = pytest.mark.usefixtures("small_unet")  # what the network draws is not looked at here
 
-HOSTILE = ["$", "$x$", "costs 5$ or 6$", r"$\frac{$", "a_b^c \\alpha", "猫 と 犬", "🐈‍⬛ cat 👩‍🚀", "قطة כלב", "a|b`c`<b>&amp;</b>", "two\nlines\r\n\tand a tab", "\x1b[31mred\x07", "x" * 3000, "", "  ", "𝕬 𓀀 ﷽ \u200b\u202e",
-           "'; DROP", "%s %(x)s {0} {", "<script>alert(1)</script>", "#| [a](b) ![c](d)", "- * 1. ```", "\\", "\ufffe", "é́́́"]
+HOSTILE = [
+    "$", "$x$", "costs 5$ or 6$", r"$\frac{$", "a_b^c \\alpha", "猫 と 犬", "🐈‍⬛ cat 👩‍🚀", "قطة כלב",
+    "a|b`c`<b>&amp;</b>", "two\nlines\r\n\tand a tab", "\x1b[31mred\x07", "x" * 3000, "", "  ",
+    "𝕬 𓀀 ﷽ \u200b\u202e", "'; DROP", "%s %(x)s {0} {", "<script>alert(1)</script>",
+    "#| [a](b) ![c](d)",
+    "- * 1. ```", "\\", "\ufffe", "é́́́"
+]
 
 @pytest.fixture(autouse=True)
 def strict():
@@ -31,12 +37,26 @@ def picture(): return Image.new("RGB", (8, 8), "red")
 def comparison(reward_name, prompts):
     "As if two runs were finished and a third was not"
     shown = [["seen", i, p] for i, p in enumerate(prompts)]
-    def evaluation(name): return Evaluation(name, 0, {k: [.1] * len(prompts) for k in ("seen", "unseen_animals")}, {k: [.2] * len(prompts) for k in ("seen", "unseen_animals")},
-                                            {p: .5 for p in prompts}, shown, [picture() for _ in prompts], 1.)
-    rows = [dict(algorithm=a, seed=0, reward=reward_name, epoch=e, queries=4 * e, reward_mean=float(e), reward_std=.1, seconds_sampling=1., seconds_reward=1., seconds_training=1.)
-            for a in ("ddpo-is", "rwr") for e in (1, 2)]
-    settings = dict(model=reward_name, reward=reward_name, reward_name=reward_name, prompts=reward_name, queries=8, algorithms=["ddpo-is", "rwr"], seeds=[0], lora=True, notes=[reward_name],
-                    configs={a: dict(negative_prompts=reward_name) for a in ("ddpo-is", "rwr")}, machine=reward_name, versions=reward_name, command=reward_name)
+    def evaluation(name):
+        return Evaluation(
+            name, 0, {k: [0.1] * len(prompts) for k in ("seen", "unseen_animals")},
+            {k: [0.2] * len(prompts) for k in ("seen", "unseen_animals")}, {p: 0.5 for p in prompts}, shown,
+            [picture() for _ in prompts], 1.0
+        )
+    rows = [
+        dict(
+            algorithm=a, seed=0, reward=reward_name, epoch=e, queries=4 * e, reward_mean=float(e),
+            reward_std=0.1, seconds_sampling=1.0, seconds_reward=1.0, seconds_training=1.0
+        )
+        for a in ("ddpo-is", "rwr")
+        for e in (1, 2)
+    ]
+    settings = dict(
+        model=reward_name, reward=reward_name, reward_name=reward_name, prompts=reward_name, queries=8,
+        algorithms=["ddpo-is", "rwr"], seeds=[0], lora=True, notes=[reward_name],
+        configs={a: dict(negative_prompts=reward_name) for a in ("ddpo-is", "rwr")},
+        machine=reward_name, versions=reward_name, command=reward_name
+    )
     return Comparison(settings, rows, {(n, 0): evaluation(n) for n in (BASE, "ddpo-is")})
 
 def literal(fig):
@@ -51,7 +71,9 @@ def test_a_comparisons_figures_and_its_page(tmp_path):
     for name in prompts[::2]:
         c = comparison(name, prompts[:1])
         shown = literal(c.plot())
-        assert any(" ".join(drawable(name)[0].split())[:20] in " ".join(o.split()) for o in shown), (name, shown)
+        assert any(" ".join(drawable(name)[0].split())[:20] in " ".join(o.split()) for o in shown), (
+            name, shown
+        )
     for name in ("<script>alert(1)</script>", HOSTILE[3], HOSTILE[8]):
         page = comparison(name, [name]).html()
         assert "<script>alert" not in page and "<b>&amp;" not in page
@@ -84,7 +106,11 @@ def test_what_a_figure_is_given_has_a_picture(text):
     assert families or not dashboard._lacks(None, [c for c in shown if c != "\n"])
     kept = SimpleNamespace()
     write(lambda s, **style: vars(kept).update(text=s, style=style), text, 20, 8, fontsize=3)
-    assert kept.style["parse_math"] is False and len(kept.text.replace("\n", "")) <= 20 and all(len(o) <= 8 for o in kept.text.split("\n"))
+    assert (
+        kept.style["parse_math"] is False
+        and len(kept.text.replace("\n", "")) <= 20
+        and all(len(o) <= 8 for o in kept.text.split("\n"))
+    )
 
 def test_letters_of_no_font_are_boxes_and_orders_are_left_out(monkeypatch):
     monkeypatch.setattr(dashboard, "_fallbacks", lambda: [])
@@ -93,21 +119,41 @@ def test_letters_of_no_font_are_boxes_and_orders_are_left_out(monkeypatch):
 def test_a_font_that_has_the_letters_is_taken(monkeypatch):
     real = dashboard._lacks
     monkeypatch.setattr(dashboard, "_fallbacks", lambda: ["Useless", "Good"])
-    monkeypatch.setattr(dashboard, "_lacks", lambda family, characters: [] if family == "Good" else characters if family == "Useless" else real(family, characters))
+    monkeypatch.setattr(
+        dashboard, "_lacks",
+        lambda family, characters: (
+            [] if family == "Good" else characters if family == "Useless" else real(family, characters)
+        ),
+    )
     assert drawable("a 猫") == ("a 猫", ["Good"])
 
 @pytest.mark.parametrize("reward", [o for o in HOSTILE if o.strip()])
 def test_a_model_card_shows_a_rewards_name_as_it_is(reward):
     "As CommonMark reads it: nothing of it becomes a tag, a column, a heading or a formula"
     MarkdownIt = pytest.importorskip("markdown_it").MarkdownIt
-    card = model_card("emoji-sd", "ddpo-is", reward, dict(negative_prompts=reward, seed=0), [dict(queries=4, reward_mean=1., seed=0)], "ada/x", numbers={"before": (1., .1), "after": (2., .1)}, pictures=())
+    card = model_card(
+        "emoji-sd", "ddpo-is", reward, dict(negative_prompts=reward, seed=0),
+        [dict(queries=4, reward_mean=1.0, seed=0)], "ada/x",
+        numbers={"before": (1.0, 0.1), "after": (2.0, 0.1)}, pictures=()
+    )
     body = card.split("---\n", 2)[2]
     html = MarkdownIt("commonmark").enable("table").render(body)
-    assert "<script" not in html and "<b>" not in html and "<h1>" in html and html.count("<h1>") == 1 and html.count("<a href=\"b\"") == 0
-    assert html.count("<table>") == 2 and all(row.count("<td") == 2 for row in html.split("<tr>") if "<td" in row)
+    assert (
+        "<script" not in html
+        and "<b>" not in html
+        and "<h1>" in html
+        and html.count("<h1>") == 1
+        and html.count("<a href=\"b\"") == 0
+    )
+    assert html.count("<table>") == 2 and all(
+        row.count("<td") == 2 for row in html.split("<tr>") if "<td" in row
+    )
     assert body.count("```") % 2 == 0 or "```" in reward
 
 def test_markdowns_signs():
-    assert _md("a_b <c> |d| `e` $f$ _g_ h*i* [j](k)\nl") == r"a_b \<c\> \|d\| \`e\` \$f\$ \_g\_ h\*i\* \[j\](k) l"
+    assert (
+        _md("a_b <c> |d| `e` $f$ _g_ h*i* [j](k)\nl")
+        == r"a_b \<c\> \|d\| \`e\` \$f\$ \_g\_ h\*i\* \[j\](k) l"
+    )
     assert _code("a") == "`a`" and _code("a`b``c") == "``` a`b``c ```"
     assert Table([{"a|b": "1|2"}]).markdown() == "| a\\|b |\n|---|\n| 1\\|2 |"

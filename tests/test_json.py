@@ -12,7 +12,13 @@ def strict(text):
     def refuse(name): raise AssertionError(f"{name} is no JSON")
     return json.loads(text, parse_constant=refuse)
 
-@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, dict(a=[1., (math.inf, "inf")], b={"float": "x"}), np.float32("-inf"), np.float64("nan"), [1e308 * 10, 3]])
+@pytest.mark.parametrize(
+    "value",
+    [
+        math.inf, -math.inf, math.nan, dict(a=[1.0, (math.inf, "inf")], b={"float": "x"}), np.float32("-inf"),
+        np.float64("nan"), [1e308 * 10, 3]
+    ],
+)
 def test_a_checkpoint_keeps_numbers_that_json_has_not(tmp_path, value):
     save_state(tmp_path/"s", dict(v=value))
     strict((tmp_path/"s.json").read_text())
@@ -25,12 +31,24 @@ def test_a_reward_that_says_infinity_leaves_metrics_that_can_be_read(tmp_path):
     from ddpo_nb.trainer import _plain, make_config, make_trainer
     def reward(images, prompts, metadata):
         n = len(images)
-        return images.mean((1, 2, 3)), dict(up=[math.inf] * n, both=[math.inf, -math.inf][:n], lost=torch.full((n,), math.nan), kept=[1.] * n, huge=np.full(n, 1e308))
-    config = make_config("ddpo-is", sample_num_steps=2, sample_batch_size=2, train_batch_size=2, logdir=str(tmp_path), run_name="r")
-    t = make_trainer(config, reward, lambda: ("a bear", {}), StableDiffusionPolicy(load_pipeline(), lora_rank=1))
+        return images.mean((1, 2, 3)), dict(
+            up=[math.inf] * n, both=[math.inf, -math.inf][:n], lost=torch.full((n,), math.nan),
+            kept=[1.0] * n, huge=np.full(n, 1e308)
+        )
+    config = make_config(
+        "ddpo-is", sample_num_steps=2, sample_batch_size=2, train_batch_size=2, logdir=str(tmp_path),
+        run_name="r"
+    )
+    t = make_trainer(
+        config, reward, lambda: ("a bear", {}), StableDiffusionPolicy(load_pipeline(), lora_rank=1)
+    )
     rows = t.train(1, progress=False)
     written = [strict(line) for line in (tmp_path/"r/metrics.jsonl").read_text().splitlines()]
-    assert len(written) == 1 and written[0]["reward_info"]["kept"] == 1 and written[0]["reward_info"]["up"] is None is written[0]["reward_info"]["lost"]
+    assert (
+        len(written) == 1
+        and written[0]["reward_info"]["kept"] == 1
+        and written[0]["reward_info"]["up"] is None is written[0]["reward_info"]["lost"]
+    )
     assert written[0]["reward_mean"] == pytest.approx(rows[0]["reward_mean"])
     for file in tmp_path.rglob("*.json"): strict(file.read_text())
     assert _plain(dict(a=(np.float32(1), math.nan), b=torch.tensor(2))) == dict(a=[1, None], b=2)

@@ -1,4 +1,5 @@
-"The live view in a real JupyterLab, clicked in a real browser: what a kernel's thread, the widgets' wire and the page make of it."
+"""The live view in a real JupyterLab, clicked in a real browser: what a kernel's thread, the widgets' wire
+and the page make of it."""
 import json, os, re, subprocess, sys, time
 import nbformat, pytest
 from ddpo_nb.checkpoints import check_whole, checkpoints
@@ -9,8 +10,9 @@ from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
 from ddpo_nb.prompts import PromptSource
 from ddpo_nb.trainer import make_config, make_trainer
 def brightness(images, prompts, metadata): return images.mean((1, 2, 3)), {}
-c = make_config("ddpo-is", logdir="run", num_epochs=1000, sample_num_steps=3, sample_batch_size=4, train_batch_size=4)
-t = make_trainer(c, brightness, PromptSource(["a cat on a blue background", "dog"]), StableDiffusionPolicy(load_pipeline()))
+few = dict(num_epochs=1000, sample_num_steps=3, sample_batch_size=4, train_batch_size=4)
+policy, prompts = StableDiffusionPolicy(load_pipeline()), PromptSource(["a cat on a blue background", "dog"])
+t = make_trainer(make_config("ddpo-is", logdir="run", **few), brightness, prompts, policy)
 Dashboard(t).start()"""
 
 def write_notebook(path):
@@ -23,16 +25,27 @@ def private(home):
         file = home/f"settings/@jupyterlab/apputils-extension/{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps(value))
-    return os.environ | {f"JUPYTER_{o}_DIR": str(home/o.lower()) for o in ("CONFIG", "DATA", "RUNTIME")} | dict(JUPYTERLAB_SETTINGS_DIR=str(home/"settings"))
+    return (
+        os.environ
+        | {f"JUPYTER_{o}_DIR": str(home / o.lower()) for o in ("CONFIG", "DATA", "RUNTIME")}
+        | dict(JUPYTERLAB_SETTINGS_DIR=str(home / "settings"))
+    )
 
 @pytest.fixture
 def lab(tmp_path):
     "The address of a JupyterLab on the loopback interface, in a folder that holds one notebook"
     write_notebook(tmp_path/"board.ipynb")
-    args, log = [f"--IdentityProvider.token={TOKEN}", f"--ServerApp.root_dir={tmp_path}", "--ServerApp.port=0"], tmp_path/".lab.log"
+    args, log = [
+        f"--IdentityProvider.token={TOKEN}", f"--ServerApp.root_dir={tmp_path}", "--ServerApp.port=0"
+    ], tmp_path / ".lab.log"
     with log.open("w") as out:
-        p = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", *args],
-                             cwd=tmp_path, env=private(tmp_path/".jupyter"), stdout=out, stderr=out)
+        p = subprocess.Popen(
+            [
+                sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root",
+                "--ServerApp.ip=127.0.0.1", *args
+            ],
+            cwd=tmp_path, env=private(tmp_path / ".jupyter"), stdout=out, stderr=out
+        )
     try:
         while not (found := re.search(r"http://127\.0\.0\.1:\d+/", log.read_text())):
             assert p.poll() is None, log.read_text()
@@ -46,12 +59,18 @@ def test_watch_pause_go_on_and_stop(lab, browser, tmp_path):
     from playwright.sync_api import expect
     page = browser.new_page(viewport=dict(width=1200, height=900))
     page.set_default_timeout(120_000)  # a cold start: JupyterLab's pages, the kernel, PyTorch
-    expect.set_options(timeout=120_000)  # what is expected has a limit of its own, five seconds else, too few for a kernel on a busy machine
+    # what is expected has a limit of its own, five seconds else, too few for a kernel on a busy
+    # machine
+    expect.set_options(timeout=120_000)
     page.goto(f"{lab}lab/tree/board.ipynb?token={TOKEN}")
-    expect(page.get_by_role("button", name=re.compile("[|] Idle$"))).to_be_visible()  # the kernel's, in the status bar; a cell run before is lost (the toolbar's indicator says idle even before there is a kernel)
+    # the kernel's, in the status bar; a cell run before is lost (the toolbar's indicator says idle
+    # even before there is a kernel)
+    expect(page.get_by_role("button", name=re.compile("[|] Idle$"))).to_be_visible()
     page.locator(".jp-Notebook .cm-content").first.click()
     page.get_by_role("button", name=re.compile("^Run this cell")).click()
-    text, (curve, pictures) = page.locator(".widget-html-content").first, (page.locator("img.widget-image").nth(i) for i in (0, 1))
+    text, (curve, pictures) = page.locator(".widget-html-content").first, (
+        page.locator("img.widget-image").nth(i) for i in (0, 1)
+    )
     button = lambda name: page.get_by_role("button", name=name)
     says = lambda pattern: expect(text).to_have_text(re.compile(pattern))
     epoch = lambda: int(re.search(r"epoch (\d+)", text.inner_text())[1])
@@ -76,6 +95,8 @@ def test_watch_pause_go_on_and_stop(lab, browser, tmp_path):
     for name in ("Pause", "Stop and save"): expect(button(name)).to_be_disabled()
     saved = checkpoints(tmp_path/"run/checkpoints")[0]
     check_whole(saved)
-    assert re.match(rf"checkpoint_{epoch()}(-|$)", saved.name) and text.inner_text().endswith(f"resume_from='run/checkpoints/{saved.name}'")
+    assert re.match(rf"checkpoint_{epoch()}(-|$)", saved.name) and text.inner_text().endswith(
+        f"resume_from='run/checkpoints/{saved.name}'"
+    )
     if place: page.screenshot(path=place.replace(".png", "-end.png"))
     page.close()

@@ -1,5 +1,6 @@
-"""The proof that the estimators are right: on a diffusion whose exact policy gradient is known in closed form, DDPO's Monte-Carlo
-gradients are unbiased and converge at rate 1/√N, through the package's own objective classes; RWR's direction stays elsewhere."""
+"""The proof that the estimators are right: on a diffusion whose exact policy gradient is known in closed
+form, DDPO's Monte-Carlo gradients are unbiased and converge at rate 1/√N, through the package's own objective
+classes; RWR's direction stays elsewhere."""
 import math
 
 import pytest
@@ -11,7 +12,11 @@ from ddpo_nb.rwr import RWR, RWRSparse, TinyDiffusion, x0_moments
 
 T = 5
 goal, care = torch.tensor([0.5, 2.0], dtype=torch.float64), torch.tensor([2.0, 0.25], dtype=torch.float64)
-estimators = pytest.mark.parametrize("objective", [DDPOSF(adv_clip_max=math.inf), DDPO(adv_clip_max=math.inf, clip_range=math.inf)], ids=["sf", "is"])
+estimators = pytest.mark.parametrize(
+    "objective",
+    [DDPOSF(adv_clip_max=math.inf), DDPO(adv_clip_max=math.inf, clip_range=math.inf)],
+    ids=["sf", "is"],
+)
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
 def reward(x): return -(care * (x - goal)**2).sum(-1)
@@ -65,33 +70,54 @@ def test_ddpo_gradient_is_unbiased(policy, exact, objective):
     g = gen(1)
     estimates = torch.stack([estimate(policy, objective, 4_000, g) for _ in range(40)])
     assert z_scores(estimates, exact).abs().max() < 4
-    assert ((estimates.mean(0) - exact).norm() / exact.norm()) < 0.1   # and the errors are small enough to mean something
+    # and the errors are small enough to mean something
+    assert ((estimates.mean(0) - exact).norm() / exact.norm()) < 0.1
 
 @estimators
 def test_ddpo_error_shrinks_as_one_over_root_n(policy, exact, objective):
     def rms(n, k=40):
         g = gen(2)
-        return torch.stack([(estimate(policy, objective, n, g) - exact).norm()**2 for _ in range(k)]).mean().sqrt().item()
-    assert 3 < rms(200) / rms(3_200) < 5.3   # 16 times the samples: 4 times less, within the noise of 40 repeats
+        return (
+            torch.stack([(estimate(policy, objective, n, g) - exact).norm() ** 2 for _ in range(k)])
+            .mean()
+            .sqrt()
+            .item()
+        )
+    # 16 times the samples: 4 times less, within the noise of 40 repeats
+    assert 3 < rms(200) / rms(3_200) < 5.3
 
 @pytest.mark.parametrize("cls", [DDPOSF, DDPO])
 def test_weighing_steps_by_their_variance_weighs_the_exact_gradient_through_each(policy, cls):
-    "E[r] with only step t by the policy is E[r] as a function of that step's weights: its gradient, times σ_t², summed over t."
+    """E[r] with only step t by the policy is E[r] as a function of that step's weights: its gradient,
+    times σ_t², summed over t."""
     fixed, g = make(), gen(8)
     weights = step_std(policy.scheduler, policy.timesteps, 1.0)**2
-    target = flat_grad(sum(w * expected_reward([policy if k == t else fixed for k in range(T)]) for t, w in enumerate(weights)), policy)
+    target = flat_grad(
+        sum(
+            w * expected_reward([policy if k == t else fixed for k in range(T)])
+            for t, w in enumerate(weights)
+        ),
+        policy,
+    )
     objective = cls(adv_clip_max=math.inf, clip_range=math.inf, step_weighting="variance")
     estimates = torch.stack([estimate(policy, objective, 4_000, g) for _ in range(40)])
     assert z_scores(estimates, target).abs().max() < 4
-    assert sine(target, flat_grad(expected_reward([policy] * T), policy)) > 0.05   # another direction, not only another length
+    # another direction, not only another length
+    assert sine(target, flat_grad(expected_reward([policy] * T), policy)) > 0.05
 
 def test_both_estimators_are_one_at_ratio_one(policy):
-    sf, is_ = (estimate(policy, o, 500, gen(3)) for o in (DDPOSF(adv_clip_max=math.inf), DDPO(adv_clip_max=math.inf, clip_range=math.inf)))
+    sf, is_ = (
+        estimate(policy, o, 500, gen(3))
+        for o in (DDPOSF(adv_clip_max=math.inf), DDPO(adv_clip_max=math.inf, clip_range=math.inf))
+    )
     torch.testing.assert_close(sf, is_, rtol=1e-9, atol=1e-9)
 
 def surrogate_gradient(policy, old):
-    "Exact gradient of Σ_t E[r | step t by `policy`, all others by `old`], which DDPO-IS estimates from samples of `old`."
-    return flat_grad(sum(expected_reward([policy if k == t else old for k in range(T)]) for t in range(T)), policy)
+    """Exact gradient of Σ_t E[r | step t by `policy`, all others by `old`], which DDPO-IS estimates from
+    samples of `old`."""
+    return flat_grad(
+        sum(expected_reward([policy if k == t else old for k in range(T)]) for t in range(T)), policy
+    )
 
 def test_importance_sampling_from_an_older_policy_is_unbiased_for_the_surrogate(policy):
     old, g, objective = make(-0.05, 0.72), gen(4), DDPO(adv_clip_max=math.inf, clip_range=math.inf)
@@ -101,19 +127,28 @@ def test_importance_sampling_from_an_older_policy_is_unbiased_for_the_surrogate(
 def test_score_function_from_an_older_policy_is_not(policy):
     "Without the ratio the samples' age goes uncorrected: one update a batch is not a mere convention."
     old, g = make(-0.05, 0.72), gen(4)
-    estimates = torch.stack([estimate(policy, DDPOSF(adv_clip_max=math.inf), 4_000, g, sampler=old) for _ in range(40)])
+    estimates = torch.stack(
+        [estimate(policy, DDPOSF(adv_clip_max=math.inf), 4_000, g, sampler=old) for _ in range(40)]
+    )
     assert z_scores(estimates, surrogate_gradient(policy, old)).abs().max() > 8
 
 def test_the_surrogate_departs_from_the_truth_in_proportion_to_the_drift(policy, exact):
-    gaps = [(surrogate_gradient(policy, make(-d, 0.7 * math.exp(d / 2))) - exact).norm().item() for d in (0, 1e-3, 2e-3, 4e-3)]
+    gaps = [
+        (surrogate_gradient(policy, make(-d, 0.7 * math.exp(d / 2))) - exact).norm().item()
+        for d in (0, 1e-3, 2e-3, 4e-3)
+    ]
     assert gaps[0] < 1e-9
     assert gaps[2] / gaps[1] == pytest.approx(2, rel=0.05) and gaps[3] / gaps[2] == pytest.approx(2, rel=0.05)
 
-@pytest.mark.parametrize("objective", [RWR(), RWR(beta=1.0), RWR(beta=5.0), RWRSparse()], ids=["rwr", "rwr-beta-1", "rwr-beta-5", "rwr-sparse"])
+@pytest.mark.parametrize(
+    "objective", [RWR(), RWR(beta=1.0), RWR(beta=5.0), RWRSparse()],
+    ids=["rwr", "rwr-beta-1", "rwr-beta-5", "rwr-sparse"]
+)
 def test_rwr_does_not_point_along_the_gradient_and_more_samples_do_not_help(policy, exact, objective):
     g = gen(5)
     directions = torch.stack([rwr_direction(policy, objective, 4_000, g) for _ in range(32)])
-    across = directions - (directions @ exact)[:, None] * exact / (exact @ exact)   # what no rescaling removes
+    # what no rescaling removes
+    across = directions - (directions @ exact)[:, None] * exact / (exact @ exact)
     assert z_scores(across, torch.zeros(4)).abs().max() > 10
     few, many = (sine(rwr_direction(policy, objective, n, gen(6)), exact) for n in (10_000, 160_000))
     assert few > 0.3 and many > 0.8 * few

@@ -30,13 +30,17 @@ def reference(x, mean, std):
 def test_equals_torch_distributions(seed, shape, scale):
     x, mean, std = batch(seed, shape)
     std = std * 10**scale
-    torch.testing.assert_close(gaussian_log_prob(x, mean, std, "sum"), reference(x, mean, std), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        gaussian_log_prob(x, mean, std, "sum"), reference(x, mean, std), rtol=1e-6, atol=1e-9
+    )
 
 @quick
 @given(seeds, shapes)
 def test_trap_1_sum_is_n_times_mean(seed, shape):
     x, mean, std = batch(seed, shape)
-    torch.testing.assert_close(gaussian_log_prob(x, mean, std, "sum"), math.prod(shape) * gaussian_log_prob(x, mean, std, "mean"))
+    torch.testing.assert_close(
+        gaussian_log_prob(x, mean, std, "sum"), math.prod(shape) * gaussian_log_prob(x, mean, std, "mean")
+    )
 
 def test_trap_1_the_published_reduction_is_the_default():
     x, mean, std = batch(0, (8, 8, 8))
@@ -46,7 +50,10 @@ def test_trap_1_the_published_reduction_is_the_default():
 def test_trap_1_exact_ratio_overflows_where_the_mean_stays_near_one(n):
     "A draw that sits one standard deviation nearer to the new mean in each dimension"
     x, old, new = torch.ones(1, n), torch.zeros(1, n), torch.ones(1, n)
-    ratio = {r: (gaussian_log_prob(x, new, 1., r) - gaussian_log_prob(x, old, 1., r)).exp().item() for r in ("sum", "mean")}
+    ratio = {
+        r: (gaussian_log_prob(x, new, 1.0, r) - gaussian_log_prob(x, old, 1.0, r)).exp().item()
+        for r in ("sum", "mean")
+    }
     assert math.isinf(ratio["sum"])
     assert ratio["mean"] == pytest.approx(math.exp(0.5), rel=1e-6)
 
@@ -54,7 +61,9 @@ def test_trap_1_exact_ratio_overflows_where_the_mean_stays_near_one(n):
 @given(seeds, st.floats(0.01, 100))
 def test_one_std_for_all_is_one_std_each(seed, std):
     x, mean, _ = batch(seed, (2, 3))
-    one, each = gaussian_log_prob(x, mean, std), gaussian_log_prob(x, mean, torch.full((3,), std, dtype=x.dtype))
+    one, each = gaussian_log_prob(x, mean, std), gaussian_log_prob(
+        x, mean, torch.full((3,), std, dtype=x.dtype)
+    )
     assert torch.equal(one, each)
     assert torch.equal(one, gaussian_log_prob(x, mean, torch.tensor(std, dtype=x.dtype)))
 
@@ -77,7 +86,9 @@ def test_half_precision_latents_against_fp32_means():
     "The mean keeps its own precision: it must not be rounded to the latent's"
     x, mean, std = batch(0, (8, 8, 8), torch.float32)
     assert torch.equal(gaussian_log_prob(x.half(), mean, std), gaussian_log_prob(x.half().float(), mean, std))
-    assert not torch.equal(gaussian_log_prob(x.half(), mean, std), gaussian_log_prob(x.half(), mean.half(), std))
+    assert not torch.equal(
+        gaussian_log_prob(x.half(), mean, std), gaussian_log_prob(x.half(), mean.half(), std)
+    )
 
 def test_fp64_stays_fp64():
     x, mean, std = batch(0, (4,))
@@ -137,7 +148,13 @@ def test_a_small_divergence_is_not_lost_in_rounding():
     mean, other = torch.zeros(1, 512), torch.full((1, 512), 1e-4)
     assert gaussian_kl(mean, other, 1.).item() == pytest.approx(0.5e-8, rel=1e-5)
 
-@pytest.mark.parametrize("args,says", [((torch.zeros(2, 3), torch.zeros(2, 4), 1.), "one shape"), ((torch.zeros(2, 3), torch.zeros(2, 3), 0.), "std must be positive"),
-                                       ((torch.zeros(2, 3), torch.zeros(2, 3), 1., "max"), "reduction")])
+@pytest.mark.parametrize(
+    "args,says",
+    [
+        ((torch.zeros(2, 3), torch.zeros(2, 4), 1.0), "one shape"),
+        ((torch.zeros(2, 3), torch.zeros(2, 3), 0.0), "std must be positive"),
+        ((torch.zeros(2, 3), torch.zeros(2, 3), 1.0, "max"), "reduction"),
+    ],
+)
 def test_divergence_of_what_does_not_fit(args, says):
     with pytest.raises(ValueError, match=says): gaussian_kl(*args)

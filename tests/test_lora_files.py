@@ -1,4 +1,5 @@
-"LoRA files as other programs write them: applied as they mean it, or refused in one line; what is in them never runs."
+"""LoRA files as other programs write them: applied as they mean it, or refused in one line; what is in them
+never runs."""
 import copy
 import json
 import shlex
@@ -45,8 +46,11 @@ def random_lora(part, names, rank=3, alpha=None, std=.15, seed=0):
 
 def again(pipe):
     "The same pipeline once more, to put adapters in."
-    return StableDiffusionPipeline(**pipe.components | dict(unet=copy.deepcopy(pipe.unet), text_encoder=copy.deepcopy(pipe.text_encoder)),
-                                   requires_safety_checker=False)
+    return StableDiffusionPipeline(
+        **pipe.components
+        | dict(unet=copy.deepcopy(pipe.unet), text_encoder=copy.deepcopy(pipe.text_encoder)),
+        requires_safety_checker=False,
+    )
 
 def fused(pipe, unet={}, text={}):
     "UNet and text encoder with the weights W + (α/r)·BA, worked out here."
@@ -65,17 +69,35 @@ def says(unet, text_encoder):
     return unet(torch.randn(2, 4, 8, 8, generator=g), torch.tensor([801, 21]), text).sample
 
 def draw(pipe):
-    return pipe(["cat"], num_inference_steps=2, eta=1., output_type="pt", generator=torch.Generator().manual_seed(0)).images
+    return pipe(
+        ["cat"], num_inference_steps=2, eta=1.0, output_type="pt", generator=torch.Generator().manual_seed(0)
+    ).images
 
-def peft(lora, prefix=""): return {f"{prefix}{n}.lora_{x}.weight": t for n, (a, b, _) in lora.items() for x, t in zip("AB", (a, b))}
-def diffusers_form(lora): return {f"unet.{n}.lora.{x}.weight": t for n, (a, b, _) in lora.items() for x, t in zip(("down", "up"), (a, b))}
+def peft(lora, prefix=""):
+    return {f"{prefix}{n}.lora_{x}.weight": t for n, (a, b, _) in lora.items() for x, t in zip("AB", (a, b))}
+def diffusers_form(lora):
+    return {
+        f"unet.{n}.lora.{x}.weight": t
+        for n, (a, b, _) in lora.items()
+        for x, t in zip(("down", "up"), (a, b))
+    }
 def attn_procs(lora, prefix=""):
-    place = lambda n: f"{prefix}{n.rpartition('.to_')[0]}.processor.to_{n.rpartition('.to_')[2].removesuffix('.0')}_lora"
-    return {f"{place(n)}.{x}.weight": t for n, (a, b, _) in lora.items() for x, t in zip(("down", "up"), (a, b))}
+    def place(name):
+        layer, _, part = name.rpartition(".to_")
+        return f"{prefix}{layer}.processor.to_{part.removesuffix('.0')}_lora"
+    return {
+        f"{place(n)}.{x}.weight": t for n, (a, b, _) in lora.items() for x, t in zip(("down", "up"), (a, b))
+    }
 def kohya(lora, prefix="lora_unet_", alphas=True):
     place = lambda n: prefix + n.replace(".", "_")
-    tensors = {f"{place(n)}.lora_{x}.weight": t for n, (a, b, _) in lora.items() for x, t in zip(("down", "up"), (a, b))}
-    return tensors | ({f"{place(n)}.alpha": torch.tensor(float(v[2])) for n, v in lora.items()} if alphas else {})
+    tensors = {
+        f"{place(n)}.lora_{x}.weight": t
+        for n, (a, b, _) in lora.items()
+        for x, t in zip(("down", "up"), (a, b))
+    }
+    return tensors | (
+        {f"{place(n)}.alpha": torch.tensor(float(v[2])) for n, v in lora.items()} if alphas else {}
+    )
 def text_names(lora): return {f"text_model.{n}": v for n, v in lora.items()}
 
 def write(folder, tensors, name=FILE, metadata=None, config=None):
@@ -84,7 +106,8 @@ def write(folder, tensors, name=FILE, metadata=None, config=None):
     if config is not None: (folder/"adapter_config.json").write_text(json.dumps(config))
     return str(folder)
 
-def header(config, part="unet"): return {"lora_adapter_metadata": json.dumps({f"{part}.{k}" if part else k: v for k, v in config.items()})}
+def header(config, part="unet"):
+    return {"lora_adapter_metadata": json.dumps({f"{part}.{k}" if part else k: v for k, v in config.items()})}
 
 def same(pipe, lora, unet={}, text={}):
     "What `lora` does is what the fused weights do, and it does something; not a word is said."
@@ -100,15 +123,24 @@ def refused(lora, *words, pipe=tiny_sd()):
     "A LoRA that is refused in a line that has these words, and of which nothing stays behind."
     with pytest.raises(Exception) as e: load_lora(pipe, lora)
     text = str(e.value).splitlines()[0]
-    assert len(text) < 400 and not getattr(pipe.unet, "peft_config", None) and not getattr(pipe.text_encoder, "peft_config", None)
+    assert (
+        len(text) < 400
+        and not getattr(pipe.unet, "peft_config", None)
+        and not getattr(pipe.text_encoder, "peft_config", None)
+    )
     for w in words: assert w in text, text
 
 # the same adapter, as everybody writes it
 
-FORMS = {"diffusers": diffusers_form, "peft with unet.": lambda o: peft(o, "unet."), "save_lora_adapter": peft,
-         "save_attn_procs": attn_procs, "attn procs with unet.": lambda o: attn_procs(o, "unet."),
-         "adapter's name": lambda o: {k.replace(".weight", ".default.weight"): v for k, v in peft(o, "unet.").items()},
-         "wrapped": lambda o: peft(o, "module."), "kohya": kohya, "kohya without alphas": lambda o: kohya(o, alphas=False)}
+FORMS = {
+    "diffusers": diffusers_form, "peft with unet.": lambda o: peft(o, "unet."), "save_lora_adapter": peft,
+    "save_attn_procs": attn_procs, "attn procs with unet.": lambda o: attn_procs(o, "unet."),
+    "adapter's name": lambda o: {
+        k.replace(".weight", ".default.weight"): v for k, v in peft(o, "unet.").items()
+    },
+    "wrapped": lambda o: peft(o, "module."), "kohya": kohya,
+    "kohya without alphas": lambda o: kohya(o, alphas=False)
+}
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_is_applied(pipe, tmp_path, form):
@@ -122,7 +154,9 @@ def test_what_diffusers_and_peft_write_themselves(pipe, tmp_path):
     StableDiffusionPolicy(first).save_pretrained(tmp_path/"ours")
     first.unet.save_lora_adapter(tmp_path/"adapter", adapter_name="default")
     for o in ("ours", "adapter"): same(pipe, tmp_path/o, lora)
-    wrapped = get_peft_model(copy.deepcopy(pipe.unet), LoraConfig(r=2, lora_alpha=5, target_modules=list(PROJECTIONS)))
+    wrapped = get_peft_model(
+        copy.deepcopy(pipe.unet), LoraConfig(r=2, lora_alpha=5, target_modules=list(PROJECTIONS))
+    )
     for n, (a, b, _) in lora.items():
         m = wrapped.get_submodule(f"base_model.model.{n}")
         m.lora_A["default"].weight.data.copy_(a), m.lora_B["default"].weight.data.copy_(b)
@@ -133,13 +167,17 @@ def test_what_diffusers_and_peft_write_themselves(pipe, tmp_path):
 
 @pytest.mark.parametrize("extra", [dict(use_dora=True), dict(lora_bias=True)])
 def test_dora_and_biases_come_back(pipe, tmp_path, extra):
-    (first := again(pipe)).unet.add_adapter(LoraConfig(r=2, lora_alpha=3, target_modules=["to_out.0"], **extra))
+    (first := again(pipe)).unet.add_adapter(
+        LoraConfig(r=2, lora_alpha=3, target_modules=["to_out.0"], **extra)
+    )
     torch.manual_seed(0)
     for n, p in first.unet.named_parameters():
         if "lora_" in n: p.data += .1 * torch.randn_like(p)
     StableDiffusionPolicy(first).save_pretrained(tmp_path)
     load_lora(second := again(pipe), tmp_path)
-    torch.testing.assert_close(says(second.unet, second.text_encoder), says(first.unet, first.text_encoder), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        says(second.unet, second.text_encoder), says(first.unet, first.text_encoder), atol=1e-5, rtol=1e-5
+    )
 
 def test_strengths_of_single_layers(pipe, tmp_path):
     "Ranks and alphas may differ from layer to layer, and a name of one layer may end another's"
@@ -147,15 +185,37 @@ def test_strengths_of_single_layers(pipe, tmp_path):
     lora = random_lora(pipe.unet, names, rank=lambda i: 1 + i % 3, alpha=lambda i: (.5, 2, 3, 5)[i % 4])
     same(pipe, write(tmp_path/"kohya", kohya(lora)), lora)
     pattern = {"^" + n.replace(".", r"\."): v[2] for n, v in lora.items()}
-    same(pipe, write(tmp_path/"escaped", peft(lora, "unet."), metadata=header(dict(r=1, lora_alpha=7, alpha_pattern=pattern))), lora)
-    same(pipe, write(tmp_path/"plain", peft(lora), metadata=header(dict(r=1, alpha_pattern={n: v[2] for n, v in lora.items()}), "")), lora)
+    same(
+        pipe,
+        write(
+            tmp_path / "escaped", peft(lora, "unet."),
+            metadata=header(dict(r=1, lora_alpha=7, alpha_pattern=pattern))
+        ),
+        lora,
+    )
+    same(
+        pipe,
+        write(
+            tmp_path / "plain", peft(lora),
+            metadata=header(dict(r=1, alpha_pattern={n: v[2] for n, v in lora.items()}), ""),
+        ),
+        lora,
+    )
     half = {n: v for n, v in lora.items() if "up_blocks" in n}
     by_ending = {n: (a, b, 6 if n.endswith("to_q") else 4) for n, (a, b, _) in half.items()}
     config = dict(peft_type="LORA", r=1, lora_alpha=4, alpha_pattern={"to_q": 6})
-    same(pipe, write(tmp_path/"peft", peft(half, "base_model.model."), "adapter_model.safetensors", config=config), by_ending)
+    same(
+        pipe,
+        write(tmp_path / "peft", peft(half, "base_model.model."), "adapter_model.safetensors", config=config),
+        by_ending,
+    )
     stabilised = {n: (a, b, 4 * len(a)**.5) for n, (a, b, _) in half.items()}
     config = dict(peft_type="LORA", r=1, lora_alpha=4, use_rslora=True)
-    same(pipe, write(tmp_path/"rs", peft(half, "base_model.model."), "adapter_model.safetensors", config=config), stabilised)
+    same(
+        pipe,
+        write(tmp_path / "rs", peft(half, "base_model.model."), "adapter_model.safetensors", config=config),
+        stabilised,
+    )
 
 def test_layers_other_than_attention(pipe, tmp_path):
     "Convolutions, feed-forward and time layers; a 1×1 convolution's matrices may come as matrices"
@@ -163,10 +223,15 @@ def test_layers_other_than_attention(pipe, tmp_path):
     lora = random_lora(pipe.unet, targets(pipe.unet, ends), rank=2, std=.1)
     same(pipe, write(tmp_path/"peft", peft(lora, "unet.")), lora)
     same(pipe, write(tmp_path/"kohya", kohya(lora)), lora)
-    flat = {k: v.squeeze(-1).squeeze(-1) if v.ndim == 4 and v.shape[2:] == (1, 1) else v for k, v in kohya(lora).items()}
+    flat = {
+        k: v.squeeze(-1).squeeze(-1) if v.ndim == 4 and v.shape[2:] == (1, 1) else v
+        for k, v in kohya(lora).items()
+    }
     same(pipe, write(tmp_path/"flat", flat), lora)
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "diffusion_lora.safetensors", "add_detail.v2.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "diffusion_lora.safetensors", "add_detail.v2.safetensors"]
+)
 def test_other_names_and_a_file_itself(pipe, tmp_path, name):
     lora = random_lora(pipe.unet, targets(pipe.unet))
     folder = write(tmp_path/"l", peft(lora), name, header(dict(r=3, lora_alpha=3), ""))
@@ -175,18 +240,32 @@ def test_other_names_and_a_file_itself(pipe, tmp_path, name):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions(pipe, tmp_path, dtype):
-    lora = {n: (a.to(dtype), b.to(dtype), s) for n, (a, b, s) in random_lora(pipe.unet, targets(pipe.unet)).items()}
-    got = same(pipe, write(tmp_path/"l", peft(lora)), {n: (a.float(), b.float(), s) for n, (a, b, s) in lora.items()})
+    lora = {
+        n: (a.to(dtype), b.to(dtype), s)
+        for n, (a, b, s) in random_lora(pipe.unet, targets(pipe.unet)).items()
+    }
+    got = same(
+        pipe, write(tmp_path / "l", peft(lora)),
+        {n: (a.float(), b.float(), s) for n, (a, b, s) in lora.items()}
+    )
     assert {p.dtype for p in got.unet.parameters()} == {torch.float32}
 
 # the text encoder's part
 
 TEXT = ("q_proj", "v_proj", "out_proj", "fc1")
-TEXT_FORMS = {"kohya": lambda u, t: kohya(u) | kohya(text_names(t), "lora_te_"), "kohya te1": lambda u, t: kohya(u) | kohya(text_names(t), "lora_te1_"),
-              "peft": lambda u, t: peft(u, "unet.") | peft(text_names(t), "text_encoder."), "flat": lambda u, t: peft(u, "unet.") | peft(t, "text_encoder."),
-              "diffusers": lambda u, t: diffusers_form(u) | {k.replace("lora_A", "lora_linear_layer.down").replace("lora_B", "lora_linear_layer.up"): v
-                                                             for k, v in peft(text_names(t), "text_encoder.").items()},
-              "alone": lambda u, t: peft(text_names(t), "text_encoder.")}
+TEXT_FORMS = {
+    "kohya": lambda u, t: kohya(u) | kohya(text_names(t), "lora_te_"),
+    "kohya te1": lambda u, t: kohya(u) | kohya(text_names(t), "lora_te1_"),
+    "peft": lambda u, t: peft(u, "unet.") | peft(text_names(t), "text_encoder."),
+    "flat": lambda u, t: peft(u, "unet.") | peft(t, "text_encoder."),
+    "diffusers": (
+        lambda u, t: diffusers_form(u) | {
+            k.replace("lora_A", "lora_linear_layer.down").replace("lora_B", "lora_linear_layer.up"): v
+            for k, v in peft(text_names(t), "text_encoder.").items()
+        }
+    ),
+    "alone": lambda u, t: peft(text_names(t), "text_encoder."),
+}
 
 @pytest.mark.parametrize("form", TEXT_FORMS)
 def test_a_text_encoders_part_is_applied(pipe, tmp_path, form):
@@ -206,7 +285,10 @@ def test_what_does_not_fit_is_refused(pipe, tmp_path):
     no(peft(wide), first, "another model")
     no(diffusers_form({n.replace("blocks.0", "blocks.7"): v for n, v in lora.items()}), "blocks.7")
     no({f"transformer.{k}": v for k, v in peft(lora).items()}, "transformer")
-    no(kohya(lora) | kohya({"text_model_encoder_layers_0_mlp_fc1": lora[first]}, "lora_te2_"), "Stable Diffusion XL")
+    no(
+        kohya(lora) | kohya({"text_model_encoder_layers_0_mlp_fc1": lora[first]}, "lora_te2_"),
+        "Stable Diffusion XL",
+    )
     no(peft(lora) | {"extra.weight": torch.ones(2)}, "extra.weight")
     no({k: v for k, v in peft(lora).items() if k != f"{first}.lora_B.weight"}, first)
     no(peft({n: (a, torch.cat([b, b], 1), s) for n, (a, b, s) in lora.items()}), first)
@@ -221,7 +303,10 @@ def test_what_does_not_fit_is_refused(pipe, tmp_path):
     no({"emb_params": torch.ones(2, 64)}, "textual inversion")
     no({}, "no tensors")
     no({f"{n}.alpha": torch.tensor(1.) for n in lora}, first)
-    no(peft(lora, "base_model.model."), "LOHA", name="adapter_model.safetensors", config=dict(peft_type="LOHA"))
+    no(
+        peft(lora, "base_model.model."), "LOHA", name="adapter_model.safetensors",
+        config=dict(peft_type="LOHA")
+    )
     no(peft(lora, "base_model.model."), "adapter_config.json", name="adapter_model.safetensors", config=[1])
     no({"x" * 100_000: torch.ones(2)}, "xxx")
     no({k: v.to(torch.int64) for k, v in peft(lora).items()}, "int64")
@@ -246,21 +331,41 @@ def test_folders_and_files_without_weights(pipe, tmp_path):
 
 SLOW = "(([a-z_.0-9]+)+)+!"
 
-@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern", "modules_to_save"])
+@pytest.mark.parametrize(
+    "field",
+    [
+        "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern",
+        "modules_to_save"
+    ],
+)
 def test_a_pattern_that_never_ends(pipe, tmp_path, field):
     lora = random_lora(pipe.unet, targets(pipe.unet, few=8))
-    value = {SLOW: 2} if field in ("rank_pattern", "alpha_pattern") else [SLOW] if field == "modules_to_save" else SLOW
+    value = (
+        {SLOW: 2}
+        if field in ("rank_pattern", "alpha_pattern")
+        else [SLOW] if field == "modules_to_save" else SLOW
+    )
     config = dict(peft_type="LORA", r=3, lora_alpha=3) | {field: value}
-    folders = [write(tmp_path/"a", peft(lora, "unet."), metadata=header(config)), write(tmp_path/"b", peft(lora), metadata=header(config, "")),
-               write(tmp_path/"c", peft(lora, "base_model.model."), "adapter_model.safetensors", config=config)]
+    folders = [
+        write(tmp_path / "a", peft(lora, "unet."), metadata=header(config)),
+        write(tmp_path / "b", peft(lora), metadata=header(config, "")),
+        write(tmp_path / "c", peft(lora, "base_model.model."), "adapter_model.safetensors", config=config),
+    ]
     began = time.process_time()
     for folder in folders:
-        if field == "alpha_pattern": refused(folder, "alpha_pattern")   # how strong the layers are cannot be known
+        # how strong the layers are cannot be known
+        if field == "alpha_pattern": refused(folder, "alpha_pattern")
         else: same(pipe, folder, lora)
     assert time.process_time() - began < 20
 
-@pytest.mark.parametrize("text", ["[" * 50_000, "{", '"x"', '{"unet.r": 3, "unet.lora_alpha": NaN}', '{"unet.lora_alpha": "8"}', '{"unet.lora_alpha": -1}',
-                                  '{"unet.lora_alpha": 0}', '{"unet.lora_alpha": true}', '{"unet.alpha_pattern": [1]}', '{"unet.alpha_pattern": {"to_q": null}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 50_000, "{", '"x"', '{"unet.r": 3, "unet.lora_alpha": NaN}', '{"unet.lora_alpha": "8"}',
+        '{"unet.lora_alpha": -1}', '{"unet.lora_alpha": 0}', '{"unet.lora_alpha": true}',
+        '{"unet.alpha_pattern": [1]}', '{"unet.alpha_pattern": {"to_q": null}}'
+    ],
+)
 def test_nonsense_in_the_header(pipe, tmp_path, text):
     lora = random_lora(pipe.unet, targets(pipe.unet, few=2))
     refused(write(tmp_path/"l", peft(lora, "unet."), metadata={"lora_adapter_metadata": text}))
@@ -268,20 +373,26 @@ def test_nonsense_in_the_header(pipe, tmp_path, text):
 # through the doors that people use
 
 @pytest.fixture
-def some(pipe, tmp_path): return random_lora(pipe.unet, targets(pipe.unet), rank=lambda i: 1 + i % 2, alpha=lambda i: (3, 5)[i % 2])
+def some(pipe, tmp_path):
+    return random_lora(pipe.unet, targets(pipe.unet), rank=lambda i: 1 + i % 2, alpha=lambda i: (3, 5)[i % 2])
 
 def test_training_goes_on_with_that_adapter(pipe, folder, some, tmp_path):
     policy = StableDiffusionPolicy(load_pipeline(folder, write(tmp_path/"l", kohya(some))), lora_rank=7)
     own = dict(policy.pipeline.unet.named_parameters())
     assert len(policy.trainable_parameters()) == 2 * len(some)
     for n, (a, b, _) in some.items():
-        assert torch.equal(own[f"{n}.lora_A.default.weight"], a) and torch.equal(own[f"{n}.lora_B.default.weight"], b)
+        assert torch.equal(own[f"{n}.lora_A.default.weight"], a) and torch.equal(
+            own[f"{n}.lora_B.default.weight"], b
+        )
     for p in policy.trainable_parameters(): p.data *= 1.1
     policy.save_pretrained(tmp_path/"on")
     trained = {n: (1.1 * a, 1.1 * b, s) for n, (a, b, s) in some.items()}
     same(pipe, tmp_path/"on", trained)
-    (plain := again(pipe)).unet.load_lora_adapter(tmp_path/"on", prefix="unet", weight_name=FILE)   # diffusers by itself
-    torch.testing.assert_close(says(plain.unet, plain.text_encoder), says(*fused(pipe, trained)), atol=1e-4, rtol=1e-4)
+    # diffusers by itself
+    (plain := again(pipe)).unet.load_lora_adapter(tmp_path/"on", prefix="unet", weight_name=FILE)
+    torch.testing.assert_close(
+        says(plain.unet, plain.text_encoder), says(*fused(pipe, trained)), atol=1e-4, rtol=1e-4
+    )
     policy.restore(tmp_path/"on")
 
 def test_pictures_are_those_of_the_fused_model(pipe, folder, some, tmp_path):
@@ -293,8 +404,13 @@ def test_pictures_are_those_of_the_fused_model(pipe, folder, some, tmp_path):
     want.unet.load_state_dict(unet.state_dict()), want.text_encoder.load_state_dict(text_encoder.state_dict())
     torch.testing.assert_close(draw(got), draw(want), atol=1e-4, rtol=0)
     assert (draw(got) - before).abs().mean() > 1e-3
-    with pytest.raises(ModelError) as e: load_pipeline(folder, write(tmp_path/"no", {f"transformer.{k}": v for k, v in peft(some).items()}))
-    assert str(e.value).startswith("--lora: cannot load") and "transformer" in str(e.value) and len(str(e.value).splitlines()) == 1
+    with pytest.raises(ModelError) as e:
+        load_pipeline(folder, write(tmp_path / "no", {f"transformer.{k}": v for k, v in peft(some).items()}))
+    assert (
+        str(e.value).startswith("--lora: cannot load")
+        and "transformer" in str(e.value)
+        and len(str(e.value).splitlines()) == 1
+    )
 
 # the command line
 
@@ -307,8 +423,10 @@ def run(capsys, tmp_path, monkeypatch):
         return status, *capsys.readouterr()
     return go
 
-TINY = ("--queries 2 --evaluation-samples 2 --sample-num-steps 2 --train-batch-size 2 --sample-batch-size 2 --sample-num-batches-per-epoch 1 "
-        "--mixed-precision no --no-progress")
+TINY = (
+    "--queries 2 --evaluation-samples 2 --sample-num-steps 2 --train-batch-size 2 --sample-batch-size 2"
+    " --sample-num-batches-per-epoch 1 --mixed-precision no --no-progress"
+)
 
 def test_the_command_line_applies_it(run, folder, some, tmp_path, pipe):
     text = random_lora(pipe.text_encoder, targets(pipe.text_encoder, TEXT), rank=4, seed=1, std=.3)
@@ -321,22 +439,41 @@ def test_the_command_line_applies_it(run, folder, some, tmp_path, pipe):
     assert len({*pictures}) == 3 and pictures[1] == pictures[2]
     assert run(f"evaluate --model {folder} --lora t --samples 2 --steps 2")[0] == 0
 
-@pytest.mark.parametrize("line,words", [("sample --prompt cat --output a.png --lora x", "--lora: transformer"), ("evaluate --lora x", "--lora: transformer"),
-    ("train {} --init-lora x", "--init-lora: transformer"), ("train {} --init-lora t", "--init-lora: text encoder"), ("train {} --no-lora --init-lora t", "--init-lora: text encoder"),
-    ("train {} --init-lora l --lora-rank 9", "--lora-rank: 9 rank"), ("train {} --init-lora ./nowhere", "--init-lora: nowhere"), ("sample --prompt cat --output a.png --lora no/where", "--lora: no/where hub"),
-    ("train {} --init-lora no/where", "--init-lora: no/where hub"), ("train --dry-run --init-lora ./nowhere", "--init-lora: nowhere"), ("evaluate --unet l", "--unet:")])
+@pytest.mark.parametrize(
+    "line,words",
+    [
+        ("sample --prompt cat --output a.png --lora x", "--lora: transformer"),
+        ("evaluate --lora x", "--lora: transformer"), ("train {} --init-lora x", "--init-lora: transformer"),
+        ("train {} --init-lora t", "--init-lora: text encoder"),
+        ("train {} --no-lora --init-lora t", "--init-lora: text encoder"),
+        ("train {} --init-lora l --lora-rank 9", "--lora-rank: 9 rank"),
+        ("train {} --init-lora ./nowhere", "--init-lora: nowhere"),
+        ("sample --prompt cat --output a.png --lora no/where", "--lora: no/where hub"),
+        ("train {} --init-lora no/where", "--init-lora: no/where hub"),
+        ("train --dry-run --init-lora ./nowhere", "--init-lora: nowhere"), ("evaluate --unet l", "--unet:")
+    ],
+)
 def test_the_command_line_refuses_it(run, folder, some, tmp_path, pipe, line, words):
     write(tmp_path/"x", {f"transformer.{k}": v for k, v in peft(some).items()})
     write(tmp_path/"l", kohya(some))
-    write(tmp_path/"t", kohya(text_names(random_lora(pipe.text_encoder, targets(pipe.text_encoder, TEXT))), "lora_te_"))
+    write(
+        tmp_path / "t",
+        kohya(text_names(random_lora(pipe.text_encoder, targets(pipe.text_encoder, TEXT))), "lora_te_"),
+    )
     status, out, err = run(line.format(TINY) + ("" if "dry-run" in line else f" --model {folder}"))
     assert status == 2 and not out and err.count("\n") == 1 and all(w in err for w in words.split()), err
     assert not (tmp_path/"runs").exists() and not (tmp_path/"a.png").exists()
 
 def test_training_from_the_command_line_goes_on_with_it(run, folder, some, tmp_path, pipe):
     write(tmp_path/"l", attn_procs({n: (a[:1], b[:, :1], 1) for n, (a, b, _) in some.items()}))
-    assert run(f"train {TINY} --model {folder} --init-lora l/{FILE} --train-learning-rate 1e-9 --output out")[0] == 0
-    same(pipe, tmp_path/"out/weights/ddpo-is-seed0", {n: (a[:1], b[:, :1], 1) for n, (a, b, _) in some.items()})
+    assert (
+        run(f"train {TINY} --model {folder} --init-lora l/{FILE} --train-learning-rate 1e-9 --output out")[0]
+        == 0
+    )
+    same(
+        pipe, tmp_path / "out/weights/ddpo-is-seed0",
+        {n: (a[:1], b[:, :1], 1) for n, (a, b, _) in some.items()}
+    )
     assert json.loads((tmp_path/"out/config.json").read_text())["configs"]["ddpo-is"]["lora_rank"] == 1
 
 def test_a_lora_from_the_hub(pipe, some, tmp_path, monkeypatch):
@@ -344,7 +481,8 @@ def test_a_lora_from_the_hub(pipe, some, tmp_path, monkeypatch):
     import ddpo_nb.loading as loading
     asked = []
     class Api:
-        def list_repo_files(self, repo_id): return ["README.md", "curves.png", FILE, "other/model.safetensors"]
+        def list_repo_files(self, repo_id):
+            return ["README.md", "curves.png", FILE, "other/model.safetensors"]
     def snapshot(repo_id, **how): asked.append((repo_id, how)); return str(tmp_path/"l")
     monkeypatch.setattr(loading, "HfApi", Api); monkeypatch.setattr(loading, "snapshot_download", snapshot)
     write(tmp_path/"l", kohya(some))

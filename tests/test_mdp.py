@@ -12,7 +12,10 @@ from ddpo_nb.mdp import Trajectories, ddim_step, step_std
 
 quick = settings(max_examples=60, deadline=None)
 spacings, kinds = ("leading", "linspace", "trailing"), ("epsilon", "sample", "v_prediction")
-SD = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+SD = dict(
+    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+    set_alpha_to_one=False, steps_offset=1
+)
 
 def make(n=20, **kwargs):
     "Stable Diffusion's scheduler with `n` steps; `kwargs` replace parts of its configuration"
@@ -27,14 +30,21 @@ def data(seed=0, shape=(3, 4, 4, 4), dtype=torch.float32):
 
 def rng(seed=0): return torch.Generator().manual_seed(seed)
 
-schedulers = st.fixed_dictionaries(dict(
-    n=st.sampled_from([1, 2, 5, 7, 20, 30, 50, 100, 999, 1000]),
-    timestep_spacing=st.sampled_from(spacings), prediction_type=st.sampled_from(kinds),
-    steps_offset=st.integers(0, 1), set_alpha_to_one=st.booleans(),
-    beta_schedule=st.sampled_from(["linear", "scaled_linear", "squaredcos_cap_v2"]),
-    clip_sample=st.booleans(), clip_sample_range=st.sampled_from([1., 2.5]), thresholding=st.booleans(), sample_max_value=st.sampled_from([1., 3.]),
-)).filter(lambda o: o["n"] < 1000 or not (o["timestep_spacing"] == "leading" and o["steps_offset"])  # such a list asks for timestep 1000
-         ).map(lambda o: make(**o))
+schedulers = (
+    st.fixed_dictionaries(
+        dict(
+            n=st.sampled_from([1, 2, 5, 7, 20, 30, 50, 100, 999, 1000]),
+            timestep_spacing=st.sampled_from(spacings), prediction_type=st.sampled_from(kinds),
+            steps_offset=st.integers(0, 1), set_alpha_to_one=st.booleans(),
+            beta_schedule=st.sampled_from(["linear", "scaled_linear", "squaredcos_cap_v2"]),
+            clip_sample=st.booleans(), clip_sample_range=st.sampled_from([1.0, 2.5]),
+            thresholding=st.booleans(), sample_max_value=st.sampled_from([1.0, 3.0]),
+            # such a list asks for timestep 1000
+        )
+    ).filter(lambda o: o["n"] < 1000 or not (o["timestep_spacing"] == "leading" and o["steps_offset"])).map(
+        lambda o: make(**o)
+    )
+)
 etas = st.one_of(st.just(0.), st.just(1.), st.floats(1e-3, 1))
 seeds = st.integers(0, 2**32)
 
@@ -55,7 +65,8 @@ def test_trap_4_prev_sample_is_the_samplers(scheduler, eta, seed, draw):
     ours = ddim_step(scheduler, out, t, x, eta, generator=rng(seed)).prev_sample
     theirs = diffusers_step(scheduler, out, t, x, eta, generator=rng(seed))
     assert ours.isfinite().all()
-    if theirs.isfinite().all(): close(ours, theirs)  # with n=1 on the cosine schedule its root meets a rounding error below zero
+    # with n=1 on the cosine schedule its root meets a rounding error below zero
+    if theirs.isfinite().all(): close(ours, theirs)
     else: assert 1 - scheduler.alphas_cumprod[t] > 0.999
 
 @quick
@@ -98,12 +109,20 @@ def test_one_generator_a_sample(scheduler, seed):
 @quick
 @given(schedulers, etas, seeds, st.data())
 def test_per_sample_timesteps_equal_one_at_a_time(scheduler, eta, seed, draw):
-    ts = torch.tensor(draw.draw(st.lists(st.sampled_from(scheduler.timesteps.tolist()), min_size=3, max_size=3)))
+    ts = torch.tensor(
+        draw.draw(st.lists(st.sampled_from(scheduler.timesteps.tolist()), min_size=3, max_size=3))
+    )
     x, out = data(seed)
     action = x + 0.1 * torch.randn(x.shape, generator=rng(seed))
     def steps(**kwargs):
         together = ddim_step(scheduler, out, ts, x, eta, **{k: f(slice(None)) for k, f in kwargs.items()})
-        alone = [ddim_step(scheduler, out[i:i+1], ts[i], x[i:i+1], eta, **{k: f(slice(i, i + 1)) for k, f in kwargs.items()}) for i in range(3)]
+        alone = [
+            ddim_step(
+                scheduler, out[i : i + 1], ts[i], x[i : i + 1], eta,
+                **{k: f(slice(i, i + 1)) for k, f in kwargs.items()}
+            )
+            for i in range(3)
+        ]
         for name in ("mean", "std", "prev_sample", "log_prob", "pred_original_sample"):
             close(getattr(together, name), torch.cat([getattr(o, name) for o in alone]))
     steps(prev_sample=lambda s: action[s])
@@ -120,7 +139,10 @@ def test_step_std_is_the_steps(scheduler, eta):
 # --- the score is the Gaussian's ---
 
 @quick
-@given(schedulers, etas, seeds, st.sampled_from(["mean", "sum"]), st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
+@given(
+    schedulers, etas, seeds, st.sampled_from(["mean", "sum"]),
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+)
 def test_trap_3_drawn_and_scored_again_bit_for_bit(scheduler, eta, seed, reduction, dtype):
     "Whatever the latents' precision: the stored action is the one that was scored"
     t = scheduler.timesteps[torch.arange(3) % len(scheduler.timesteps)]
@@ -139,7 +161,8 @@ def test_trap_3_half_latents_are_scored_in_fp32(dtype):
     assert step.mean.dtype == step.log_prob.dtype == torch.float32
     assert torch.equal(step.log_prob, gaussian_log_prob(step.prev_sample.float(), step.mean, step.std))
     unrounded = ddim_step(scheduler, out, 1, x.to(dtype).float(), 1., generator=rng())
-    assert (unrounded.log_prob - step.log_prob).abs().max() > 1e-6  # the trap is real: scoring before rounding gives another number
+    # the trap is real: scoring before rounding gives another number
+    assert (unrounded.log_prob - step.log_prob).abs().max() > 1e-6
 
 @quick
 @given(schedulers, seeds)
@@ -147,12 +170,19 @@ def test_log_prob_is_the_gaussians(scheduler, seed):
     t = scheduler.timesteps[0]
     x, out = data(seed)
     step = ddim_step(scheduler, out, t, x, 1., generator=rng(seed), reduction="sum")
-    if step.std[0] > 0: torch.testing.assert_close(step.log_prob, gaussian_log_prob(step.prev_sample, step.mean, step.std, "sum"))
-    else: assert not step.log_prob.any()
+    if step.std[0] > 0:
+        torch.testing.assert_close(
+            step.log_prob, gaussian_log_prob(step.prev_sample, step.mean, step.std, "sum")
+        )
+    else:
+        assert not step.log_prob.any()
 
 def test_trap_1_mean_is_the_default_and_sum_is_n_times_it():
     scheduler, (x, out) = make(), data()
-    mean, sum_ = (ddim_step(scheduler, out, 501, x, 1., generator=rng(), **kw).log_prob for kw in ({}, dict(reduction="sum")))
+    mean, sum_ = (
+        ddim_step(scheduler, out, 501, x, 1.0, generator=rng(), **kw).log_prob
+        for kw in ({}, dict(reduction="sum"))
+    )
     torch.testing.assert_close(sum_, 64 * mean)
 
 def test_draws_have_the_stated_mean_and_std():
@@ -200,7 +230,8 @@ def test_trap_2_never_nan(scheduler, eta, seed, reduction):
     for kwargs in (dict(generator=rng(seed)), dict(prev_sample=x)):
         step = ddim_step(scheduler, out, ts, x, eta, reduction=reduction, **kwargs)
         grad, = torch.autograd.grad(step.log_prob.sum(), out)
-        for value in (step.mean, step.std, step.prev_sample, step.log_prob, grad): assert value.isfinite().all()
+        for value in (step.mean, step.std, step.prev_sample, step.log_prob, grad):
+            assert value.isfinite().all()
         certain = step.std == 0
         assert not step.log_prob[certain].any() and not grad[certain].any()
 
@@ -213,8 +244,12 @@ def test_trap_2_deterministic_steps_still_denoise():
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize("n", [5, 7, 20, 30])
 def test_zero_terminal_snr_has_no_nan(schedule, n):
-    "At ᾱ = 0 the root in the step's mean is zero up to rounding; diffusers takes it of a negative number and returns NaN"
-    scheduler = make(n, beta_schedule=schedule, rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
+    """At ᾱ = 0 the root in the step's mean is zero up to rounding; diffusers takes it of a negative
+    number and returns NaN"""
+    scheduler = make(
+        n, beta_schedule=schedule, rescale_betas_zero_snr=True, prediction_type="v_prediction",
+        timestep_spacing="trailing"
+    )
     x, out = data()
     step = ddim_step(scheduler, out, 999, x, 1., generator=rng())
     assert step.prev_sample.isfinite().all() and step.log_prob.isfinite().all()
@@ -246,14 +281,18 @@ def test_trailing_with_61_steps_is_refused():
     "Its list ends on timestep -1, which diffusers reads as 999"
     scheduler = make(61, timestep_spacing="trailing")
     assert scheduler.timesteps[-1] == -1
-    with pytest.raises(ValueError, match="another number of steps"): step_std(scheduler, scheduler.timesteps, 1.)
+    with pytest.raises(ValueError, match="another number of steps"):
+        step_std(scheduler, scheduler.timesteps, 1.0)
 
 # --- Trajectories ---
 
 def trajectories(N=3, T=5):
     g = rng()
-    return Trajectories(torch.randn(N, T + 1, 2, 4, 4, generator=g), torch.arange(T).flip(0) * 50 + 1, torch.randn(N, T, generator=g),
-                        torch.ones(T, dtype=torch.bool), torch.arange(N), ["cat"] * N, [{}] * N)
+    return Trajectories(
+        torch.randn(N, T + 1, 2, 4, 4, generator=g), torch.arange(T).flip(0) * 50 + 1,
+        torch.randn(N, T, generator=g), torch.ones(T, dtype=torch.bool), torch.arange(N), ["cat"] * N,
+        [{}] * N
+    )
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 4)), min_size=1, max_size=20))
 @quick

@@ -40,7 +40,11 @@ def same(got, want, atol=0.):
 def refused(place, *words):
     with pytest.raises(ModelError) as e: load_pipeline(str(place))
     text = str(e.value)
-    assert text.startswith("--model: cannot load") and len(text.splitlines()) == 1 and all(w in text for w in words), text
+    assert (
+        text.startswith("--model: cannot load")
+        and len(text.splitlines()) == 1
+        and all(w in text for w in words)
+    ), text
 
 # folders
 
@@ -55,10 +59,19 @@ def to_variant(folder, part, name="fp16", shards=0):
         save_file({k: tensors[k] for k in keys[i::shards]}, folder/part/file, metadata=dict(format="pt"))
         index |= {k: file for k in keys[i::shards]}
     end = f"index.{name}.json" if name else "index.json"
-    (folder/part/f"{WEIGHTS[part]}.safetensors.{end}").write_text(json.dumps(dict(metadata={}, weight_map=index)))
+    (folder / part / f"{WEIGHTS[part]}.safetensors.{end}").write_text(
+        json.dumps(dict(metadata={}, weight_map=index))
+    )
 
-@pytest.mark.parametrize("how", [dict(unet={}, vae={}, text_encoder={}), dict(unet={}), dict(text_encoder={}), dict(unet=dict(shards=2)),
-    dict(unet=dict(shards=2, name="")), dict(unet=dict(name="bf16"), vae=dict(name="bf16")), dict(unet=dict(shards=3), vae={}, text_encoder={})])
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(unet={}, vae={}, text_encoder={}), dict(unet={}), dict(text_encoder={}),
+        dict(unet=dict(shards=2)), dict(unet=dict(shards=2, name="")),
+        dict(unet=dict(name="bf16"), vae=dict(name="bf16")),
+        dict(unet=dict(shards=3), vae={}, text_encoder={})
+    ],
+)
 def test_variants_and_shards(folder, pipe, how):
     for part, given in how.items(): to_variant(folder, part, **given)
     same(load_pipeline(str(folder)), pipe)
@@ -81,17 +94,46 @@ def test_what_a_folder_lacks(folder, tmp_path):
     refused(without("unet/diffusion_pytorch_model.safetensors"), "unet", "no weights")
     refused(without("model_index.json"), "model_index.json")
     for part, name in dict(unet="diffusion_pytorch_model", text_encoder="pytorch_model").items():
-        refused(without(f"{part}/{WEIGHTS[part]}.safetensors", then=lambda d: (d/part/f"{name}.bin").write_bytes(b"x")), part, f"{name}.bin", "pickle", "save_pretrained")
-    refused(without(then=lambda d: (to_variant(d, "unet", shards=2), (d/"unet/diffusion_pytorch_model.fp16-00002-of-00002.safetensors").unlink())), "00002-of-00002", "missing")
-    refused(without(then=lambda d: (to_variant(d, "unet", "fp16"), to_variant(d, "vae", "ema"))), "ema", "fp16")
+        refused(
+            without(
+                f"{part}/{WEIGHTS[part]}.safetensors",
+                then=lambda d: (d / part / f"{name}.bin").write_bytes(b"x")
+            ),
+            part, f"{name}.bin", "pickle", "save_pretrained"
+        )
+    refused(
+        without(
+            then=lambda d: (
+                to_variant(d, "unet", shards=2),
+                (d / "unet/diffusion_pytorch_model.fp16-00002-of-00002.safetensors").unlink(),
+            )
+        ),
+        "00002-of-00002", "missing"
+    )
+    refused(
+        without(then=lambda d: (to_variant(d, "unet", "fp16"), to_variant(d, "vae", "ema"))), "ema", "fp16"
+    )
     index = json.loads((folder/"model_index.json").read_text())
     for kind in ("StableDiffusionXLPipeline", "FluxPipeline", "LatentConsistencyModelPipeline"):
-        refused(without(then=lambda d: (d/"model_index.json").write_text(json.dumps(index | dict(_class_name=kind)))), kind)
+        refused(
+            without(
+                then=lambda d: (d / "model_index.json").write_text(json.dumps(index | dict(_class_name=kind)))
+            ),
+            kind,
+        )
 
-@pytest.mark.parametrize("part,key", [("unet", "conv_in.weight"), ("vae", "decoder.conv_in.bias"), ("text_encoder", "final_layer_norm.weight")])
+@pytest.mark.parametrize(
+    "part,key",
+    [
+        ("unet", "conv_in.weight"), ("vae", "decoder.conv_in.bias"),
+        ("text_encoder", "final_layer_norm.weight")
+    ],
+)
 def test_files_with_weights_missing(folder, part, key):
     file = folder/part/f"{WEIGHTS[part]}.safetensors"
-    save_file({k: v for k, v in load_file(file).items() if not k.endswith(key)}, file, metadata=dict(format="pt"))
+    save_file(
+        {k: v for k, v in load_file(file).items() if not k.endswith(key)}, file, metadata=dict(format="pt")
+    )
     refused(folder, key, "lack")
 
 # one file
@@ -120,12 +162,17 @@ def test_files_that_are_no_checkpoint(file, whole, tmp_path):
     alone = tmp_path/"alone.safetensors"
     shutil.copy(file, alone)
     refused(alone, "configuration", "beside", "save_pretrained")
-    (tmp_path/"a.ckpt").write_bytes(b"x"), (tmp_path/"a.txt").write_text("x"), (tmp_path/"broken.safetensors").write_bytes(b"x")
+    (tmp_path / "a.ckpt").write_bytes(b"x"), (tmp_path / "a.txt").write_text("x"), (
+        tmp_path / "broken.safetensors"
+    ).write_bytes(b"x")
     refused(tmp_path/"a.ckpt", "pickle")
     refused(tmp_path/"a.txt", ".safetensors")
     refused(tmp_path/"broken.safetensors")
     refused(whole/"unet/diffusion_pytorch_model.safetensors", "part")
-    def no(tensors, *words): save_file({k: v.clone() for k, v in tensors.items()}, tmp_path/"b.safetensors"), refused(tmp_path/"b.safetensors", *words)
+    def no(tensors, *words):
+        save_file({k: v.clone() for k, v in tensors.items()}, tmp_path / "b.safetensors"), refused(
+            tmp_path / "b.safetensors", *words
+        )
     one = torch.ones(1)
     no({"unet.a.lora_A.weight": one}, "--lora")
     no({"conditioner.embedders.0.a": one, "model.diffusion_model.a": one}, "another family")
@@ -134,10 +181,24 @@ def test_files_that_are_no_checkpoint(file, whole, tmp_path):
 
 # kinds of models
 
-@pytest.mark.parametrize("given,words", [(dict(time_cond_proj_dim=8), "latent consistency"), (dict(in_channels=9), "inpaints"), (dict(in_channels=8), "edits"), (dict(in_channels=5), "depth"),
-    (dict(num_class_embeds=3), "class"), (dict(class_embed_type="timestep"), "class"), (dict(attention_type="gated"), "GLIGEN"), (dict(out_channels=8), "variance"),
-    (dict(addition_embed_type="text_time", projection_class_embeddings_input_dim=8, addition_time_embed_dim=2), "XL"), (dict(cross_attention_dim=24), "24"),
-    (dict(encoder_hid_dim=8, encoder_hid_dim_type="text_proj"), "embeddings")])
+@pytest.mark.parametrize(
+    "given,words",
+    [
+        (dict(time_cond_proj_dim=8), "latent consistency"), (dict(in_channels=9), "inpaints"),
+        (dict(in_channels=8), "edits"), (dict(in_channels=5), "depth"), (dict(num_class_embeds=3), "class"),
+        (dict(class_embed_type="timestep"), "class"), (dict(attention_type="gated"), "GLIGEN"),
+        (dict(out_channels=8), "variance"),
+        (
+            dict(
+                addition_embed_type="text_time", projection_class_embeddings_input_dim=8,
+                addition_time_embed_dim=2
+            ),
+            "XL",
+        ),
+        (dict(cross_attention_dim=24), "24"),
+        (dict(encoder_hid_dim=8, encoder_hid_dim_type="text_proj"), "embeddings"),
+    ],
+)
 def test_networks_that_want_more(given, words, whole, tmp_path):
     pipe = tiny_sd(unet=given)
     with pytest.raises(ModelError, match=words): StableDiffusionPolicy(pipe)
@@ -152,13 +213,16 @@ def test_noise_that_leaves_nothing(pipe, folder):
         DDIMScheduler(**NOISE | zero, prediction_type=kind).save_pretrained(folder/"scheduler")
         if kind == "epsilon":
             refused(folder, "zero terminal SNR")
-            with pytest.raises(ModelError, match="zero terminal SNR"): StableDiffusionPolicy(tiny_sd(scheduler=zero))
+            with pytest.raises(ModelError, match="zero terminal SNR"):
+                StableDiffusionPolicy(tiny_sd(scheduler=zero))
             continue
         policy = StableDiffusionPolicy(load_pipeline(str(folder)), num_steps=4, guidance_scale=3)
         assert policy.timesteps[0] == 999 and policy.stochastic.all()
         x, cond = policy.initial_latents([torch.Generator().manual_seed(0)]), policy.encode(["cat"])
-        theirs = policy.pipeline(prompt_embeds=cond.prompt, negative_prompt_embeds=cond.negative, num_inference_steps=4, eta=1., guidance_scale=3.,
-                                 output_type="pt", generator=[torch.Generator().manual_seed(0)]).images
+        theirs = policy.pipeline(
+            prompt_embeds=cond.prompt, negative_prompt_embeds=cond.negative, num_inference_steps=4, eta=1.0,
+            guidance_scale=3.0, output_type="pt", generator=[torch.Generator().manual_seed(0)]
+        ).images
         g = [torch.Generator().manual_seed(0)]
         x = policy.initial_latents(g)
         with torch.no_grad():
@@ -171,7 +235,9 @@ def test_noise_that_leaves_nothing(pipe, folder):
 def test_a_scheduler_of_another_kind(folder):
     FlowMatchEulerDiscreteScheduler().save_pretrained(folder/"scheduler")
     index = json.loads((folder/"model_index.json").read_text())
-    (folder/"model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}))
+    (folder / "model_index.json").write_text(
+        json.dumps(index | {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]})
+    )
     refused(folder, "FlowMatchEulerDiscreteScheduler")
 
 def test_the_bundled_model_passes(): check_pipeline(load_pipeline())
@@ -190,7 +256,9 @@ def test_textual_inversion(inverted):
     "A word that stands for several vectors: all of them count, in a policy and in `prompt_alignment`"
     policy, pipe = StableDiffusionPolicy(inverted, num_steps=2), inverted
     spelt = "a <it> <it>_1 <it>_2"
-    ids = pipe.tokenizer(spelt, padding="max_length", max_length=pipe.tokenizer.model_max_length, return_tensors="pt").input_ids
+    ids = pipe.tokenizer(
+        spelt, padding="max_length", max_length=pipe.tokenizer.model_max_length, return_tensors="pt"
+    ).input_ids
     with torch.no_grad(): want = pipe.text_encoder(ids)[0][0]
     torch.testing.assert_close(policy.encode(["a <it>"]).prompt[0], want)
     judge = PromptAlignment(load_pipeline(pipe.config._name_or_path))
@@ -215,13 +283,24 @@ def test_one_file_on_the_command_line(run, file, whole, tmp_path):
     status, out, err = run(f"train --model '{file}' --mixed-precision no --dry-run")
     assert status == 0 and not err
 
-@pytest.mark.parametrize("name,words", [("a.ckpt", "pickle"), ("a.txt", ".safetensors"), ("l.safetensors", "--lora"), ("nowhere.safetensors", "nowhere.safetensors"), ("lcm", "consistency")])
-@pytest.mark.parametrize("command", ["sample --prompt cat --output x.png", "train --evaluation-samples 2 --mixed-precision no --output out"])
+@pytest.mark.parametrize(
+    "name,words",
+    [
+        ("a.ckpt", "pickle"), ("a.txt", ".safetensors"), ("l.safetensors", "--lora"),
+        ("nowhere.safetensors", "nowhere.safetensors"), ("lcm", "consistency")
+    ],
+)
+@pytest.mark.parametrize(
+    "command",
+    ["sample --prompt cat --output x.png", "train --evaluation-samples 2 --mixed-precision no --output out"],
+)
 def test_files_refused_on_the_command_line(run, folder, tmp_path, command, name, words):
     (tmp_path/"a.ckpt").write_bytes(b"x"), (tmp_path/"a.txt").write_text("x")
     save_file({"unet.a.lora_A.weight": torch.ones(1)}, tmp_path/"l.safetensors")
     folder.rename(tmp_path/"lcm")
-    UNet2DConditionModel.from_config(dict(UNet2DConditionModel.load_config(tmp_path/"lcm/unet"), time_cond_proj_dim=8)).save_pretrained(tmp_path/"lcm/unet")
+    UNet2DConditionModel.from_config(
+        dict(UNet2DConditionModel.load_config(tmp_path / "lcm/unet"), time_cond_proj_dim=8)
+    ).save_pretrained(tmp_path / "lcm/unet")
     status, out, err = run(f"{command} --model {name}")
     assert status == 2 and not out and err.count("\n") == 1 and "--model" in err and words in err, err
     assert not (tmp_path/"out").exists() and not (tmp_path/"x.png").exists()

@@ -14,25 +14,34 @@ from shutil import copytree, ignore_patterns, rmtree
 import pytest
 
 root = Path(__file__).resolve().parents[1]
-nbs = sorted(o for o in (root/"nbs").rglob("*.ipynb") if not any(p.startswith((".", "_")) for p in o.relative_to(root).parts))
+nbs = sorted(
+    o
+    for o in (root / "nbs").rglob("*.ipynb")
+    if not any(p.startswith((".", "_")) for p in o.relative_to(root).parts)
+)
 names = [o.relative_to(root/"nbs").with_suffix("").as_posix() for o in nbs]
 
 def tool(name, *args, cwd):
     "Run one of nbdev's commands, and show what it wrote if it fails"
-    res = subprocess.run([Path(sys.executable).with_name(name), *map(str, args)], cwd=cwd, capture_output=True, text=True)
+    res = subprocess.run(
+        [Path(sys.executable).with_name(name), *map(str, args)], cwd=cwd, capture_output=True, text=True
+    )
     assert res.returncode == 0, (res.stdout + res.stderr)[-8000:]
     return res.stdout + res.stderr
 
 def copy(tmp, *parts):
     "A copy of the named files and folders of the repository, to run things in"
     for o in ("pyproject.toml", "settings.ini", *parts):
-        if (root/o).is_dir(): copytree(root/o, tmp/o, ignore=ignore_patterns("__pycache__", ".*", "weights", "runs"))
-        else: (tmp/o).write_bytes((root/o).read_bytes())
+        if (root / o).is_dir():
+            copytree(root / o, tmp / o, ignore=ignore_patterns("__pycache__", ".*", "weights", "runs"))
+        else:
+            (tmp / o).write_bytes((root / o).read_bytes())
     return tmp
 
 @pytest.fixture(scope="module")
 def remade(tmp_path_factory):
-    "A copy of the repository in which every module has been thrown away and exported again, and every notebook cleaned"
+    """A copy of the repository in which every module has been thrown away and exported again, and every
+    notebook cleaned"""
     tmp = copy(tmp_path_factory.mktemp("remade"), "ddpo_nb", "nbs")
     for o in (tmp/"ddpo_nb").glob("*.py"):
         if o.name not in ("__init__.py", "__main__.py"): o.unlink()
@@ -42,10 +51,18 @@ def remade(tmp_path_factory):
 
 def differences(a, b):
     "Files that are not the same in folders `a` and `b`"
-    def files(d): return {o.relative_to(d) for o in d.rglob("*") if o.is_file() and o.suffix in (".py", ".ipynb", ".txt", ".yml")
-                          and not {"__pycache__", ".ipynb_checkpoints", "weights", "runs"} & {*o.parts}}
+    def files(d):
+        return {
+            o.relative_to(d)
+            for o in d.rglob("*")
+            if o.is_file()
+            and o.suffix in (".py", ".ipynb", ".txt", ".yml")
+            and not {"__pycache__", ".ipynb_checkpoints", "weights", "runs"} & {*o.parts}
+        }
     fa, fb = files(a), files(b)
-    return sorted(map(str, fa ^ fb)) + sorted(str(o) for o in fa & fb if not filecmp.cmp(a/o, b/o, shallow=False))
+    return sorted(map(str, fa ^ fb)) + sorted(
+        str(o) for o in fa & fb if not filecmp.cmp(a / o, b / o, shallow=False)
+    )
 
 def test_modules_are_exported(remade): assert differences(root/"ddpo_nb", remade/"ddpo_nb") == []
 
@@ -63,7 +80,9 @@ def test_readme_is_complete():
     assert "TODO" not in text
     links = re.findall(r"""(?:\]\(|\b(?:src|href)=")(?![a-z]+:|[#/])([^)"\s#]+)""", text)
     assert [o for o in links if not (root/o).exists()] == []
-    badges = re.findall(r"\]\(https://colab.research.google.com/github/ddpo-nb/ddpo_nb/blob/main/nbs/(\S+)\.ipynb\)", text)
+    badges = re.findall(
+        r"\]\(https://colab.research.google.com/github/ddpo-nb/ddpo_nb/blob/main/nbs/(\S+)\.ipynb\)", text
+    )
     assert badges == [o for o in names if o != "index"]
 
 def text_of(nb):
@@ -76,7 +95,8 @@ def text_of(nb):
 
 @pytest.mark.parametrize("name", names)
 def test_notebook_is_tidy(name):
-    "Opens with a title and a subtitle, holds no author's path and no error, and stays small enough to read on the web"
+    """Opens with a title and a subtitle, holds no author's path and no error, and stays small enough to
+    read on the web"""
     file = root/"nbs"/f"{name}.ipynb"
     nb = json.loads(file.read_text(encoding="utf-8"))
     first = "".join(nb["cells"][0]["source"])
@@ -86,57 +106,88 @@ def test_notebook_is_tidy(name):
     assert file.stat().st_size < 3e6
 
 def code_of(name, exported=True):
-    "A notebook's code, parsed cell by cell, without what is IPython's own, and if so wished without what makes the module"
+    """A notebook's code, parsed cell by cell, without what is IPython's own, and if so wished without
+    what makes the module"""
     for cell in json.loads((root/"nbs"/f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "code" and (exported or "#| export" not in "".join(cell["source"])):
             lines = "".join(cell["source"]).splitlines()
-            yield ast.parse("\n".join(re.sub(r"\S.*", "pass", o) if re.match(r"\s*[%!]", o) else o for o in lines))
+            yield ast.parse(
+                "\n".join(re.sub(r"\S.*", "pass", o) if re.match(r"\s*[%!]", o) else o for o in lines)
+            )
 
 def files_of_the_checkout(tree, place):
     "Strings that name a file or folder of this repository, seen from a notebook's folder `place`"
     texts = [o.value for o in ast.walk(tree) if isinstance(o, ast.Constant) and isinstance(o.value, str)]
-    relative = [o for o in texts if "/" in o and len(o) < 200 and "\n" not in o and not o.startswith("/") and re.search(r"\w", o)]
+    relative = [
+        o
+        for o in texts
+        if "/" in o and len(o) < 200 and "\n" not in o and not o.startswith("/") and re.search(r"\w", o)
+    ]
     return [o for o in relative if any((base/o).exists() for base in (place, root, root/"nbs"))]
 
 def pictures_left_on_the_gpu(tree):
     "Calls of `rollout` whose pictures stay where the policy is, by line"
-    calls = lambda tree, name: [o for o in ast.walk(tree) if isinstance(o, ast.Call) and getattr(o.func, "id", getattr(o.func, "attr", "")) == name]
+    calls = lambda tree, name: [
+        o
+        for o in ast.walk(tree)
+        if isinstance(o, ast.Call) and getattr(o.func, "id", getattr(o.func, "attr", "")) == name
+    ]
     brought = {id(o) for call in calls(tree, "cpu") for o in ast.walk(call)}
-    pictures = [o.value for o in ast.walk(tree) if isinstance(o, ast.Attribute) and o.attr == "images" and isinstance(o.value, ast.Call)]
+    pictures = [
+        o.value
+        for o in ast.walk(tree)
+        if isinstance(o, ast.Attribute) and o.attr == "images" and isinstance(o.value, ast.Call)
+    ]
     drawn = [o for o in pictures if getattr(o.func, "id", "") == "rollout" and id(o) not in brought]
     return [o.lineno for o in drawn if "keep_on" not in {k.arg for k in o.keywords}]
 
 @pytest.mark.parametrize("name", names)
 def test_notebook_needs_only_the_package(name):
-    "Whoever installed it with pip has no checkout; and a policy that was trained may be on a GPU, while pictures are looked at on the CPU"
+    """Whoever installed it with pip has no checkout; and a policy that was trained may be on a GPU, while
+    pictures are looked at on the CPU"""
     assert [o for t in code_of(name) for o in files_of_the_checkout(t, (root/"nbs"/name).parent)] == []
     trees = [*code_of(name, exported=False)]
-    trains = any(getattr(o, "id", "") in ("make_trainer", "DDPOTrainer", "RWRTrainer") for t in trees for o in ast.walk(t))
+    trains = any(
+        getattr(o, "id", "") in ("make_trainer", "DDPOTrainer", "RWRTrainer")
+        for t in trees
+        for o in ast.walk(t)
+    )
     assert not trains or [o for t in trees for o in pictures_left_on_the_gpu(t)] == []
 
 def test_the_check_of_notebooks_finds_what_it_looks_for():
     tree = ast.parse("Path('images/curves.png').read_bytes(); open('runs/x.json'); a = rollout(p, q).images\n"
                      "b = rollout(p, q, keep_on='cpu').images; c = rollout(p).images.float().cpu()")
-    assert files_of_the_checkout(tree, root/"nbs") == ["images/curves.png"] and pictures_left_on_the_gpu(tree) == [1]
+    assert files_of_the_checkout(tree, root / "nbs") == ["images/curves.png"] and pictures_left_on_the_gpu(
+        tree
+    ) == [1]
 
 def test_figures_that_notebooks_show_are_the_benchmarks():
     shown = sorted((root/"ddpo_nb/data/benchmarks").iterdir())
-    assert shown and [o.name for o in shown if o.read_bytes() != (root/"benchmarks/results"/o.name).read_bytes()] == []
+    assert (
+        shown
+        and [o.name for o in shown if o.read_bytes() != (root / "benchmarks/results" / o.name).read_bytes()]
+        == []
+    )
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
-    "The notebooks alone, to run them in: what they import is the installed package, and what they read is their own"
+    """The notebooks alone, to run them in: what they import is the installed package, and what they read
+    is their own"""
     place = copy(tmp_path_factory.mktemp("workshop"), "nbs")
     rmtree(place/"nbs/images")
     return place
 
 # What nearly every notebook imports, and takes longer to import than most of them to run
-HEAVY = ["diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "transformers.models.clip.modeling_clip", "peft", "nbdev.test", "matplotlib.pyplot"]
+HEAVY = [
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "transformers.models.clip.modeling_clip", "peft", "nbdev.test", "matplotlib.pyplot"
+]
 
 ALONE = {"10b_hub"}  # sets what huggingface_hub reads when it is imported
 
 def start(name):
-    "How to start a notebook's process: as a fork of one that has only imported `HEAVY`, or as fresh as can be"
+    """How to start a notebook's process: as a fork of one that has only imported `HEAVY`, or as fresh as
+    can be"""
     if name in ALONE: return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(HEAVY)

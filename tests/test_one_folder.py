@@ -1,4 +1,5 @@
-"One folder, one run: a second one is refused before it writes, whoever died is forgotten, and nothing waits for ever."
+"""One folder, one run: a second one is refused before it writes, whoever died is forgotten, and nothing waits
+for ever."""
 import json, os, shlex, signal, socket, subprocess, sys, time
 from pathlib import Path
 import pytest
@@ -13,7 +14,8 @@ HOLD = """
 import datetime, fcntl, json, os, pathlib, socket, sys, time
 folder = pathlib.Path(sys.argv[1]); folder.mkdir(exist_ok=True)
 f = open(folder/".lock", "w"); fcntl.flock(f, fcntl.LOCK_EX)
-json.dump(dict(pid=os.getpid(), host=socket.gethostname(), started=datetime.datetime.now().isoformat()), f); f.flush()
+holder = dict(pid=os.getpid(), host=socket.gethostname(), started=datetime.datetime.now().isoformat())
+json.dump(holder, f); f.flush()
 print("held", flush=True); time.sleep(60)
 """  # what FolderLock does, without the seconds that importing torch takes
 
@@ -25,12 +27,20 @@ def holder(tmp_path):
     yield p
     p.kill(); p.wait()
 
-def files(folder): return sorted((str(o.relative_to(folder)), o.stat().st_mtime_ns) for o in folder.rglob("*"))
+def files(folder):
+    return sorted((str(o.relative_to(folder)), o.stat().st_mtime_ns) for o in folder.rglob("*"))
 
 def test_the_second_is_told_who_has_it_and_a_dead_holder_is_forgotten(tmp_path, holder):
     run, before = tmp_path/"run", files(tmp_path)
     for ask in (FolderLock(run).__enter__, lambda: check_free(run)):
-        with pytest.raises(InputError, match=f"being written to by process {holder.pid} on this machine since 20.*wait for it, or name another"): ask()
+        with pytest.raises(
+            InputError,
+            match=(
+                f"being written to by process {holder.pid} on this machine since 20.*wait for it, or name"
+                " another"
+            ),
+        ):
+            ask()
     assert files(tmp_path) == before
     holder.kill(); holder.wait()
     assert (run/".lock").exists()
@@ -67,9 +77,14 @@ def test_inside_a_lock_the_same_lock_may_be_taken_again_and_another_may_not(tmp_
     assert not list(tmp_path.iterdir())
 
 def note(folder, **kw):
-    (folder/".lock").write_text(json.dumps(dict(pid=os.getpid(), host=socket.gethostname(), started="2026-01-01T00:00:00") | kw))
+    (folder / ".lock").write_text(
+        json.dumps(dict(pid=os.getpid(), host=socket.gethostname(), started="2026-01-01T00:00:00") | kw)
+    )
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"pid": "x"}', "\0\xff", '{"pid": -1, "host": "", "started": "yesterday"}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", '{"pid": "x"}', "\0\xff", '{"pid": -1, "host": "", "started": "yesterday"}'],
+)
 def test_a_lock_file_with_nonsense_in_it_locks_nothing(tmp_path, text, monkeypatch):
     monkeypatch.setattr(C, "_beat", 0.01)
     (tmp_path/".lock").write_text(text, encoding="latin-1")
@@ -84,9 +99,12 @@ def test_another_machines_lock_is_watched(tmp_path, monkeypatch):
     note(tmp_path, host="elsewhere", pid=7)
     with pytest.warns(UserWarning, match="process 7 on elsewhere"), FolderLock(tmp_path): pass
     note(tmp_path, host="elsewhere", pid=7)
-    touches = subprocess.Popen(["sh", "-c", f"for i in 1 2 3 4 5 6 7 8 9; do sleep 0.05; touch {tmp_path}/.lock; done"])
+    touches = subprocess.Popen(
+        ["sh", "-c", f"for i in 1 2 3 4 5 6 7 8 9; do sleep 0.05; touch {tmp_path}/.lock; done"]
+    )
     monkeypatch.setattr(C, "_beat", 1.)
-    with pytest.warns(UserWarning), pytest.raises(InputError, match="process 7 on elsewhere"): FolderLock(tmp_path).__enter__()
+    with pytest.warns(UserWarning), pytest.raises(InputError, match="process 7 on elsewhere"):
+        FolderLock(tmp_path).__enter__()
     touches.wait()
 
 def test_a_holder_gives_signs_of_life(tmp_path, monkeypatch):
@@ -109,9 +127,13 @@ def test_where_there_are_no_locks_the_process_number_decides(tmp_path, monkeypat
     with FolderLock(tmp_path): pass
 
 def test_what_a_killed_process_was_writing_is_cleared(tmp_path):
-    for name in (".writing-a", "weights/.writing-b/w", "results/.writing-c"): (tmp_path/name).mkdir(parents=True)
+    for name in (".writing-a", "weights/.writing-b/w", "results/.writing-c"):
+        (tmp_path / name).mkdir(parents=True)
     (tmp_path/".writing-file").write_text("half")
-    with FolderLock(tmp_path): assert sorted(str(o.relative_to(tmp_path)) for o in tmp_path.rglob("*")) == [".lock", "results", "weights"]
+    with FolderLock(tmp_path):
+        assert sorted(str(o.relative_to(tmp_path)) for o in tmp_path.rglob("*")) == [
+            ".lock", "results", "weights"
+        ]
 
 def test_two_runs_of_one_second_get_two_folders(tmp_path, monkeypatch):
     from ddpo_nb import cli
@@ -121,7 +143,9 @@ def test_two_runs_of_one_second_get_two_folders(tmp_path, monkeypatch):
         @classmethod
         def now(cls, tz=None): return cls(2026, 11, 27, 3, 4, 5)
     monkeypatch.setattr(cli.datetime, "datetime", Now)
-    assert [cli._output(args) for _ in range(3)] == [f"runs/train-jpeg_compressibility-20261127-030405{o}" for o in ("", "-2", "-3")]
+    assert [cli._output(args) for _ in range(3)] == [
+        f"runs/train-jpeg_compressibility-20261127-030405{o}" for o in ("", "-2", "-3")
+    ]
 
 def test_resume_takes_the_newest_that_nobody_writes_to(tmp_path, monkeypatch):
     from ddpo_nb import cli
@@ -132,4 +156,8 @@ def test_resume_takes_the_newest_that_nobody_writes_to(tmp_path, monkeypatch):
     Path(names[2]).mkdir()  # never began
     assert cli._output(args) == names[1]
     with FolderLock(names[1]): assert cli._output(args) == names[0]
-    with FolderLock(names[1]), FolderLock(names[0]), pytest.raises(InputError, match="--resume: .*is being written to"): cli._output(args)
+    with (
+        FolderLock(names[1]), FolderLock(names[0]),
+        pytest.raises(InputError, match="--resume: .*is being written to")
+    ):
+        cli._output(args)

@@ -1,4 +1,5 @@
-"What the files around the code say about the project: they agree, and what they describe can be built and installed."
+"""What the files around the code say about the project: they agree, and what they describe can be built and
+installed."""
 import ast
 import json
 import os
@@ -53,15 +54,22 @@ def test_facts_agree(ini, toml):
     assert ini["lib_name"] == project["name"] == ddpo_nb.__name__
     assert project["requires-python"] == f">={ini['min_python']}"
     url = f"https://github.com/{ini['user']}/{ini['repo']}"
-    assert project["urls"]["Repository"] == url and f"git clone {url} && cd {ini['repo']}" in read("README.md")
+    assert project["urls"]["Repository"] == url and f"git clone {url} && cd {ini['repo']}" in read(
+        "README.md"
+    )
     assert ini["branch"] == toml["tool"]["nbdev"]["branch"]
-    assert ini["license"] == "apache2" and "Apache License\n                           Version 2.0" in read("LICENSE")
+    assert ini["license"] == "apache2" and "Apache License\n                           Version 2.0" in read(
+        "LICENSE"
+    )
     assert {"version", "description", "dependencies"} <= {*project["dynamic"]}
 
 def test_metadata_is_that_of_settings(ini):
-    "The installed package says what `settings.ini` says. Fails in an old editable install: `pip install -e .` again."
+    """The installed package says what `settings.ini` says. Fails in an old editable install: `pip install
+    -e .` again."""
     md = metadata("ddpo_nb")
-    assert (md["Name"], md["Summary"], md["Requires-Python"]) == (ini["lib_name"], ini["description"], f">={ini['min_python']}")
+    assert (md["Name"], md["Summary"], md["Requires-Python"]) == (
+        ini["lib_name"], ini["description"], f">={ini['min_python']}"
+    )
     assert md["License-Expression"] == "Apache-2.0" and md["Author"] == ini["author"]
     found = [Requirement(o) for o in requires("ddpo_nb")]
     plain = {str(o) for o in found if not o.marker}
@@ -73,7 +81,9 @@ def test_constraints(ini):
     "Each requirement is pinned within its range; CUDA's packages are torch's affair"
     pins = [Requirement(o) for o in read("constraints.txt").splitlines() if o and not o.startswith("#")]
     assert all(re.fullmatch(r"==[^,*+]+", str(o.specifier)) for o in pins)
-    here = {canonicalize_name(o.name): str(o.specifier)[2:] for o in pins if not o.marker or o.marker.evaluate()}
+    here = {
+        canonicalize_name(o.name): str(o.specifier)[2:] for o in pins if not o.marker or o.marker.evaluate()
+    }
     assert not [o for o in here if re.match("nvidia|cuda|triton", o)]
     for req in map(Requirement, (ini["requirements"] + " " + ini["dev_requirements"]).split()):
         assert req.specifier.contains(here[canonicalize_name(req.name)]), req
@@ -85,7 +95,12 @@ def test_imports_are_declared(ini):
         for node in ast.walk(ast.parse(f.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import): names |= {o.name for o in node.names}
             if isinstance(node, ast.ImportFrom) and not node.level: names.add(node.module)
-    names = {o.split(".")[0] for o in names} - sys.stdlib_module_names - {"ddpo_nb", "bitsandbytes", "trackio", "datasets"}  # asked for by train_use_8bit_adam, by log_with and by dataset: prompts alone
+    # asked for by train_use_8bit_adam, by log_with and by dataset: prompts alone
+    names = (
+        {o.split(".")[0] for o in names}
+        - sys.stdlib_module_names
+        - {"ddpo_nb", "bitsandbytes", "trackio", "datasets"}
+    )
     declared = {canonicalize_name(Requirement(o).name) for o in ini["requirements"].split()}
     dists = packages_distributions()
     assert {o for o in names if not {*map(canonicalize_name, dists.get(o, [o]))} & declared} == set()
@@ -93,12 +108,16 @@ def test_imports_are_declared(ini):
 def test_syntax_of_the_oldest_python(ini):
     "Nothing in the package is newer than `min_python`'s grammar"
     oldest = tuple(map(int, ini["min_python"].split(".")))
-    for f in (root/"ddpo_nb").glob("*.py"): ast.parse(f.read_text(encoding="utf-8"), f.name, feature_version=oldest)
+    for f in (root / "ddpo_nb").glob("*.py"):
+        ast.parse(f.read_text(encoding="utf-8"), f.name, feature_version=oldest)
 
 # The package
 
 def test_import_is_light():
-    code = "import time; t = time.perf_counter(); import ddpo_nb; print(time.perf_counter() - t); import sys; print(*sys.modules)"
+    code = (
+        "import time; t = time.perf_counter(); import ddpo_nb; print(time.perf_counter() - t); import sys;"
+        " print(*sys.modules)"
+    )
     outs = [run("-c", code).splitlines() for _ in range(3)]
     assert min(float(o[0]) for o in outs) < .3
     assert not {"torch", "diffusers", "transformers", "numpy", "ddpo_nb.trainer"} & {*outs[0][1].split()}
@@ -110,7 +129,11 @@ def test_exports(name):
     assert obj.__name__ == name and obj is getattr(import_module(obj.__module__), name)
 
 def test_modules_are_attributes():
-    out = run("-c", "import ddpo_nb; print(ddpo_nb.likelihood.gaussian_log_prob.__name__, ddpo_nb.compare.compare.__name__)")
+    out = run(
+        "-c",
+        "import ddpo_nb; print(ddpo_nb.likelihood.gaussian_log_prob.__name__,"
+        " ddpo_nb.compare.compare.__name__)",
+    )
     assert out.split() == ["gaussian_log_prob", "compare"]
     assert {"likelihood", "compare", "emoji_sd"} <= {*dir(ddpo_nb)}
 
@@ -126,12 +149,16 @@ def test_python_m(): assert "compare" in run("-m", "ddpo_nb", "--help")
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("wheel")
-    src = copytree(root, tmp/"src", ignore=ignore_patterns(".*", "*.egg-info", "build", "dist", "runs", "__pycache__", "venv", "nbs"))
+    src = copytree(
+        root, tmp / "src",
+        ignore=ignore_patterns(".*", "*.egg-info", "build", "dist", "runs", "__pycache__", "venv", "nbs"),
+    )
     run("-m", "pip", "wheel", src, "--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", tmp)
     return next(tmp.glob("*.whl"))
 
 def test_wheel_holds(wheel):
-    "The modules, data, licence and weights, and nothing else; weights in fp16, without pickles, 15 MB at most"
+    """The modules, data, licence and weights, and nothing else; weights in fp16, without pickles, 15 MB
+    at most"""
     with zipfile.ZipFile(wheel) as z:
         sizes = {o.filename: o.file_size for o in z.infolist()}
         tops = {o.split("/")[0] for o in sizes}
@@ -153,8 +180,28 @@ def test_wheel_works_elsewhere(wheel, tmp_path):
     "Installed into an empty folder, it loads the bundled model from there"
     target = tmp_path/"site"
     run("-m", "pip", "install", wheel, "--no-deps", "--no-index", "-q", "--target", target)
-    code = ("import ddpo_nb, ddpo_nb.emoji_sd as e; p = e.load(); print(ddpo_nb.__file__); print(type(p).__name__);"
-            "print(p('a cat', num_inference_steps=2).images[0].size)")
+    code = (
+        "import ddpo_nb, ddpo_nb.emoji_sd as e; p = e.load(); print(ddpo_nb.__file__);"
+        " print(type(p).__name__);print(p('a cat', num_inference_steps=2).images[0].size)"
+    )
     env = {**os.environ, "PYTHONPATH": str(target)}
     file, kind, size = run("-c", code, cwd=tmp_path, env=env).splitlines()[-3:]
     assert Path(file).is_relative_to(target) and kind == "StableDiffusionPipeline" and size == "(64, 64)"
+
+# Readable without scrolling sideways
+
+def _code():
+    "(place, line) of every line of code that somebody reads: cells and scripts."
+    for path in sorted(root.glob("nbs/**/*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        for i, cell in enumerate(cells):
+            if cell["cell_type"] != "code": continue
+            for line in "".join(cell["source"]).splitlines(): yield f"{path.name}, cell {i}", line
+    for folder in ("ddpo_nb", "tests", "benchmarks", "tools"):
+        for path in sorted((root/folder).glob("**/*.py")):
+            if "AUTOGENERATED" in (text := path.read_text(encoding="utf-8"))[:400]: continue
+            for line in text.splitlines(): yield str(path.relative_to(root)), line
+
+def test_no_line_of_code_is_over_110_characters():
+    long = [f"{place}: {line.strip()[:60]}… ({len(line)})" for place, line in _code() if len(line) > 110]
+    assert not long, "\n".join(long)

@@ -17,7 +17,8 @@ from ddpo_nb.batches import saved_bytes
 from ddpo_nb.mdp import Trajectories
 from ddpo_nb.policy import EMOJI_SD, SmallLora, StableDiffusionPolicy, load_pipeline
 from ddpo_nb.prompts import PROMPT_SETS, InputError, PromptSource
-from ddpo_nb.recipes import RECIPES, estimate_memory, get_recipe, list_recipes, model_numbers, peak_bytes, plan
+from ddpo_nb.recipes import (RECIPES, estimate_memory, get_recipe, list_recipes, model_numbers, peak_bytes,
+                             plan)
 from ddpo_nb.rwr import NORMALIZERS, rwr_sparse_weights
 from ddpo_nb.trainer import ALGORITHMS, DDPOConfig, RWRConfig, make_config, make_objective, make_trainer
 
@@ -38,7 +39,9 @@ def with_(config, **switches):
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_builds_and_plans(name, sd, emoji):
     r = get_recipe(name)
-    assert r is RECIPES[name] and r.prompts in PROMPT_SETS and r.algorithm in ALGORITHMS and "\n" not in r.about
+    assert (
+        r is RECIPES[name] and r.prompts in PROMPT_SETS and r.algorithm in ALGORITHMS and "\n" not in r.about
+    )
     assert {*r.settings} <= {f.name for f in fields(DDPOConfig)} - {"algorithm", "num_epochs", "seed"}
     assert r.reward in ("jpeg_compressibility", "jpeg_incompressibility", "aesthetic", "vlm_alignment")
     c = r.config()
@@ -50,35 +53,69 @@ def test_recipe_builds_and_plans(name, sd, emoji):
 
 @pytest.mark.parametrize("memory", [3 * 10**8, 10**9])
 def test_a_plan_has_the_micro_batch_that_the_trainer_takes(memory, monkeypatch, emoji):
-    "On a device whose memory is the limit, what stays there counts: gradients and AdamW's means of a whole UNet too"
+    """On a device whose memory is the limit, what stays there counts: gradients and AdamW's means of a
+    whole UNet too"""
     for module in (R, T): monkeypatch.setattr(module, "device_memory", lambda device: memory)
     c = make_config("ddpo-is", lora=False, logdir="", mixed_precision="no", micro_batch_size=0)
-    t = make_trainer(c, lambda *a: 0, PromptSource(["cat"]), StableDiffusionPolicy(load_pipeline(), use_lora=False))
+    t = make_trainer(
+        c, lambda *a: 0, PromptSource(["cat"]), StableDiffusionPolicy(load_pipeline(), use_lora=False)
+    )
     assert 1 < t.micro_batch_size == R._sized(c, emoji, False).micro_batch_size < 90
 
 def test_the_walk_on_one_a100_is_as_published():
     r, c = RECIPES["a100-aesthetic-lora"], RECIPES["a100-aesthetic-lora"].config()
-    assert (r.epochs, r.lora, r.algorithm, r.model, r.reward, r.prompts) == (200, True, "ddpo-is", SD, "aesthetic", "simple_animals")
-    assert (c.num_epochs, c.sample_batch_size, c.train_batch_size, c.sample_num_batches_per_epoch, c.train_gradient_accumulation_steps) == (200, 6, 3, 4, 1)
-    assert (c.sample_num_steps, c.sample_eta, c.sample_guidance_scale, c.train_learning_rate, c.mixed_precision) == (50, 1, 5, 3e-4, "fp16")
-    assert (c.per_prompt_stat_tracking, c.per_prompt_stat_tracking_buffer_size, c.train_clip_range, c.train_adam_weight_decay) == (True, 32, 1e-4, 1e-4)
+    assert (r.epochs, r.lora, r.algorithm, r.model, r.reward, r.prompts) == (
+        200, True, "ddpo-is", SD, "aesthetic", "simple_animals"
+    )
+    assert (
+        c.num_epochs, c.sample_batch_size, c.train_batch_size, c.sample_num_batches_per_epoch,
+        c.train_gradient_accumulation_steps
+    ) == (200, 6, 3, 4, 1)
+    assert (
+        c.sample_num_steps, c.sample_eta, c.sample_guidance_scale, c.train_learning_rate, c.mixed_precision
+    ) == (50, 1, 5, 3e-4, "fp16")
+    assert (
+        c.per_prompt_stat_tracking, c.per_prompt_stat_tracking_buffer_size, c.train_clip_range,
+        c.train_adam_weight_decay
+    ) == (True, 32, 1e-4, 1e-4)
     full = RECIPES["a100-aesthetic-full"]
-    assert not full.lora and full.config().train_learning_rate == 1e-5 and full.config().mixed_precision == "no"
+    assert (
+        not full.lora and full.config().train_learning_rate == 1e-5 and full.config().mixed_precision == "no"
+    )
     changed = {"train_learning_rate", "mixed_precision"}
-    assert all(getattr(c, f.name) == getattr(full.config(), f.name) for f in fields(c) if f.name not in changed)
+    assert all(
+        getattr(c, f.name) == getattr(full.config(), f.name) for f in fields(c) if f.name not in changed
+    )
 
-@pytest.mark.parametrize("name,epochs,samples,update,buffer,prompts", [
-    ("compressibility", 100, 256, 64, 16, "imagenet_animals"), ("incompressibility", 100, 256, 64, 16, "imagenet_animals"),
-    ("aesthetic", 200, 256, 128, 32, "simple_animals"), ("alignment", 200, 288, 144, 32, "animal_activities")])
+@pytest.mark.parametrize(
+    "name,epochs,samples,update,buffer,prompts",
+    [
+        ("compressibility", 100, 256, 64, 16, "imagenet_animals"),
+        ("incompressibility", 100, 256, 64, 16, "imagenet_animals"),
+        ("aesthetic", 200, 256, 128, 32, "simple_animals"),
+        ("alignment", 200, 288, 144, 32, "animal_activities")
+    ],
+)
 def test_the_paper_s_tasks(name, epochs, samples, update, buffer, prompts):
     r, c = RECIPES[name], RECIPES[name].config()
-    assert (c.num_epochs, c.samples_per_epoch, c.samples_per_update, c.per_prompt_stat_tracking_buffer_size, r.prompts) == (epochs, samples, update, buffer, prompts)
-    assert (c.sample_num_steps, c.train_learning_rate, c.train_clip_range, c.train_adv_clip_max, c.per_prompt_stat_tracking) == (50, 3e-4, 1e-4, 5, True)
+    assert (
+        c.num_epochs, c.samples_per_epoch, c.samples_per_update, c.per_prompt_stat_tracking_buffer_size,
+        r.prompts
+    ) == (epochs, samples, update, buffer, prompts)
+    assert (
+        c.sample_num_steps, c.train_learning_rate, c.train_clip_range, c.train_adv_clip_max,
+        c.per_prompt_stat_tracking
+    ) == (50, 3e-4, 1e-4, 5, True)
 
 def test_emoji_recipes_are_for_a_laptop():
     emoji = {k: r for k, r in RECIPES.items() if k.startswith("emoji-")}
     assert len(emoji) >= 2
-    for r in emoji.values(): assert r.model == EMOJI_SD and r.config().mixed_precision == "no" and r.config().samples_per_epoch * r.epochs == 1024
+    for r in emoji.values():
+        assert (
+            r.model == EMOJI_SD
+            and r.config().mixed_precision == "no"
+            and r.config().samples_per_epoch * r.epochs == 1024
+        )
 
 def test_override():
     c = get_recipe("emoji-rwr").config(num_epochs=3, rwr_beta=.5)
@@ -86,31 +123,54 @@ def test_override():
     with pytest.raises(InputError): get_recipe("emoji-rwr").config(train_batch_size=7)
     assert RECIPES["emoji-rwr"].config().num_epochs == 8  # nothing was changed in place
 
-@pytest.mark.parametrize("baseline,tracked", [("group", False), ("leave-one-out", False), ("normalize", True)])
+@pytest.mark.parametrize(
+    "baseline,tracked", [("group", False), ("leave-one-out", False), ("normalize", True)]
+)
 def test_a_baseline_of_one_s_own_needs_no_statistics_per_prompt(baseline, tracked):
     many = 1 if tracked else 4
     c = get_recipe("compressibility").config(baseline=baseline, samples_per_prompt=many)
     assert (c.baseline, c.per_prompt_stat_tracking) == (baseline, tracked)
 
 def test_two_baselines_asked_for_by_name_are_refused():
-    with pytest.raises(InputError): get_recipe("compressibility").config(baseline="group", samples_per_prompt=4, per_prompt_stat_tracking=True)
+    with pytest.raises(InputError):
+        get_recipe("compressibility").config(
+            baseline="group", samples_per_prompt=4, per_prompt_stat_tracking=True
+        )
 
-@pytest.mark.parametrize("wrong,right", [("emoji-compresibility", "emoji-compressibility"), ("a100-aesthetic", "a100-aesthetic-lora"), ("Alignment", "alignment"), ("zzz", None)])
+@pytest.mark.parametrize(
+    "wrong,right",
+    [
+        ("emoji-compresibility", "emoji-compressibility"), ("a100-aesthetic", "a100-aesthetic-lora"),
+        ("Alignment", "alignment"), ("zzz", None)
+    ],
+)
 def test_unknown_recipe(wrong, right):
     with pytest.raises(InputError) as e: get_recipe(wrong)
-    assert e.value.argument == "--recipe" and e.value.problem == f"there is no {wrong!r}" and "\n" not in str(e.value)
+    assert (
+        e.value.argument == "--recipe"
+        and e.value.problem == f"there is no {wrong!r}"
+        and "\n" not in str(e.value)
+    )
     assert all(o in e.value.remedy for o in RECIPES)
     assert (f"did you mean {right!r}?" in e.value.remedy) if right else "did you mean" not in e.value.remedy
 
 def test_list():
     text = str(list_recipes())
-    assert len(text.splitlines()) == len(RECIPES) + 1 and all(k in text and r.about in text and r.needs in text for k, r in RECIPES.items())
+    assert len(text.splitlines()) == len(RECIPES) + 1 and all(
+        k in text and r.about in text and r.needs in text for k, r in RECIPES.items()
+    )
 
 # Models
 
-@pytest.mark.parametrize("model,sizes,text,pixels", [
-    (SD, (859.5, 83.7, 123.1), (77, 768), 512), ("CompVis/stable-diffusion-v1-4", (859.5, 83.7, 123.1), (77, 768), 512),
-    ("stabilityai/stable-diffusion-2-1-base", (865.9, 83.7, 340.4), (77, 1024), 512), ("stabilityai/stable-diffusion-2-1", (865.9, 83.7, 340.4), (77, 1024), 768)])
+@pytest.mark.parametrize(
+    "model,sizes,text,pixels",
+    [
+        (SD, (859.5, 83.7, 123.1), (77, 768), 512),
+        ("CompVis/stable-diffusion-v1-4", (859.5, 83.7, 123.1), (77, 768), 512),
+        ("stabilityai/stable-diffusion-2-1-base", (865.9, 83.7, 340.4), (77, 1024), 512),
+        ("stabilityai/stable-diffusion-2-1", (865.9, 83.7, 340.4), (77, 1024), 768),
+    ],
+)
 def test_published_sizes(model, sizes, text, pixels):
     n = model_numbers(model)
     assert tuple(round(o / 1e6, 1) for o in (n.unet, n.vae, n.text_encoder)) == sizes
@@ -119,12 +179,19 @@ def test_published_sizes(model, sizes, text, pixels):
 @pytest.fixture
 def folder(tmp_path):
     "The bundled model without its weights"
-    return copytree(resources.files("ddpo_nb")/"weights/emoji-sd", tmp_path/"model", ignore=ignore_patterns("*.safetensors"))
+    return copytree(
+        resources.files("ddpo_nb") / "weights/emoji-sd", tmp_path / "model",
+        ignore=ignore_patterns("*.safetensors")
+    )
 
 def test_folder_without_weights(folder, emoji):
     n, pipe = model_numbers(str(folder)), load_pipeline()
     count = lambda m: sum(p.numel() for p in m.parameters())
-    assert (n.unet, n.vae, n.text_encoder) == (count(pipe.unet), count(pipe.vae), count(pipe.text_encoder)) == (emoji.unet, emoji.vae, emoji.text_encoder)
+    assert (
+        (n.unet, n.vae, n.text_encoder)
+        == (count(pipe.unet), count(pipe.vae), count(pipe.text_encoder))
+        == (emoji.unet, emoji.vae, emoji.text_encoder)
+    )
     assert n.latent == (8, 8, 8) and n.image == (3, 64, 64) and model_numbers(folder).unet == n.unet
 
 def test_models_that_cannot_be_read(folder):
@@ -146,7 +213,9 @@ def counted():
     def network(latents, t, text, kept=None):
         policy.rows[torch.is_grad_enabled()] += len(latents)
         return latents * w
-    policy.network, policy.decode, policy.trainable_parameters = network, lambda x: torch.zeros(len(x), 3, 8, 8), lambda: [w]
+    policy.network, policy.decode, policy.trainable_parameters = (
+        network, lambda x: torch.zeros(len(x), 3, 8, 8), lambda: [w]
+    )
     return policy
 
 @settings(max_examples=20, deadline=None)
@@ -171,12 +240,17 @@ def test_plan_counts_what_the_trainer_does(counted, emoji, data):
     counted.rows = {True: 0, False: 0}
     rewards = lambda images, prompts, metadata: (np.arange(len(images), dtype=float), {})
     row = make_trainer(config, rewards, lambda: ("a cat", {}), counted).epoch()
-    assert (p.samples_per_epoch, p.updates_per_epoch, p.sampling_rows, p.training_rows) == (row["queries"], row["updates"], counted.rows[False], counted.rows[True])
+    assert (p.samples_per_epoch, p.updates_per_epoch, p.sampling_rows, p.training_rows) == (
+        row["queries"], row["updates"], counted.rows[False], counted.rows[True]
+    )
     assert (p.updates, p.queries) == (4 * row["updates"], 4 * n)
 
 @pytest.mark.parametrize("prompts,of_each", [(45, 1), (8, 1), (45, 8)])
 def test_plan_knows_that_rwr_sparse_keeps_some_of_every_prompt(emoji, prompts, of_each):
-    c = RWRConfig(algorithm="rwr-sparse", sample_batch_size=64, sample_num_batches_per_epoch=4, train_batch_size=64, samples_per_prompt=of_each, mixed_precision="no")
+    c = RWRConfig(
+        algorithm="rwr-sparse", sample_batch_size=64, sample_num_batches_per_epoch=4, train_batch_size=64,
+        samples_per_prompt=of_each, mixed_precision="no"
+    )
     g, kept = torch.Generator().manual_seed(0), []
     for _ in range(20):
         drawn = torch.randint(prompts, (256 // of_each,), generator=g).repeat_interleave(of_each).tolist()
@@ -189,21 +263,25 @@ def test_plan_knows_that_rwr_sparse_keeps_some_of_every_prompt(emoji, prompts, o
 def test_processes_share_the_work(emoji):
     c = make_config("ddpo-is", mixed_precision="no")
     one, three = plan(c, emoji), plan(c, emoji, processes=3)
-    for name in ("samples_per_epoch", "sampling_rows", "training_rows", "queries"): assert getattr(three, name) == 3 * getattr(one, name)
+    for name in ("samples_per_epoch", "sampling_rows", "training_rows", "queries"):
+        assert getattr(three, name) == 3 * getattr(one, name)
     assert three.updates == one.updates and three.memory.gradients == 2 * one.memory.gradients
 
 def test_more_steps_than_the_model_has(emoji):
-    with pytest.raises(InputError, match="sample_num_steps: 1001 is more"): plan(make_config("ddpo-is", sample_num_steps=1001), emoji)
+    with pytest.raises(InputError, match="sample_num_steps: 1001 is more"):
+        plan(make_config("ddpo-is", sample_num_steps=1001), emoji)
 
 def test_more_samples_of_a_prompt_than_an_epoch_has_places_for(emoji):
     c = make_config("ddpo-is", samples_per_prompt=24)  # 64 samples of one process, 192 of three
-    with pytest.raises(InputError, match="samples_per_prompt: 24 does not divide the 64 samples"): plan(c, emoji)
+    with pytest.raises(InputError, match="samples_per_prompt: 24 does not divide the 64 samples"):
+        plan(c, emoji)
     assert plan(c, emoji, processes=3).samples_per_epoch == 192
 
 # Memory
 
 @pytest.fixture(autouse=True)
-def as_on_a_gpu(monkeypatch): monkeypatch.setattr(SmallLora, "most", 0)  # an estimate is about peft's own layers
+# an estimate is about peft's own layers
+def as_on_a_gpu(monkeypatch): monkeypatch.setattr(SmallLora, "most", 0)
 
 def losses(config, numbers, lora):
     "The loss of one micro-batch, on `meta` and on this CPU, with the UNets' parameters"
@@ -212,27 +290,45 @@ def losses(config, numbers, lora):
     batch = R._micro_batch(config, numbers, half)
     def imagined():
         with mode: return objective.loss(ghost, *batch)[0].sum()
-    real, m, T = StableDiffusionPolicy(load_pipeline(), lora, config.lora_rank, config.sample_num_steps), R._micro(config, numbers), config.sample_num_steps
+    real, m, T = (
+        StableDiffusionPolicy(load_pipeline(), lora, config.lora_rank, config.sample_num_steps),
+        R._micro(config, numbers), config.sample_num_steps
+    )
     if config.gradient_checkpointing: real.unet.enable_gradient_checkpointing()
     x, draw = torch.randn(2, T + 1, *numbers.latent), torch.arange(m)
-    t = Trajectories(x, real.timesteps, torch.zeros(2, T), real.stochastic, real.encode(["a cat", "an owl"]), ["a cat", "an owl"], [{}] * 2)
-    e = dict(sample=draw % 2, step=draw % T, timestep=draw * 9, advantage=torch.ones(m), weight=torch.ones(m), noise=torch.randn(m, *numbers.latent))
-    return imagined, list(ghost.pipeline.unet.parameters()), lambda: objective.loss(real, t, e)[0].sum(), list(real.unet.parameters())
+    t = Trajectories(
+        x, real.timesteps, torch.zeros(2, T), real.stochastic, real.encode(["a cat", "an owl"]),
+        ["a cat", "an owl"], [{}] * 2
+    )
+    e = dict(
+        sample=draw % 2, step=draw % T, timestep=draw * 9, advantage=torch.ones(m), weight=torch.ones(m),
+        noise=torch.randn(m, *numbers.latent)
+    )
+    return (
+        imagined, list(ghost.pipeline.unet.parameters()), lambda: objective.loss(real, t, e)[0].sum(),
+        list(real.unet.parameters())
+    )
 
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("algorithm", ["ddpo-is", "rwr"])
 def test_saved_bytes_are_a_real_network_s(lora, checkpointing, algorithm, emoji):
-    config = with_(make_config(algorithm, mixed_precision="no", micro_batch_size=24, lora_rank=8), gradient_checkpointing=checkpointing)
+    config = with_(
+        make_config(algorithm, mixed_precision="no", micro_batch_size=24, lora_rank=8),
+        gradient_checkpointing=checkpointing,
+    )
     imagined, ghosts, real, weights = losses(config, emoji, lora)
     estimate, seen = saved_bytes(imagined, ghosts), saved_bytes(real, weights)
     assert seen > 5e6 and estimate == pytest.approx(seen, rel=.1)
     assert saved_bytes(real) > seen  # without `but`, weights count
 
 def allocator_peak(run):
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p: run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
+        run()
     live = peak = 0
-    for e in sorted((e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    for e in sorted(
+        (e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
         live += e.nbytes()
         peak = max(peak, live)
     return peak
@@ -240,21 +336,35 @@ def allocator_peak(run):
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_training_peak_is_the_allocator_s(lora, checkpointing, emoji):
-    config = with_(make_config("ddpo-is", mixed_precision="no", micro_batch_size=24, lora_rank=8), gradient_checkpointing=checkpointing)
+    config = with_(
+        make_config("ddpo-is", mixed_precision="no", micro_batch_size=24, lora_rank=8),
+        gradient_checkpointing=checkpointing,
+    )
     imagined, ghosts, real, weights = losses(config, emoji, lora)
     for p in weights:
         if p.requires_grad: p.grad = torch.zeros_like(p)
-    assert estimate_memory(config, emoji, lora).activations == pytest.approx(allocator_peak(lambda: torch.autograd.backward(real())), rel=.1)
+    assert estimate_memory(config, emoji, lora).activations == pytest.approx(
+        allocator_peak(lambda: torch.autograd.backward(real())), rel=0.1
+    )
 
 @pytest.mark.parametrize("slicing", [True, False])
 def test_sampling_peaks_are_the_allocator_s(slicing, emoji):
-    config = with_(make_config("ddpo-is", mixed_precision="no", sample_batch_size=16, sample_num_batches_per_epoch=4, train_batch_size=64, micro_batch_size=16), vae_slicing=slicing)
+    config = with_(
+        make_config(
+            "ddpo-is", mixed_precision="no", sample_batch_size=16, sample_num_batches_per_epoch=4,
+            train_batch_size=64, micro_batch_size=16
+        ),
+        vae_slicing=slicing,
+    )
     m, policy = estimate_memory(config, emoji), StableDiffusionPolicy(load_pipeline(), num_steps=10)
     if slicing: policy.pipeline.vae.enable_slicing()
     x, cond = torch.randn(16, *emoji.latent), policy.encode(["a cat"] * 16)
     with torch.no_grad():
-        assert m.sampling == pytest.approx(allocator_peak(lambda: policy.step(x, torch.full((16,), 500), cond)), rel=.1)
-        assert m.decoding == pytest.approx(allocator_peak(lambda: policy.decode(x)), rel=.1, abs=6e5)  # a convolution's scratch
+        assert m.sampling == pytest.approx(
+            allocator_peak(lambda: policy.step(x, torch.full((16,), 500), cond)), rel=0.1
+        )
+        # a convolution's scratch
+        assert m.decoding == pytest.approx(allocator_peak(lambda: policy.decode(x)), rel=.1, abs=6e5)
 
 def test_peak_bytes_counts_what_is_alive():
     def run():
@@ -273,27 +383,46 @@ def test_resident_parts_by_hand(sd):
     assert m.trainable == m.gradients == 4 * adapters and m.optimizer == 8 * adapters
     assert m.frozen == 2 * (sd.unet + sd.vae) and m.text_encoder == 2 * sd.text_encoder
     assert m.trajectories == 24 * (4 * (51 * 4 * 64 * 64 + 50 + 3 * 512 * 512) + 2 * 77 * 768)
-    assert full.frozen == 2 * sd.vae and full.trainable == full.gradients == 4 * sd.unet and full.optimizer == 8 * sd.unet
+    assert (
+        full.frozen == 2 * sd.vae
+        and full.trainable == full.gradients == 4 * sd.unet
+        and full.optimizer == 8 * sd.unet
+    )
     assert m.peak == m.resident + max(m.phases.values()) and m.base == 0
     assert estimate_memory(c, sd, base=True).peak == m.peak + 4 * (sd.unet + sd.vae + sd.text_encoder)
 
 def test_goals(sd):
     "LoRA under 6 GB, full fine-tuning with 8-bit AdamW under 16 GB: bf16, micro-batch 1"
-    c = with_(RECIPES["a100-aesthetic-lora"].config(mixed_precision="bf16", micro_batch_size=1, sample_batch_size=1, sample_num_batches_per_epoch=24), gradient_checkpointing=True)
+    c = with_(
+        RECIPES["a100-aesthetic-lora"].config(
+            mixed_precision="bf16", micro_batch_size=1, sample_batch_size=1, sample_num_batches_per_epoch=24
+        ),
+        gradient_checkpointing=True,
+    )
     assert estimate_memory(c, sd).peak < 6e9
     with_(c, train_use_8bit_adam=True)
     m = estimate_memory(c, sd, lora=False)
     assert m.peak < 16e9 and 2 * sd.unet < m.optimizer < 2.1 * sd.unet
 
-base = dict(mixed_precision="no", sample_batch_size=4, sample_num_batches_per_epoch=4, train_batch_size=8, micro_batch_size=4)
+base = dict(
+    mixed_precision="no", sample_batch_size=4, sample_num_batches_per_epoch=4, train_batch_size=8,
+    micro_batch_size=4
+)
 
 @settings(max_examples=4, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 16), st.integers(1, 16))
 def test_more_examples_and_higher_rank_need_more(emoji, micro, more, rank, higher):
-    get = lambda **o: estimate_memory(make_config("ddpo-is", **(base | dict(micro_batch_size=micro, lora_rank=rank) | o)), emoji)
+    get = lambda **o: estimate_memory(
+        make_config("ddpo-is", **(base | dict(micro_batch_size=micro, lora_rank=rank) | o)), emoji
+    )
     m, wide, high = get(), get(micro_batch_size=micro + more), get(lora_rank=rank + higher)
     assert wide.activations >= m.activations and wide.peak >= m.peak and wide.resident == m.resident
-    assert high.trainable * rank == m.trainable * (rank + higher) and high.optimizer > m.optimizer and high.activations > m.activations and high.peak > m.peak
+    assert (
+        high.trainable * rank == m.trainable * (rank + higher)
+        and high.optimizer > m.optimizer
+        and high.activations > m.activations
+        and high.peak > m.peak
+    )
 
 @pytest.mark.parametrize("lora", [True, False])
 def test_each_switch_gives_something_back(lora, emoji):
@@ -304,11 +433,19 @@ def test_each_switch_gives_something_back(lora, emoji):
     assert eight.optimizer <= m.optimizer * (1 if lora else .3) and eight.scratch == 0
     assert get(vae_slicing=True).decoding < m.decoding
     off = get(offload_trajectories=True)
-    assert off.trajectories == m.trajectories / 4 and off.host == m.trajectories and off.joining == 0 and off.peak < m.peak
+    assert (
+        off.trajectories == m.trajectories / 4
+        and off.host == m.trajectories
+        and off.joining == 0
+        and off.peak < m.peak
+    )
     half = estimate_memory(make_config("ddpo-is", **base | dict(mixed_precision="bf16")), emoji, lora)
     assert half.frozen * 2 == m.frozen and half.trainable == m.trainable
     assert not lora or half.activations < m.activations
-    assert estimate_memory(make_config("ddpo-is", **base, train_cfg=False), emoji, lora).activations < .6 * m.activations
+    assert (
+        estimate_memory(make_config("ddpo-is", **base, train_cfg=False), emoji, lora).activations
+        < 0.6 * m.activations
+    )
 
 def test_no_weights_are_touched(sd):
     "A plan of Stable Diffusion 1.5 opens no weights, allocates a small part of their 4 GB, and takes seconds"
@@ -324,16 +461,28 @@ def test_no_weights_are_touched(sd):
     assert not [o for o in opened if o.endswith((".safetensors", ".bin"))]
 
 def test_plan_s_text(emoji):
-    c = with_(make_config("ddpo-is", num_epochs=7, **base), offload_trajectories=True, gradient_checkpointing=True)
+    c = with_(
+        make_config("ddpo-is", num_epochs=7, **base), offload_trajectories=True, gradient_checkpointing=True
+    )
     text = str(plan(c, emoji, base=True))
-    for part in ("ddpo-is on emoji-sd, LoRA of rank 16, precision no", "reward queries in all", "112", "untouched model", "peak, while training", ", checkpointing",
-                 "trajectories in main memory"): assert part in text
+    for part in (
+        "ddpo-is on emoji-sd, LoRA of rank 16, precision no", "reward queries in all", "112",
+        "untouched model", "peak, while training", ", checkpointing", "trajectories in main memory"
+    ):
+        assert part in text
     assert "untouched model" not in str(plan(make_config("ddpo-is", **base), emoji))
 
-def test_sizes_in_words(): assert [R._size(n) for n in (0, 999, 1234, 56_789, 999_600, 7_000_000_000, 65e9)] == ["0 B", "999 B", "1.23 kB", "56.8 kB", "1.00 MB", "7.00 GB", "65.0 GB"]
+def test_sizes_in_words():
+    assert [R._size(n) for n in (0, 999, 1234, 56_789, 999_600, 7_000_000_000, 65e9)] == [
+        "0 B", "999 B", "1.23 kB", "56.8 kB", "1.00 MB", "7.00 GB", "65.0 GB"
+    ]
 
 def test_a_price_on_leaving_keeps_a_second_unet_beside_one_that_is_trained_whole():
     n = model_numbers("emoji-sd")
-    def memory(lora, kl): return estimate_memory(make_config("ddpo-is", lora=lora, kl_coef=kl, logdir=""), n, lora=lora)
+    def memory(lora, kl):
+        return estimate_memory(make_config("ddpo-is", lora=lora, kl_coef=kl, logdir=""), n, lora=lora)
     assert (memory(False, 0.1).base, memory(False, 0.).base, memory(True, 0.1).base) == (4 * n.unet, 0, 0)
-    assert memory(False, 0.1).peak >= memory(False, 0.).peak + 4 * n.unet and memory(True, 0.1).peak >= memory(True, 0.).peak
+    assert (
+        memory(False, 0.1).peak >= memory(False, 0.0).peak + 4 * n.unet
+        and memory(True, 0.1).peak >= memory(True, 0.0).peak
+    )

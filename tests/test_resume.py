@@ -1,4 +1,5 @@
-"A run that is stopped or killed anywhere goes on to the same metrics and the same weights, to the last bit (FIELD's traps 5 and 7)."
+"""A run that is stopped or killed anywhere goes on to the same metrics and the same weights, to the last bit
+(FIELD's traps 5 and 7)."""
 import json, os, shlex, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
@@ -12,18 +13,27 @@ from ddpo_nb.trainer import ALGORITHMS, make_config, make_trainer
 
 pytestmark = pytest.mark.usefixtures("small_unet")  # what the network draws is not looked at here
 
-SMALL = dict(sample_num_steps=3, sample_batch_size=4, sample_num_batches_per_epoch=2, train_batch_size=4, micro_batch_size=5, train_learning_rate=1e-2, num_epochs=3,
-             train_num_inner_epochs=1, rwr_fraction=0.5, per_prompt_stat_tracking=True, per_prompt_stat_tracking_min_count=2)
+SMALL = dict(
+    sample_num_steps=3, sample_batch_size=4, sample_num_batches_per_epoch=2, train_batch_size=4,
+    micro_batch_size=5, train_learning_rate=1e-2, num_epochs=3, train_num_inner_epochs=1, rwr_fraction=0.5,
+    per_prompt_stat_tracking=True, per_prompt_stat_tracking_min_count=2
+)
 clock = ("seconds", "images_per_second", "peak_memory")
 def timeless(line): return {k: v for k, v in json.loads(line).items() if not k.startswith(clock)}
 def metrics(home): return [timeless(o) for o in (Path(home)/"metrics.jsonl").read_text().splitlines()]
 def weights(t): return torch.cat([p.detach().flatten() for p in t.policy.trainable_parameters()])
 
 def trainer(home, algorithm="ddpo-is", lora=True, reward=jpeg_compressibility, **kw):
-    settings = SMALL | (dict(train_batch_size=8) if algorithm == "ddpo-sf" else {}) | (dict(train_num_inner_epochs=2) if algorithm == "ddpo-is" else {})
+    settings = (
+        SMALL
+        | (dict(train_batch_size=8) if algorithm == "ddpo-sf" else {})
+        | (dict(train_num_inner_epochs=2) if algorithm == "ddpo-is" else {})
+    )
     c = make_config(algorithm, **(settings | dict(logdir=str(home)) | kw))
     torch.manual_seed(c.seed)
-    return make_trainer(c, reward, PromptSource(["cat", "dog"], c.seed), StableDiffusionPolicy(load_pipeline(), use_lora=lora))
+    return make_trainer(
+        c, reward, PromptSource(["cat", "dog"], c.seed), StableDiffusionPolicy(load_pipeline(), use_lora=lora)
+    )
 
 def stop_after(t, n):
     "Ask for a stop when the run has come by a stopping place `n` times"
@@ -42,10 +52,16 @@ def test_trap_7_stopped_anywhere_and_resumed_is_the_same_run(device, exact, tmp_
     whole.train(progress=False)
     t = None
     for i, n in enumerate((2, places[0] // 3, places[0] // 2)):  # each counted from the last stop
-        t = trainer(tmp_path/"cut", algorithm, lora, train_learning_rate=1e-2 if lora else 1e-4, resume_from=str(tmp_path/"cut") if i else "")
+        t = trainer(
+            tmp_path / "cut", algorithm, lora, train_learning_rate=1e-2 if lora else 1e-4,
+            resume_from=str(tmp_path / "cut") if i else ""
+        )
         stop_after(t, n)
         t.train(progress=False)
-    t = trainer(tmp_path/"cut", algorithm, lora, train_learning_rate=1e-2 if lora else 1e-4, resume_from=str(tmp_path/"cut"))
+    t = trainer(
+        tmp_path / "cut", algorithm, lora, train_learning_rate=1e-2 if lora else 1e-4,
+        resume_from=str(tmp_path / "cut")
+    )
     t.train(progress=False)
     assert metrics(tmp_path/"cut") == metrics(tmp_path/"whole")
     assert torch.equal(weights(t), weights(whole))
@@ -66,12 +82,15 @@ def test_stopped_and_resumed_with_several_samples_of_a_prompt(tmp_path):
 @pytest.mark.parametrize("algorithm", ["rwr", "rwr-sparse"])
 def test_published_rwr_stopped_and_resumed_is_the_same_run(tmp_path, algorithm):
     "Raw rewards per prompt, and an optimizer that is fresh each round but not in the middle of one"
-    kw = dict(rwr_rewards="raw", rwr_normalizer="prompt", rwr_beta=2.0, per_prompt_stat_tracking=False, train_fresh_optimizer=True,
-              num_epochs=2, train_num_inner_epochs=2)
+    kw = dict(
+        rwr_rewards="raw", rwr_normalizer="prompt", rwr_beta=2.0, per_prompt_stat_tracking=False,
+        train_fresh_optimizer=True, num_epochs=2, train_num_inner_epochs=2
+    )
     whole = trainer(tmp_path/"whole", algorithm, **kw)
     places = stop_after(whole, -1)
     whole.train(progress=False)
-    for i, n in enumerate((places[0] // 2 - 1, 2)):   # among an epoch's updates, and in the next epoch's sampling
+    # among an epoch's updates, and in the next epoch's sampling
+    for i, n in enumerate((places[0] // 2 - 1, 2)):
         t = trainer(tmp_path/"cut", algorithm, **kw, resume_from=str(tmp_path/"cut") if i else "")
         stop_after(t, n)
         t.train(progress=False)
@@ -84,12 +103,24 @@ def test_an_rwr_run_of_before_the_inverse_temperature_is_refused(tmp_path):
     stem = tmp_path/"checkpoints/checkpoint_1/trainer"
     state = load_state(stem)
     assert not T.weighed_by_temperature(state["config"])
-    state["config"] = {k: v for k, v in state["config"].items() if k not in ("rwr_normalizer", "rwr_rewards", "train_fresh_optimizer")}
-    assert T.weighed_by_temperature(state["config"]) and not T.weighed_by_temperature(state["config"] | dict(algorithm="ddpo-is"))
+    state["config"] = {
+        k: v
+        for k, v in state["config"].items()
+        if k not in ("rwr_normalizer", "rwr_rewards", "train_fresh_optimizer")
+    }
+    assert T.weighed_by_temperature(state["config"]) and not T.weighed_by_temperature(
+        state["config"] | dict(algorithm="ddpo-is")
+    )
     save_state(stem, state)
     (stem.parent/"files.json").unlink()
     seal(stem.parent)
-    with pytest.raises(InputError, match="^resume_from: .* was made when rwr_beta was a temperature, and today it is an inverse one; train anew"):
+    with pytest.raises(
+        InputError,
+        match=(
+            "^resume_from: .* was made when rwr_beta was a temperature, and today it is an inverse one; train"
+            " anew"
+        ),
+    ):
         trainer(tmp_path, "rwr", num_epochs=2, resume_from=str(tmp_path))
 
 def test_stopped_while_sampling_and_gone_on_in_the_same_process(tmp_path):
@@ -125,13 +156,24 @@ def test_another_runs_folder_is_not_overwritten(tmp_path):
     kept = (home/"metrics.jsonl").read_bytes()
     again = trainer(home, num_epochs=1)
     again.train(progress=False)
-    assert again.home == tmp_path/"run-2" and (home/"metrics.jsonl").read_bytes() == kept and (tmp_path/"run-2/checkpoints/checkpoint_1").is_dir()
+    assert (
+        again.home == tmp_path / "run-2"
+        and (home / "metrics.jsonl").read_bytes() == kept
+        and (tmp_path / "run-2/checkpoints/checkpoint_1").is_dir()
+    )
 
-@pytest.mark.parametrize("change,named", [(dict(train_learning_rate=1.0), "train_learning_rate"), (dict(seed=4), "seed"), (dict(algorithm="rwr"), "algorithm|train_num_inner_epochs")])
+@pytest.mark.parametrize(
+    "change,named",
+    [
+        (dict(train_learning_rate=1.0), "train_learning_rate"), (dict(seed=4), "seed"),
+        (dict(algorithm="rwr"), "algorithm|train_num_inner_epochs")
+    ],
+)
 def test_resume_with_other_settings_is_refused(tmp_path, change, named):
     trainer(tmp_path, num_epochs=1).train(progress=False)
     algorithm = change.pop("algorithm", "ddpo-is")
-    with pytest.raises(InputError, match=f"resume_from: ({named})"): trainer(tmp_path, algorithm, resume_from=str(tmp_path), **change)
+    with pytest.raises(InputError, match=f"resume_from: ({named})"):
+        trainer(tmp_path, algorithm, resume_from=str(tmp_path), **change)
 
 def test_settings_that_do_not_matter_may_change(tmp_path):
     trainer(tmp_path, num_epochs=1).train(progress=False)
@@ -145,16 +187,28 @@ def test_8_bit_adam_is_resumed(device, exact, tmp_path):
     whole.train(progress=False)
     trainer(tmp_path/"cut", **kw).train(1, progress=False)
     t = trainer(tmp_path/"cut", **kw, resume_from=str(tmp_path/"cut"))
-    assert any(v.dtype == torch.uint8 for s in t.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor))
+    assert any(
+        v.dtype == torch.uint8
+        for s in t.optimizer.state.values()
+        for v in s.values()
+        if isinstance(v, torch.Tensor)
+    )
     t.train(progress=False)
     assert torch.equal(weights(t), weights(whole)) and metrics(tmp_path/"cut") == metrics(tmp_path/"whole")
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_a_run_whose_learning_rate_follows_its_length_keeps_it(tmp_path, schedule):
     trainer(tmp_path, num_epochs=2, lr_scheduler=schedule).train(1, progress=False)
-    with pytest.raises(InputError, match="resume_from: num_epochs was 2 when .* and is 3 now"): trainer(tmp_path, num_epochs=3, lr_scheduler=schedule, resume_from=str(tmp_path))
-    assert trainer(tmp_path, num_epochs=2, lr_scheduler=schedule, resume_from=str(tmp_path)).train(progress=False)[-1]["learning_rate"] < 1e-2
-    with pytest.raises(InputError, match="resume_from: lr_scheduler was"): trainer(tmp_path, lr_scheduler="constant", resume_from=str(tmp_path))
+    with pytest.raises(InputError, match="resume_from: num_epochs was 2 when .* and is 3 now"):
+        trainer(tmp_path, num_epochs=3, lr_scheduler=schedule, resume_from=str(tmp_path))
+    assert (
+        trainer(tmp_path, num_epochs=2, lr_scheduler=schedule, resume_from=str(tmp_path)).train(
+            progress=False
+        )[-1]["learning_rate"]
+        < 1e-2
+    )
+    with pytest.raises(InputError, match="resume_from: lr_scheduler was"):
+        trainer(tmp_path, lr_scheduler="constant", resume_from=str(tmp_path))
 
 def test_a_run_with_a_steady_learning_rate_may_become_longer(tmp_path):
     steady = dict(lr_scheduler="constant_with_warmup", lr_warmup_updates=6)
@@ -165,14 +219,16 @@ def test_a_run_with_a_steady_learning_rate_may_become_longer(tmp_path):
 
 @pytest.mark.parametrize("place", ["nowhere", "."])
 def test_nothing_to_resume_from(tmp_path, place):
-    with pytest.raises(InputError, match="resume_from: there is no whole checkpoint"): trainer(tmp_path, resume_from=str(tmp_path/place))
+    with pytest.raises(InputError, match="resume_from: there is no whole checkpoint"):
+        trainer(tmp_path, resume_from=str(tmp_path / place))
 
 def test_full_disk(tmp_path, monkeypatch):
     t = trainer(tmp_path)
     t.train(1, progress=False)
     def full(*a, **k): raise OSError(28, "No space left on device")
     monkeypatch.setattr(T, "save_state", full)
-    with pytest.raises(CheckpointError, match="No space left on device; earlier checkpoints are whole"): t.train(progress=False)
+    with pytest.raises(CheckpointError, match="No space left on device; earlier checkpoints are whole"):
+        t.train(progress=False)
     monkeypatch.undo()
     assert [o.name for o in (tmp_path/"checkpoints").iterdir()] == ["checkpoint_1"]  # and no half of another
     assert trainer(tmp_path, resume_from=str(tmp_path)).epochs_done == 1
@@ -201,11 +257,16 @@ def test_trl_style_prompt_functions_are_resumed(tmp_path):
 
 # From outside: another process, real signals
 
-LINE = "train --reward jpeg_compressibility --prompts simple_animals --queries 32 --evaluation-samples 2 --sample-num-steps 3 --sample-batch-size 4 --train-batch-size 2 --save-freq 1 --no-progress"
+LINE = (
+    "train --reward jpeg_compressibility --prompts simple_animals --queries 32 --evaluation-samples 2"
+    " --sample-num-steps 3 --sample-batch-size 4 --train-batch-size 2 --save-freq 1 --no-progress"
+)
 
 def start(output, more=""):
-    return subprocess.Popen([sys.executable, "-m", "ddpo_nb", *shlex.split(f"{LINE} --output {output} {more}")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | dict(OMP_NUM_THREADS="1"))
+    return subprocess.Popen(
+        [sys.executable, "-m", "ddpo_nb", *shlex.split(f"{LINE} --output {output} {more}")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | dict(OMP_NUM_THREADS="1")
+    )
 
 def wait_for_epochs(output, n):
     "Until the run has finished `n` epochs"
@@ -247,7 +308,9 @@ def test_killed_at_ten_random_moments_and_resumed_is_the_same_run(tmp_path, whol
     killed(tmp_path, [(k, rng.random() * 0.5) for k in range(1, 11)])
     same(tmp_path/"run", whole)
 
-@pytest.mark.parametrize("signum,status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    "signum,status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
+)
 def test_signals_save_and_say_how_to_go_on(tmp_path, whole, signum, status):
     p = start(tmp_path/"run")
     wait_for_epochs(tmp_path/"run", 2)
@@ -256,6 +319,9 @@ def test_signals_save_and_say_how_to_go_on(tmp_path, whole, signum, status):
     assert p.returncode == status and "Traceback" not in err, err
     command = err.strip().splitlines()[-1].strip()
     assert command.startswith("ddpo-nb train") and command.endswith("--resume")
-    again = subprocess.run([sys.executable, "-m", "ddpo_nb", *shlex.split(command)[1:]], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    again = subprocess.run(
+        [sys.executable, "-m", "ddpo_nb", *shlex.split(command)[1:]], capture_output=True, text=True,
+        env=os.environ | dict(OMP_NUM_THREADS="1")
+    )
     assert again.returncode == 0, again.stderr
     same(tmp_path/"run", whole)

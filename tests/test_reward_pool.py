@@ -13,14 +13,20 @@ def images(n, seed=0): return torch.rand(n, 3, 8, 8, generator=torch.Generator()
 def thorough(images, prompts, metadata):
     "A reward that reports all kinds of things"
     own = [m["n"] for m in metadata]
-    return images.mean((1, 2, 3)), dict(n=own, length=np.array([len(p) for p in prompts]), mean=images.mean((1, 2, 3)), pair=tuple(own), version="1", scale=np.float64(2), of=os.getpid())
+    return images.mean((1, 2, 3)), dict(
+        n=own, length=np.array([len(p) for p in prompts]), mean=images.mean((1, 2, 3)), pair=tuple(own),
+        version="1", scale=np.float64(2), of=os.getpid()
+    )
 
 def thorough_but_where(*args):
     rewards, info = thorough(*args)
     return rewards, {k: v for k, v in info.items() if k != "of"}
 
-def strange(images, prompts, metadata): return {"list": [1.] * len(images), "short": [1.], "text": ["high"] * len(images), "none": None, "nan": [float("nan")] + [0.] * (len(images) - 1),
-                                                "matrix": np.ones((len(images), 2))}[prompts[0]], {}
+def strange(images, prompts, metadata):
+    return {
+        "list": [1.0] * len(images), "short": [1.0], "text": ["high"] * len(images), "none": None,
+        "nan": [float("nan")] + [0.0] * (len(images) - 1), "matrix": np.ones((len(images), 2))
+    }[prompts[0]], {}
 
 class Delicate(Exception):
     "An exception that does not survive pickling"
@@ -44,16 +50,20 @@ class WithState:
     "A reward object with weights"
     def __init__(self, scale): self.scale, self.moved = torch.tensor(scale), []
     def to(self, device): self.moved.append(device)
-    def __call__(self, images, prompts, metadata): return self.scale * images.flatten(1).mean(1).bfloat16(), None
+    def __call__(self, images, prompts, metadata):
+        return self.scale * images.flatten(1).mean(1).bfloat16(), None
 
 def both(found, n):
     rewards, info = found
-    return check_rewards(rewards, n, "r").tolist(), {k: v.tolist() if hasattr(v, "tolist") else v for k, v in (info or {}).items() if k != "of"}
+    return check_rewards(rewards, n, "r").tolist(), {
+        k: v.tolist() if hasattr(v, "tolist") else v for k, v in (info or {}).items() if k != "of"
+    }
 
 @pytest.fixture(scope="module")
 def pools():
     "A process takes seconds to import torch: all tests that can share two"
-    with ParallelReward(any_of, 2, "process") as p, ParallelReward(any_of, 2) as t: yield dict(process=p, thread=t)
+    with ParallelReward(any_of, 2, "process") as p, ParallelReward(any_of, 2) as t:
+        yield dict(process=p, thread=t)
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 9), st.integers(1, 6))
@@ -81,53 +91,82 @@ def test_threads_overlap_and_keep_the_order():
         entered.wait()
         time.sleep(.05 if prompts[0] == "0" else 0)  # the first part is the last to be ready
         return [float(p) for p in prompts], {}
-    with ParallelReward(waits, 3) as pool: assert pool(images(7), [str(i) for i in range(7)], [{}]*7)[0].tolist() == [*range(7)]
+    with ParallelReward(waits, 3) as pool:
+        assert pool(images(7), [str(i) for i in range(7)], [{}] * 7)[0].tolist() == [*range(7)]
 
 @pytest.mark.slow
 def test_bf16_and_weights_travel():
     reward = WithState(3.)
     with ParallelReward(reward, 1, "process") as pool:
-        assert (pool(images(3).bfloat16(), ["a"]*3, [{}]*3)[0] == reward(images(3).bfloat16(), 0, 0)[0].double().numpy()).all()
+        assert (
+            pool(images(3).bfloat16(), ["a"] * 3, [{}] * 3)[0]
+            == reward(images(3).bfloat16(), 0, 0)[0].double().numpy()
+        ).all()
         first = pool.pool
         assert pool.to("cpu") is pool and reward.moved == ["cpu"] and pool.pool is None
-        assert pool(images(3).bfloat16(), ["a"]*3, [{}]*3)[0].shape == (3,) and pool.pool is not first   # closed, it begins anew
+        # closed, it begins anew
+        assert pool(images(3).bfloat16(), ["a"]*3, [{}]*3)[0].shape == (3,) and pool.pool is not first
     assert pool.pool is None
 
 # Metadata
 
-@pytest.mark.parametrize("infos,sizes,joined", [
-    ([dict(a=[1, 2]), dict(a=[3])], [2, 1], dict(a=[1, 2, 3])), ([dict(a=1), dict(a=1)], [2, 1], dict(a=1)), ([dict(a=1), dict(a=2)], [2, 1], dict(a=[1, 2])),
-    ([dict(a=[1]), dict(a=[1])], [2, 1], dict(a=[1])), ([dict(a=[1]), dict(a=[2])], [2, 2], dict(a=[[1], [2]])), ([dict(a=1), {}], [1, 1], dict(a=[1, None])),
-    ([None, None], [1, 1], {}), ([None], [2], {}), ([dict(a=[7])], [2], dict(a=[7])), ([dict(a="x"), dict(a="y")], [1, 1], dict(a=["x", "y"])), ([dict(a=[1]), dict(a=(2,))], [1, 1], dict(a=[[1], (2,)]))])
-def test_metadata_is_joined_kept_or_collected(infos, sizes, joined): assert join_info(infos, sizes) == joined
+@pytest.mark.parametrize(
+    "infos,sizes,joined",
+    [
+        ([dict(a=[1, 2]), dict(a=[3])], [2, 1], dict(a=[1, 2, 3])),
+        ([dict(a=1), dict(a=1)], [2, 1], dict(a=1)), ([dict(a=1), dict(a=2)], [2, 1], dict(a=[1, 2])),
+        ([dict(a=[1]), dict(a=[1])], [2, 1], dict(a=[1])),
+        ([dict(a=[1]), dict(a=[2])], [2, 2], dict(a=[[1], [2]])),
+        ([dict(a=1), {}], [1, 1], dict(a=[1, None])), ([None, None], [1, 1], {}), ([None], [2], {}),
+        ([dict(a=[7])], [2], dict(a=[7])), ([dict(a="x"), dict(a="y")], [1, 1], dict(a=["x", "y"])),
+        ([dict(a=[1]), dict(a=(2,))], [1, 1], dict(a=[[1], (2,)]))
+    ],
+)
+def test_metadata_is_joined_kept_or_collected(infos, sizes, joined):
+    assert join_info(infos, sizes) == joined
 
 # What goes wrong
 
 @pytest.mark.parametrize("kind", ["thread", "process"])
-@pytest.mark.parametrize("what,says", [("short", "returned 1 rewards for 2"), ("text", "not numbers"), ("none", "not numbers"), ("matrix", r"shape \(2, 2\)")])
+@pytest.mark.parametrize(
+    "what,says",
+    [
+        ("short", "returned 1 rewards for 2"), ("text", "not numbers"), ("none", "not numbers"),
+        ("matrix", r"shape \(2, 2\)")
+    ],
+)
 def test_a_part_with_wrong_rewards_is_named(kind, what, says, pools):
-    with pytest.raises(InputError, match=f"reward any_of: .*{says}"): pools[kind](images(4), [what]*4, do("strange", 4))
+    with pytest.raises(InputError, match=f"reward any_of: .*{says}"):
+        pools[kind](images(4), [what] * 4, do("strange", 4))
 
 @pytest.mark.parametrize("kind", ["thread", "process"])
 def test_what_is_not_finite_is_left_to_the_check_of_the_whole(kind, pools):
-    with pytest.raises(InputError, match="2 of 4 values that are not finite, first for prompt 0"): check_rewards(pools[kind](images(4), ["nan"]*4, do("strange", 4))[0], 4, "r")
+    with pytest.raises(InputError, match="2 of 4 values that are not finite, first for prompt 0"):
+        check_rewards(pools[kind](images(4), ["nan"] * 4, do("strange", 4))[0], 4, "r")
 
 @pytest.mark.parametrize("kind", ["thread", "process"])
 def test_an_error_comes_with_the_functions_own_traceback(kind, pools):
-    with pytest.raises(FileNotFoundError) as e: pools[kind](images(4), ["a", "a", "a", "boom"], do("raises", 4))
+    with pytest.raises(FileNotFoundError) as e:
+        pools[kind](images(4), ["a", "a", "a", "boom"], do("raises", 4))
     shown = "".join(traceback.format_exception(e.value))
-    assert 'if "boom" in prompts: open("/nowhere/at/all")' in shown and "in raises" in shown and e.value.filename == "/nowhere/at/all"
+    assert (
+        'if "boom" in prompts: open("/nowhere/at/all")' in shown
+        and "in raises" in shown
+        and e.value.filename == "/nowhere/at/all"
+    )
     if kind == "process": assert "in _work" not in shown
     assert len(pools[kind](images(4), ["a"]*4, do("raises", 4))[0]) == 4   # the pool lives on
 
 def test_an_error_that_cannot_travel_is_told_in_words(pools):
-    with pytest.raises(RuntimeError, match="Delicate: 1 and 2") as e: pools["process"](images(2), ["delicate"]*2, do("raises", 2))
+    with pytest.raises(RuntimeError, match="Delicate: 1 and 2") as e:
+        pools["process"](images(2), ["delicate"] * 2, do("raises", 2))
     assert "raise Delicate(1, 2)" in "".join(traceback.format_exception(e.value))
     with pytest.raises(Delicate): pools["thread"](images(2), ["delicate"]*2, do("raises", 2))
 
 def test_an_input_error_stays_one(pools):
     for kind in pools:
-        with pytest.raises(InputError, match="^the judge: is not in; come again$"): pools[kind](images(2), ["input"]*2, do("raises", 2))
+        with pytest.raises(InputError, match="^the judge: is not in; come again$"):
+            pools[kind](images(2), ["input"] * 2, do("raises", 2))
 
 def inner():
     def f(images, prompts, metadata): return [0.] * len(images), {}
@@ -135,11 +174,13 @@ def inner():
 
 @pytest.mark.parametrize("reward", [lambda *a: 0, inner(), threading.Lock()])
 def test_a_reward_that_cannot_be_sent_is_one_line(reward):
-    with pytest.raises(InputError, match="^reward_pool: reward .* cannot be sent to another process") as e: ParallelReward(reward, 2, "process")(images(2), ["a"]*2, [{}]*2)
+    with pytest.raises(InputError, match="^reward_pool: reward .* cannot be sent to another process") as e:
+        ParallelReward(reward, 2, "process")(images(2), ["a"] * 2, [{}] * 2)
     assert "\n" not in str(e.value)
 
 def test_metadata_that_cannot_be_sent_is_one_line(pools):
-    with pytest.raises(InputError, match="metadata cannot be sent") as e: pools["process"](images(2), ["a"]*2, [dict(n=threading.Lock())]*2)
+    with pytest.raises(InputError, match="metadata cannot be sent") as e:
+        pools["process"](images(2), ["a"] * 2, [dict(n=threading.Lock())] * 2)
     assert "\n" not in str(e.value)
 
 def test_a_reward_that_a_new_process_does_not_know_is_one_line(monkeypatch):
@@ -147,15 +188,25 @@ def test_a_reward_that_a_new_process_does_not_know_is_one_line(monkeypatch):
     def later(images, prompts, metadata): return [0.] * len(images), {}
     later.__qualname__ = "later"
     monkeypatch.setattr(sys.modules[__name__], "later", later, raising=False)
-    with ParallelReward(later, 1, "process") as pool, pytest.raises(InputError, match="new process cannot load the reward .*AttributeError") as e: pool(images(2), ["a"]*2, [{}]*2)
+    with (
+        ParallelReward(later, 1, "process") as pool,
+        pytest.raises(InputError, match="new process cannot load the reward .*AttributeError") as e,
+    ):
+        pool(images(2), ["a"] * 2, [{}] * 2)
     assert "\n" not in str(e.value)
 
 @pytest.mark.slow
 def test_a_worker_that_dies_is_one_line():
-    with ParallelReward(dies, 1, "process") as pool, pytest.raises(InputError, match="ended before it could answer") as e: pool(images(2), ["a"]*2, [{}]*2)
+    with (
+        ParallelReward(dies, 1, "process") as pool,
+        pytest.raises(InputError, match="ended before it could answer") as e
+    ):
+        pool(images(2), ["a"] * 2, [{}] * 2)
     assert "\n" not in str(e.value) and pool.pool is None
 
-@pytest.mark.parametrize("kw,says", [(dict(kind="fork"), "choose from thread, process"), (dict(workers=0), "above 0")])
+@pytest.mark.parametrize(
+    "kw,says", [(dict(kind="fork"), "choose from thread, process"), (dict(workers=0), "above 0")]
+)
 def test_settings_are_checked(kw, says):
     with pytest.raises(InputError, match=says): ParallelReward(thorough, **kw)
 
@@ -164,27 +215,53 @@ def test_settings_are_checked(kw, says):
 def trainer(reward, **kw):
     from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
     from ddpo_nb.trainer import DDPOConfig, make_trainer
-    c = DDPOConfig(**dict(sample_num_steps=2, sample_batch_size=2, sample_num_batches_per_epoch=3, train_batch_size=2, num_epochs=2, mixed_precision="no", logdir="") | kw)
+    c = DDPOConfig(
+        **dict(
+            sample_num_steps=2, sample_batch_size=2, sample_num_batches_per_epoch=3, train_batch_size=2,
+            num_epochs=2, mixed_precision="no", logdir=""
+        )
+        | kw
+    )
     torch.manual_seed(0)
     prompts = iter(["cat", "dog", "bee"] * 99)
     return make_trainer(c, reward, lambda: (next(prompts), dict(n=1)), StableDiffusionPolicy(load_pipeline()))
 
-def rows(t): return [{k: v for k, v in r.items() if not k.startswith(("seconds", "images_per", "peak"))} for r in t.train(progress=False)]
+def rows(t):
+    return [
+        {k: v for k, v in r.items() if not k.startswith(("seconds", "images_per", "peak"))}
+        for r in t.train(progress=False)
+    ]
 
 def test_a_run_is_the_same_alone_in_threads_and_in_processes():
     "The reward, what it reports, and what is watched besides"
-    kinds = [dict(), dict(async_reward_computation=True), dict(async_reward_computation=True, reward_pool="process", max_workers=1)]
+    kinds = [
+        dict(), dict(async_reward_computation=True),
+        dict(async_reward_computation=True, reward_pool="process", max_workers=1),
+    ]
     seen, found = [], []
     for kw in kinds:
         t, shown = trainer(thorough_but_where, watch_reward="jpeg_incompressibility", **kw), []
-        t.hook = lambda batches, *_: shown.append([(b[1], b[3].tolist(), {k: v.tolist() if hasattr(v, "tolist") else v for k, v in b[4].items()}) for b in batches])
+        t.hook = lambda batches, *_: shown.append(
+            [
+                (b[1], b[3].tolist(), {k: v.tolist() if hasattr(v, "tolist") else v for k, v in b[4].items()})
+                for b in batches
+            ]
+        )
         found.append(rows(t)); seen.append(shown)
         assert t.pool is None or t.pool.pool is None   # closed at the end
-    assert found[0] == found[1] == found[2] and seen[0] == seen[1] == seen[2] and len(seen[0]) == 2 and all("watch_mean" in r for r in found[0])
+    assert (
+        found[0] == found[1] == found[2]
+        and seen[0] == seen[1] == seen[2]
+        and len(seen[0]) == 2
+        and all("watch_mean" in r for r in found[0])
+    )
 
 @pytest.mark.slow
 def test_a_reward_that_raises_in_a_process_shows_its_own_traceback():
-    t = trainer(raises, async_reward_computation=True, reward_pool="process", max_workers=1, num_epochs=1, sample_num_steps=1)
+    t = trainer(
+        raises, async_reward_computation=True, reward_pool="process", max_workers=1, num_epochs=1,
+        sample_num_steps=1
+    )
     t.prompt_function = lambda: ("boom", {})
     with pytest.raises(FileNotFoundError) as e: t.train(progress=False)
     assert 'open("/nowhere/at/all")' in "".join(traceback.format_exception(e.value)) and t.pool.pool is None

@@ -31,9 +31,15 @@ def test_neighbours_in_seed_epoch_and_index_differ():
 
 def test_shapes(policy, trajectories):
     t = trajectories
-    assert t.latents.shape == (5, 7, 8, 8, 8) and t.log_probs.shape == (5, 6) and t.timesteps.shape == t.stochastic.shape == (6,)
+    assert (
+        t.latents.shape == (5, 7, 8, 8, 8)
+        and t.log_probs.shape == (5, 6)
+        and t.timesteps.shape == t.stochastic.shape == (6,)
+    )
     assert t.images.shape == (5, 3, 64, 64) and 0 <= t.images.min() and t.images.max() <= 1
-    assert len(t) == 5 and t.prompts == PROMPTS and t.metadata == [{}]*5 and t.metadata[0] is not t.metadata[1]
+    assert (
+        len(t) == 5 and t.prompts == PROMPTS and t.metadata == [{}] * 5 and t.metadata[0] is not t.metadata[1]
+    )
     assert t.latents.dtype == t.log_probs.dtype == torch.float32 and t.log_probs.isfinite().all()
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 64])
@@ -47,14 +53,20 @@ def test_the_same_images_from_any_batch_size(policy, trajectories, size):
 def test_a_sample_does_not_depend_on_the_others(policy, trajectories):
     alone = rollout(policy, ["whale"], [sample_generator(0, 0, 3)])
     beside = rollout(policy, ["bee", "whale"], [sample_generator(9, 0, 0), sample_generator(0, 0, 3)])
-    for o in (alone.latents[0], beside.latents[1]): torch.testing.assert_close(o, trajectories.latents[3], atol=1e-4, rtol=0)
-    assert (rollout(policy, ["whale"], [sample_generator(0, 1, 3)]).images[0] - trajectories.images[3]).abs().mean() > 1e-3
+    for o in (alone.latents[0], beside.latents[1]):
+        torch.testing.assert_close(o, trajectories.latents[3], atol=1e-4, rtol=0)
+    assert (
+        rollout(policy, ["whale"], [sample_generator(0, 1, 3)]).images[0] - trajectories.images[3]
+    ).abs().mean() > 1e-3
 
 @pytest.mark.parametrize("scale,negative", [(4., ""), (1., ""), (3., "dog")])
 def test_the_images_are_those_of_diffusers_pipeline(policy, scale, negative):
     policy.configure(6, guidance_scale=scale, negative_prompt=negative)
     ours = rollout(policy, PROMPTS, generators())
-    theirs = policy.pipeline(PROMPTS, num_inference_steps=6, eta=1., guidance_scale=scale, negative_prompt=[negative]*5, generator=generators(), output_type="pt").images
+    theirs = policy.pipeline(
+        PROMPTS, num_inference_steps=6, eta=1.0, guidance_scale=scale, negative_prompt=[negative] * 5,
+        generator=generators(), output_type="pt"
+    ).images
     policy.configure(6, guidance_scale=4)
     torch.testing.assert_close(ours.images, theirs, atol=1e-4, rtol=0)
 
@@ -64,7 +76,9 @@ def deviation(policy, trajectories, size, order):
     out = []
     for s, k in zip(sample.split(size), step.split(size)):
         x, t, prev, old = trajectories.transitions(s, k)
-        out.append(torch.exp(policy.step(x, t, trajectories.conditioning[s], prev_sample=prev).log_prob - old) - 1)
+        out.append(
+            torch.exp(policy.step(x, t, trajectories.conditioning[s], prev_sample=prev).log_prob - old) - 1
+        )
     return torch.cat(out).abs().max().item()
 
 @pytest.fixture(scope="module", params=[1, 5])
@@ -87,7 +101,8 @@ def test_log_probs_are_those_of_the_noise(policy, trajectories):
     from ddpo_nb.mdp import step_std
     std = step_std(policy.scheduler, policy.timesteps, policy.eta).double()
     for i, g in enumerate(generators()):
-        z = torch.stack([torch.randn(1, 8, 8, 8, generator=g).double() for _ in range(7)])[1:]   # the first draw was x_T
+        # the first draw was x_T
+        z = torch.stack([torch.randn(1, 8, 8, 8, generator=g).double() for _ in range(7)])[1:]
         want = -z.square().flatten(1).mean(1)/2 - std.log() - .5*np.log(2*np.pi)
         torch.testing.assert_close(trajectories.log_probs[i].double(), want, atol=1e-4, rtol=0)
 
@@ -95,7 +110,13 @@ def test_metadata_travels(policy):
     meta = [{"n": 1}, {"n": 2}]
     assert rollout(policy, ["cat", "dog"], generators(2), meta).metadata == meta
 
-@pytest.mark.parametrize("kwargs", [dict(prompts=[], generators=[]), dict(prompts=["a"], generators=[]),
-    dict(prompts=["a"], generators=[None], metadata=[]), dict(prompts=["a"], generators=[None], batch_size=0)])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(prompts=[], generators=[]), dict(prompts=["a"], generators=[]),
+        dict(prompts=["a"], generators=[None], metadata=[]),
+        dict(prompts=["a"], generators=[None], batch_size=0)
+    ],
+)
 def test_bad_input(policy, kwargs):
     with pytest.raises(ValueError): rollout(policy, **kwargs)

@@ -9,9 +9,12 @@ from hypothesis import given, settings, strategies as st
 
 from ddpo_nb.prompts import InputError
 from ddpo_nb.rollout import rollout, sample_generator
-from ddpo_nb.rwr import NORMALIZERS, REWARDS, RWR, RWRSparse, TinyDiffusion, rwr_sparse_weights, rwr_weights, x0_moments
+from ddpo_nb.rwr import (NORMALIZERS, REWARDS, RWR, RWRSparse, TinyDiffusion, rwr_sparse_weights, rwr_weights,
+                         x0_moments)
 
-rewards = st.lists(st.floats(-5, 5), min_size=1, max_size=40).map(lambda o: torch.tensor(o, dtype=torch.float64))
+rewards = st.lists(st.floats(-5, 5), min_size=1, max_size=40).map(
+    lambda o: torch.tensor(o, dtype=torch.float64)
+)
 betas = st.floats(0.05, 100)
 few = settings(max_examples=50, deadline=None)
 
@@ -22,7 +25,8 @@ def gen(seed=0): return torch.Generator().manual_seed(seed)
 def test_weights_are_positive_with_mean_one_for_every_prompt(r, beta, data):
     prompts = data.draw(st.lists(st.sampled_from("abc"), min_size=len(r), max_size=len(r)))
     whole, own = rwr_weights(r, beta), rwr_weights(r, beta, prompts)
-    for w in (whole, own): assert w.shape == r.shape and (w >= 0).all() and w.mean().item() == pytest.approx(1, rel=1e-9)
+    for w in (whole, own):
+        assert w.shape == r.shape and (w >= 0).all() and w.mean().item() == pytest.approx(1, rel=1e-9)
     for p in set(prompts):
         i = [k for k, o in enumerate(prompts) if o == p]
         torch.testing.assert_close(own[i], rwr_weights(r[i], beta))
@@ -33,14 +37,18 @@ def test_weights_do_not_see_a_shift_of_the_rewards(r, beta, shift):
     torch.testing.assert_close(rwr_weights(r + shift, beta), rwr_weights(r, beta), rtol=1e-7, atol=1e-9)
 
 def test_weights_per_prompt_do_not_see_how_easy_a_prompt_is():
-    r, prompts, easier = torch.tensor([1.0, 2.0, 0.5, 0.9]), ["a", "a", "b", "b"], torch.tensor([10.0, 10.0, 0.0, 0.0])
+    r, prompts, easier = (
+        torch.tensor([1.0, 2.0, 0.5, 0.9]), ["a", "a", "b", "b"], torch.tensor([10.0, 10.0, 0.0, 0.0])
+    )
     torch.testing.assert_close(rwr_weights(r + easier, 1.0, prompts), rwr_weights(r, 1.0, prompts))
     assert rwr_weights(r + easier, 1.0)[2:].sum() < 0.01   # over the batch, the easy prompt takes it all
 
 @few
 @given(rewards, betas, st.floats(0.1, 10))
 def test_weights_depend_on_beta_times_reward_only(r, beta, scale):
-    torch.testing.assert_close(rwr_weights(r * scale, beta / scale), rwr_weights(r, beta), rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(
+        rwr_weights(r * scale, beta / scale), rwr_weights(r, beta), rtol=1e-7, atol=1e-9
+    )
 
 @few
 @given(rewards)
@@ -86,7 +94,8 @@ def test_a_prompt_with_few_samples_keeps_one():
 
 @pytest.mark.parametrize("weigh", [rwr_weights, rwr_sparse_weights])
 def test_prompts_must_name_the_samples(weigh):
-    with pytest.raises(InputError, match="prompts: 2 prompts do not name 3 samples"): weigh(torch.zeros(3), 0.5, ["a", "b"])
+    with pytest.raises(InputError, match="prompts: 2 prompts do not name 3 samples"):
+        weigh(torch.zeros(3), 0.5, ["a", "b"])
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 @pytest.mark.parametrize("rewards", REWARDS)
@@ -100,34 +109,53 @@ def test_the_objective_weighs_what_it_is_told_to(normalizer, rewards):
     torch.testing.assert_close(got, rwr_sparse_weights(x, 0.4, names))
 
 def test_prompts_that_all_come_once_are_not_compared_in_silence():
-    with pytest.warns(UserWarning, match="rwr_normalizer: each of 3 samples is the only one of its prompt, .* set samples_per_prompt"):
+    with pytest.warns(
+        UserWarning,
+        match="rwr_normalizer: each of 3 samples is the only one of its prompt, .* set samples_per_prompt",
+    ):
         assert (RWR().weigh(list("abc"), [1.0, 2, 3], None) == 1).all()
     RWR().weigh(list("aab"), [1.0, 2, 3], None), RWR(normalizer="batch").weigh(list("abc"), [1.0, 2, 3], None)
 
 def test_unknown_ways_of_weighing_are_named():
-    with pytest.raises(InputError, match="normalizer: there is no 'sample'; choose from prompt, batch"): RWR(normalizer="sample")
-    with pytest.raises(InputError, match="rewards: there is no 'clipped'; choose from raw, normalized"): RWRSparse(rewards="clipped")
+    with pytest.raises(InputError, match="normalizer: there is no 'sample'; choose from prompt, batch"):
+        RWR(normalizer="sample")
+    with pytest.raises(InputError, match="rewards: there is no 'clipped'; choose from raw, normalized"):
+        RWRSparse(rewards="clipped")
 
-@pytest.mark.parametrize("make", [lambda: RWR(beta=200.0, normalizer="batch"), lambda: RWRSparse(normalizer="batch")], ids=["rwr", "sparse"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: RWR(beta=200.0, normalizer="batch"), lambda: RWRSparse(normalizer="batch")],
+    ids=["rwr", "sparse"],
+)
 def test_several_processes_share_one_weighted_mean(tiny, make):
-    "Each takes the mean over its own examples, and their mean is that of one process; none is left without examples."
+    """Each takes the mean over its own examples, and their mean is that of one process; none is left
+    without examples."""
     policy, batch = tiny
     objective, r = make(), np.arange(40.0)   # the best are all in the last process
     one = objective.weigh(["a"] * 40, r, r)
     many = objective.weigh(["a"] * 40, r, r, processes=4)
     assert (many - one).abs().max() < 1e-20
     def mean(weights, places):
-        ex = objective.examples(policy, replace(batch, latents=batch.latents[places]), weights[places].float(), gen())
-        return len(ex["sample"]), ex["weight"].mean(), (ex["weight"] * torch.tensor(r)[places][ex["sample"]]).mean()
+        ex = objective.examples(
+            policy, replace(batch, latents=batch.latents[places]), weights[places].float(), gen()
+        )
+        return (
+            len(ex["sample"]), ex["weight"].mean(),
+            (ex["weight"] * torch.tensor(r)[places][ex["sample"]]).mean()
+        )
     shares = [mean(many, np.arange(10 * k, 10 * k + 10)) for k in range(4)]
     assert len({m for m, *_ in shares}) == 1
     (_, weight, value), n = mean(one, np.arange(40)), len(shares)
-    assert sum(w for _, w, _ in shares) / n == pytest.approx(1, rel=1e-5) and weight == pytest.approx(1, rel=1e-5)
+    assert sum(w for _, w, _ in shares) / n == pytest.approx(1, rel=1e-5) and weight == pytest.approx(
+        1, rel=1e-5
+    )
     assert sum(v for *_, v in shares) / n == pytest.approx(value.item(), rel=1e-5)
 
 @pytest.mark.parametrize("beta", [0, -0.2, float("nan")])
 def test_beta_must_be_positive(beta):
-    for make in (lambda: RWR(beta=beta), lambda: rwr_weights(torch.zeros(3), beta), lambda: RWRSparse(beta=beta)):
+    for make in (
+        lambda: RWR(beta=beta), lambda: rwr_weights(torch.zeros(3), beta), lambda: RWRSparse(beta=beta)
+    ):
         with pytest.raises(InputError, match="beta: .* is not positive; give"): make()
 
 @pytest.mark.parametrize("fraction", [0, -0.1, 1.01, float("nan")])
@@ -143,7 +171,10 @@ def tiny():
     policy = TinyDiffusion([0.2, -0.3], [0.7, 0.5])
     return policy, policy.sample(40, gen())
 
-@pytest.mark.parametrize("objective,m", [(RWR(), 40), (RWR(draws=3), 120), (RWRSparse(), 4), (RWRSparse(fraction=0.25, draws=2), 20)])
+@pytest.mark.parametrize(
+    "objective,m",
+    [(RWR(), 40), (RWR(draws=3), 120), (RWRSparse(), 4), (RWRSparse(fraction=0.25, draws=2), 20)],
+)
 def test_examples_are_flat_with_mean_weight_one(tiny, objective, m):
     policy, batch = tiny
     ex = objective.examples(policy, batch, objective.weights(torch.randn(40, generator=gen(1))), gen(2))
@@ -201,11 +232,14 @@ def test_closed_form_gradient_agrees_with_finite_differences():
     for which in ("mean", "log_std"):
         up, down = ((0.3 + h, 0.6) if which == "mean" else (0.3, 0.6 * math.exp(h)) for h in (1e-5, -1e-5))
         want = (moments(*up) - moments(*down)) / 2e-5
-        got = torch.stack([torch.autograd.grad(o, getattr(policy, which), retain_graph=True)[0][0] for o in out])
+        got = torch.stack(
+            [torch.autograd.grad(o, getattr(policy, which), retain_graph=True)[0][0] for o in out]
+        )
         torch.testing.assert_close(got, want.detach(), rtol=1e-4, atol=1e-6)
 
 def test_rwr_moves_the_model_even_when_every_reward_is_equal():
-    "The denoising loss is not the likelihood: with nothing to learn it still narrows a model whose sampler is coarse."
+    """The denoising loss is not the likelihood: with nothing to learn it still narrows a model whose
+    sampler is coarse."""
     policy = TinyDiffusion([0.], [0.7])
     pulls = []
     for seed in range(16):

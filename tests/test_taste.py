@@ -1,4 +1,5 @@
-"One's own taste: the Bayesian head, the choice of pairs, the file of clicks, the widget, and a rater whose taste is known."
+"""One's own taste: the Bayesian head, the choice of pairs, the file of clicks, the widget, and a rater whose
+taste is known."""
 import csv, json, warnings
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ from PIL import Image
 from scipy.optimize import minimize
 from scipy.special import entr, expit
 from ddpo_nb.prompts import InputError, PromptSource
-from ddpo_nb.taste import (BradleyTerry, Clicks, Pool, SimulatedRater, TasteReward, TasteSession, TasteWidget, agreement, draw_pool, export, information,
-                           next_pair, random_pairs, warm_and_bold)
+from ddpo_nb.taste import (BradleyTerry, Clicks, Pool, SimulatedRater, TasteReward, TasteSession, TasteWidget,
+                           agreement, draw_pool, export, information, next_pair, random_pairs, warm_and_bold)
 
 def rows(n, d=5, seed=0): return np.random.default_rng(seed).normal(size=(n, d))
 
@@ -24,12 +25,26 @@ seeds = st.integers(0, 10**6)
 def test_fit_is_the_posteriors_peak(seed, n, precision):
     d, c = rows(n, seed=seed), np.random.default_rng(seed).uniform(.1, 2, n)
     loss = lambda w: (c * np.logaddexp(0, -d @ w)).sum() + precision / 2 * w @ w
-    head, peer = blank(prior_precision=precision).fit(d, 0*d, c), minimize(loss, np.zeros(5), method="BFGS", tol=1e-9)
+    head, peer = blank(prior_precision=precision).fit(d, 0 * d, c), minimize(
+        loss, np.zeros(5), method="BFGS", tol=1e-9
+    )
     assert loss(head.mean) <= peer.fun + 1e-8
     np.testing.assert_allclose(head.mean, peer.x, atol=2e-3)
     step = 1e-4   # the covariance is the inverse of the Hessian, here by differences
     e = step * np.eye(5)
-    hessian = [[(loss(head.mean+a+b) - loss(head.mean+a-b) - loss(head.mean-a+b) + loss(head.mean-a-b)) / (4*step**2) for b in e] for a in e]
+    hessian = [
+        [
+            (
+                loss(head.mean + a + b)
+                - loss(head.mean + a - b)
+                - loss(head.mean - a + b)
+                + loss(head.mean - a - b)
+            )
+            / (4 * step**2)
+            for b in e
+        ]
+        for a in e
+    ]
     np.testing.assert_allclose(np.linalg.inv(head.cov), hessian, atol=1e-4 * max(1, np.abs(hessian).max()))
 
 def test_contradicting_clicks_do_not_throw_the_fit_off():
@@ -48,7 +63,8 @@ def test_probabilities(seed, n):
     p = head.probability(u, u[::-1])
     np.testing.assert_allclose(p + head.probability(u[::-1], u), 1, atol=1e-12)
     m, s = head.gap(u, u[::-1])
-    assert (abs(p - .5) <= abs(expit(m) - .5) + 1e-12).all()       # what is not known only brings it nearer to a half
+    # what is not known only brings it nearer to a half
+    assert (abs(p - .5) <= abs(expit(m) - .5) + 1e-12).all()
     assert ((p > .5) == (m > 0))[abs(m) > 1e-9].all() and (head.sureness(u, u[::-1]) >= .5).all()
     draws = np.random.default_rng(0).standard_normal(20000)
     np.testing.assert_allclose(p, expit(m[:, None] + s[:, None]*draws).mean(1), atol=.035)
@@ -66,14 +82,21 @@ def test_scale_and_centre_only_change_units():
     u = rows(30)
     a, b = (BradleyTerry.of(v).fit(v[:10], v[10:20]) for v in (u, 7*u + 3))
     np.testing.assert_allclose(a.utility(u), b.utility(7*u + 3), atol=1e-6)
-    assert abs(a.utility(u)[0].mean()) < 1e-9 and BradleyTerry.of(torch.tensor(u)).scale == BradleyTerry.of(u).scale
+    assert (
+        abs(a.utility(u)[0].mean()) < 1e-9
+        and BradleyTerry.of(torch.tensor(u)).scale == BradleyTerry.of(u).scale
+    )
 
 def test_a_head_is_kept(tmp_path):
     u = rows(20)
     head = BradleyTerry.of(u).fit(u[:9], u[9:18])
     head.save(tmp_path/"new"/"head.safetensors")
     again = BradleyTerry.load(tmp_path/"new"/"head.safetensors")
-    assert (np.array(again.utility(u)) == head.utility(u)).all() and again.clicks == 9 and again.prior_precision == head.prior_precision
+    assert (
+        (np.array(again.utility(u)) == head.utility(u)).all()
+        and again.clicks == 9
+        and again.prior_precision == head.prior_precision
+    )
     (tmp_path/"x").write_text("nonsense")
     with pytest.raises(InputError, match="holds no taste"): BradleyTerry.load(tmp_path/"x")
     with pytest.raises(InputError, match="cannot read"): BradleyTerry.load(tmp_path/"none")
@@ -98,7 +121,11 @@ def test_information(m, s):
 def test_pairs():
     rng = np.random.default_rng(0)
     every = random_pairs(6, 99, rng)
-    assert len(every) == 15 and len({frozenset(o) for o in every.tolist()}) == 15 and (every[:, 0] != every[:, 1]).all()
+    assert (
+        len(every) == 15
+        and len({frozenset(o) for o in every.tolist()}) == 15
+        and (every[:, 0] != every[:, 1]).all()
+    )
     within = random_pairs(6, 99, rng, groups=list("abcabc"))
     assert sorted(map(sorted, within.tolist())) == [[0, 3], [1, 4], [2, 5]]
     left = [next(i for i, o in enumerate(random_pairs(2, 1, rng)[0]) if o == 0) for _ in range(200)]
@@ -114,7 +141,8 @@ def test_the_next_pair_is_the_most_informative_and_is_not_asked_twice():
     for expected in order:
         asked.append(next_pair(head, u, np.random.default_rng(len(asked)), asked=asked))
         assert frozenset(asked[-1]) == expected
-    assert frozenset(next_pair(head, u, np.random.default_rng(0), asked=asked)) == order[0]   # all asked: again from the best
+    # all asked: again from the best
+    assert frozenset(next_pair(head, u, np.random.default_rng(0), asked=asked)) == order[0]
 
 # Clicks in a file
 
@@ -127,7 +155,11 @@ def test_clicks_are_taken_up(tmp_path):
     for choice in ("a", "b", "tie"): c.add(A, B, choice)
     c.undo(); c.add(B, A, "a")
     lines = [json.loads(o) for o in c.file.read_text(encoding="utf-8").splitlines()]
-    assert [o["kind"] for o in lines] == ["pool", "click", "click", "click", "undo", "click"] and lines[0]["model"] == "m" and "éléphant" in c.file.read_text("utf-8")
+    assert (
+        [o["kind"] for o in lines] == ["pool", "click", "click", "click", "undo", "click"]
+        and lines[0]["model"] == "m"
+        and "éléphant" in c.file.read_text("utf-8")
+    )
     again = Clicks(c.file, about)
     assert again == c and [o["choice"] for o in again] == ["a", "b", "a"]
     assert Clicks(c.file) == c       # for who only wants to read
@@ -151,10 +183,17 @@ def test_a_torn_line_is_dropped(tmp_path_factory, share):
     kept = max(0, whole[:cut].count(b"\n") - 1)
     assert [o["choice"] for o in again] == ["a", "b"][:kept]
     again.add(B, A, "tie")
-    assert [o["choice"] for o in Clicks(file, about)] == [*["a", "b"][:kept], "tie"]   # and the file is sound again: no warning
+    # and the file is sound again: no warning
+    assert [o["choice"] for o in Clicks(file, about)] == [*["a", "b"][:kept], "tie"]
 
-@pytest.mark.parametrize("line", ["nonsense", "[]", "3", '{"kind": "click"}', '{"kind": "undo"}', '{"kind": "joke"}', '{"kind": "click", "a": 1, "b": 2, "time": 0, "choice": "c"}',
-    '{"kind": "click", "a": 1, "b": 2, "time": 0, "choice": "a"}', '{"kind": "pool"}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "nonsense", "[]", "3", '{"kind": "click"}', '{"kind": "undo"}', '{"kind": "joke"}',
+        '{"kind": "click", "a": 1, "b": 2, "time": 0, "choice": "c"}',
+        '{"kind": "click", "a": 1, "b": 2, "time": 0, "choice": "a"}', '{"kind": "pool"}'
+    ],
+)
 def test_a_bad_line_is_named(tmp_path, line):
     file = tmp_path/"c.jsonl"
     file.write_text(json.dumps(dict(kind="pool", **about)) + "\n" + line + "\n")
@@ -165,7 +204,8 @@ def test_files_of_other_pictures(tmp_path):
     c = Clicks(tmp_path/"c.jsonl", about)
     c.add(A, B, "a")
     with pytest.raises(InputError, match="steps 3, not 4"): Clicks(c.file, about | dict(steps=4))
-    with pytest.warns(UserWarning, match="pixel for pixel"): assert Clicks(c.file, about | dict(digest="e")) == c
+    with pytest.warns(UserWarning, match="pixel for pixel"):
+        assert Clicks(c.file, about | dict(digest="e")) == c
     (tmp_path/"d.jsonl").write_text(c.file.read_text().split("\n", 1)[1])
     with pytest.raises(InputError, match="line 1 .* the pool comes first"): Clicks(tmp_path/"d.jsonl", about)
 
@@ -184,7 +224,10 @@ def squares(n=24, seed=0):
     g = torch.Generator().manual_seed(seed)
     colours = torch.rand(n, 3, generator=g)
     images = (colours[:, :, None, None] + .1*torch.rand(n, 3, 8, 8, generator=g)).clamp(0, 1)
-    return Pool(images, [f"prompt {i % 3} <b>" for i in range(n)], list(range(n)), dict(model="squares")), colours.numpy()
+    return (
+        Pool(images, [f"prompt {i % 3} <b>" for i in range(n)], list(range(n)), dict(model="squares")),
+        colours.numpy(),
+    )
 
 def redness(images): return images[:, 0].mean((1, 2)).numpy()
 
@@ -211,7 +254,10 @@ def test_a_session_asks_as_told():
     pool, u = squares()
     s = click(TasteSession(pool, u, same_prompt=True), 12)
     assert all(c["a"]["prompt"] == c["b"]["prompt"] for c in s.clicks)
-    assert len({frozenset((c["a"]["seed"], c["b"]["seed"])) for c in click(TasteSession(pool, u), 30).clicks}) == 30
+    assert (
+        len({frozenset((c["a"]["seed"], c["b"]["seed"])) for c in click(TasteSession(pool, u), 30).clicks})
+        == 30
+    )
     assert len({TasteSession(pool, u, seed=i, informative=False).pair for i in range(5)}) > 1
     assert TasteSession(pool, u, seed=3).pair == TasteSession(pool, u, seed=3).pair
 
@@ -219,7 +265,8 @@ def test_a_session_needs_its_pool(tmp_path):
     pool, u = squares()
     click(TasteSession(pool, u, tmp_path/"c.jsonl"), 8)
     fewer = Pool(pool.images[:2], pool.prompts[:2], pool.seeds[:2], pool.about)
-    with pytest.warns(UserWarning, match="pixel"), pytest.raises(InputError, match="no picture of the pool"): TasteSession(fewer, u[:2], tmp_path/"c.jsonl")
+    with pytest.warns(UserWarning, match="pixel"), pytest.raises(InputError, match="no picture of the pool"):
+        TasteSession(fewer, u[:2], tmp_path / "c.jsonl")
     with pytest.raises(InputError, match="5 embeddings for 24"): TasteSession(pool, u[:5])
 
 def test_bad_pools():
@@ -231,12 +278,29 @@ def test_the_widget_by_its_buttons(tmp_path):
     pool, u = squares()
     w = TasteWidget(pool, u, tmp_path/"c.jsonl", widgets=True)
     shown = lambda: [bytes(o.value) for o in w.pictures]
-    assert w.show() is w.view and w.text.value.startswith("No clicks yet") and w.back.disabled and w.plot.layout.display == "none"
+    assert (
+        w.show() is w.view
+        and w.text.value.startswith("No clicks yet")
+        and w.back.disabled
+        and w.plot.layout.display == "none"
+    )
     first, pair = shown(), w.pair
-    assert all(o.startswith(b"\x89PNG") for o in first) and first[0] != first[1] and "&lt;b&gt;" in w.names[0].value
+    assert (
+        all(o.startswith(b"\x89PNG") for o in first)
+        and first[0] != first[1]
+        and "&lt;b&gt;" in w.names[0].value
+    )
     w.better[0].click()
-    assert [c["choice"] for c in w.clicks] == ["a"] and (w.clicks[0]["a"]["seed"], w.clicks[0]["b"]["seed"]) == pair
-    assert w.text.value.startswith("1 click.") and not w.back.disabled and w.plot.layout.display is None and shown() != first and bytes(w.plot.value).startswith(b"\x89PNG")
+    assert [c["choice"] for c in w.clicks] == ["a"] and (
+        w.clicks[0]["a"]["seed"], w.clicks[0]["b"]["seed"]
+    ) == pair
+    assert (
+        w.text.value.startswith("1 click.")
+        and not w.back.disabled
+        and w.plot.layout.display is None
+        and shown() != first
+        and bytes(w.plot.value).startswith(b"\x89PNG")
+    )
     assert w.head.gap(u[[pair[0]]], u[[pair[1]]])[0] > 0
     w.better[1].click(); w.tie.click()
     assert [c["choice"] for c in w.clicks] == ["a", "b", "tie"] and w.text.value.startswith("3 clicks.")
@@ -244,7 +308,11 @@ def test_the_widget_by_its_buttons(tmp_path):
     assert shown() == first and w.pair == pair and w.back.disabled and not w.clicks
     w.better[1].click()
     again = TasteWidget(pool, u, tmp_path/"c.jsonl", widgets=True)
-    assert again.text.value == w.text.value and [bytes(o.value) for o in again.pictures] == shown() and bytes(again.plot.value) == bytes(w.plot.value)
+    assert (
+        again.text.value == w.text.value
+        and [bytes(o.value) for o in again.pictures] == shown()
+        and bytes(again.plot.value) == bytes(w.plot.value)
+    )
 
 def test_in_a_terminal(capsys):
     w = TasteWidget(*squares())
@@ -267,13 +335,24 @@ def test_export(tmp_path):
     s = click(TasteSession(pool, u), 6)
     s.choose("tie")
     rows = export(s.clicks, pool, tmp_path)
-    assert rows == [json.loads(o) for o in (tmp_path/"preferences.jsonl").read_text().splitlines()] and len(rows) == 7 and rows[-1]["label_0"] == .5
+    assert (
+        rows == [json.loads(o) for o in (tmp_path / "preferences.jsonl").read_text().splitlines()]
+        and len(rows) == 7
+        and rows[-1]["label_0"] == 0.5
+    )
     for r, c in zip(rows, s.clicks):
-        assert r["label_0"] == dict(a=1, b=0, tie=.5)[c["choice"]] and (r["prompt"] == r["prompt_0"] if r["prompt_0"] == r["prompt_1"] else r["prompt"] is None)
+        assert r["label_0"] == dict(a=1, b=0, tie=0.5)[c["choice"]] and (
+            r["prompt"] == r["prompt_0"] if r["prompt_0"] == r["prompt_1"] else r["prompt"] is None
+        )
         for k, side in (("image_0", "a"), ("image_1", "b")):
-            np.testing.assert_array_equal(np.array(Image.open(tmp_path/r[k])), (pool.images[c[side]["seed"]]*255).round().byte().permute(1, 2, 0))
+            np.testing.assert_array_equal(
+                np.array(Image.open(tmp_path / r[k])),
+                (pool.images[c[side]["seed"]] * 255).round().byte().permute(1, 2, 0)
+            )
     with open(tmp_path/"preferences.csv", newline="") as f: table = [*csv.DictReader(f)]
-    assert [float(o["label_0"]) for o in table] == [o["label_0"] for o in rows] and [o["image_1"] for o in table] == [o["image_1"] for o in rows]
+    assert [float(o["label_0"]) for o in table] == [o["label_0"] for o in rows] and [
+        o["image_1"] for o in table
+    ] == [o["image_1"] for o in rows]
 
 # The reward
 
@@ -287,7 +366,9 @@ def test_the_reward_is_utility_less_k_deviations():
     mean, std = s.head.utility(Colours().images(pool.images))
     plain, info = TasteReward(e, s.head)(pool.images, pool.prompts, [{}]*24)
     assert (plain == mean).all() and (info["taste_std"] == std).all() and plain.dtype == np.float64
-    np.testing.assert_allclose(TasteReward(e, s.head, 1.5)(pool.images, pool.prompts, [{}]*24)[0], mean - 1.5*std)
+    np.testing.assert_allclose(
+        TasteReward(e, s.head, 1.5)(pool.images, pool.prompts, [{}] * 24)[0], mean - 1.5 * std
+    )
     assert TasteReward(e, s.head).to("meta").embedder.device == "meta"
     with pytest.raises(InputError, match="negative"): TasteReward(e, s.head, -1)
 
@@ -324,14 +405,22 @@ def policy(steps=10):
 
 def test_a_pool_can_be_drawn_again():
     p = policy(2)
-    pool, some = draw_pool(p, ["cat", "bee"], copies=3, first_seed=7), draw_pool(p, ["cat", "bee"], copies=1, first_seed=9, batch_size=1)
-    assert pool.prompts == ["cat", "bee"]*3 and pool.seeds == [7, 8, 9, 10, 11, 12] and pool.about["model"] == "emoji-sd" and pool.about["steps"] == 2
+    pool, some = draw_pool(p, ["cat", "bee"], copies=3, first_seed=7), draw_pool(
+        p, ["cat", "bee"], copies=1, first_seed=9, batch_size=1
+    )
+    assert (
+        pool.prompts == ["cat", "bee"] * 3
+        and pool.seeds == [7, 8, 9, 10, 11, 12]
+        and pool.about["model"] == "emoji-sd"
+        and pool.about["steps"] == 2
+    )
     torch.testing.assert_close(pool.images[2:4], some.images, atol=1e-4, rtol=0)
     assert pool.digest == draw_pool(p, ["cat", "bee"], copies=3, first_seed=7).digest != some.digest
 
 @pytest.mark.slow
 def test_sixty_clicks_and_then_ddpo_raises_the_hidden_taste():
-    "The promise: at least 85 % agreement on unseen pairs of unseen pictures, informed questions beat random ones, and fine-tuning raises what was never shown."
+    """The promise: at least 85 % agreement on unseen pairs of unseen pictures, informed questions beat
+    random ones, and fine-tuning raises what was never shown."""
     from scipy.stats import ttest_rel
     from ddpo_nb.clip import load_embedder
     from ddpo_nb.rollout import rollout, sample_generator
@@ -344,12 +433,22 @@ def test_sixty_clicks_and_then_ddpo_raises_the_hidden_taste():
         for seed in range(5):
             rater = SimulatedRater(warm_and_bold, pool.images, seed=seed)
             s = click(TasteSession(pool, u, informative=informative, seed=seed), 60, rater)
-            found.setdefault(informative, []).append(agreement(s.head.utility(v)[0], rater.score(unseen.images), pairs))
+            found.setdefault(informative, []).append(
+                agreement(s.head.utility(v)[0], rater.score(unseen.images), pairs)
+            )
             sessions.append(s)
-    assert np.mean(found[True]) >= .85 and min(found[True]) >= .84 and np.mean(found[True]) > np.mean(found[False]) + .01, found
+    assert (
+        np.mean(found[True]) >= 0.85
+        and min(found[True]) >= 0.84
+        and np.mean(found[True]) > np.mean(found[False]) + 0.01
+    ), found
     config = make_config("ddpo-is", num_epochs=6, logdir="", seed=0)
-    draw = lambda: rollout(p, ANIMALS*6, [sample_generator(0, 2**31, i) for i in range(48)], batch_size=48).images
+    draw = lambda: rollout(
+        p, ANIMALS * 6, [sample_generator(0, 2**31, i) for i in range(48)], batch_size=48
+    ).images
     before = draw()
-    make_trainer(config, TasteReward(embedder, sessions[0].head), PromptSource(ANIMALS, 0), p).train(progress=False)
+    make_trainer(config, TasteReward(embedder, sessions[0].head), PromptSource(ANIMALS, 0), p).train(
+        progress=False
+    )
     after = draw()
     assert ttest_rel(rater.score(after), rater.score(before)).confidence_interval().low > 0

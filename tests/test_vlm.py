@@ -13,10 +13,15 @@ from ddpo_nb.emoji_sd import COLOURS
 from ddpo_nb.policy import ModelError, StableDiffusionPolicy, load_pipeline
 from ddpo_nb.prompts import InputError, PromptSource
 from ddpo_nb.trainer import make_config, make_trainer
-from ddpo_nb.vlm import (QUESTION, BERTScoreRecall, EmbeddingSimilarity, ServerGone, VLMAlignment, VLMClient, VLMQuestions, WordRecall, answer_matches,
-                         bertscore_recall, chat_request, make_similarity, pause, png_url, read_answer, retry_after, vlm_alignment, vlm_client, vlm_questions)
+from ddpo_nb.vlm import (QUESTION, BERTScoreRecall, EmbeddingSimilarity, ServerGone, VLMAlignment, VLMClient,
+                         VLMQuestions, WordRecall, answer_matches, bertscore_recall, chat_request,
+                         make_similarity, pause, png_url, read_answer, retry_after, vlm_alignment, vlm_client,
+                         vlm_questions)
 
-ENVIRONMENT = ("OPENAI_API_KEY", *(f"DDPO_VLM_{o}" for o in "URL MODEL SIMILARITY ANSWERS MAX_TOKENS TIMEOUT SET".split()))
+ENVIRONMENT = (
+    "OPENAI_API_KEY",
+    *(f"DDPO_VLM_{o}" for o in "URL MODEL SIMILARITY ANSWERS MAX_TOKENS TIMEOUT SET".split()),
+)
 KEY = "sk-" + "Qm7dR2xT" * 3
 colours = list(COLOURS)
 
@@ -30,11 +35,17 @@ def no_environment(monkeypatch):
 
 def pictures(n=8):
     "Each of one colour, and no two the same"
-    x = torch.tensor([COLOURS[colours[i % 8]] for i in range(n)], dtype=torch.float32)[:, :, None, None].repeat(1, 1, 16, 16)
+    x = torch.tensor([COLOURS[colours[i % 8]] for i in range(n)], dtype=torch.float32)[
+        :, :, None, None
+    ].repeat(1, 1, 16, 16)
     x[torch.arange(n), 0, 8, 8] = torch.arange(n, dtype=torch.float32)
     return x / 255
 
-def client(server, **kw): return VLMClient(server.url if isinstance(server, Server) else server, MODEL, **(dict(backoff=.001, timeout=5, retries=4) | kw))
+def client(server, **kw):
+    return VLMClient(
+        server.url if isinstance(server, Server) else server, MODEL,
+        **(dict(backoff=0.001, timeout=5, retries=4) | kw)
+    )
 def described(n=8): return [f"something on a {colours[i % 8]} background" for i in range(n)]
 def prompts(n=8): return [f"a bear on a {colours[(i // 2) % 8]} background" for i in range(n)]
 
@@ -45,13 +56,27 @@ def test_the_request_is_the_protocols_and_the_picture_arrives_whole(server):
     client(server, api_key=KEY, max_tokens=7).ask(x, ["what?"] * 3)
     found = set()
     for method, path, headers, body in server.requests:
-        assert (method, path, headers["Content-Type"], headers["Authorization"]) == ("POST", "/v1/chat/completions", "application/json", f"Bearer {KEY}")
+        assert (method, path, headers["Content-Type"], headers["Authorization"]) == (
+            "POST", "/v1/chat/completions", "application/json", f"Bearer {KEY}"
+        )
         sent = json.loads(body)
         (message,) = sent.pop("messages")
         assert sent == dict(model=MODEL, temperature=0, max_tokens=7)
         text, image = message["content"]
-        assert message["role"] == "user" and text == dict(type="text", text="what?") and image["type"] == "image_url"
-        found.add(np.asarray(Image.open(io.BytesIO(base64.b64decode(image["image_url"]["url"].removeprefix("data:image/png;base64,"))))).tobytes())
+        assert (
+            message["role"] == "user"
+            and text == dict(type="text", text="what?")
+            and image["type"] == "image_url"
+        )
+        found.add(
+            np.asarray(
+                Image.open(
+                    io.BytesIO(
+                        base64.b64decode(image["image_url"]["url"].removeprefix("data:image/png;base64,"))
+                    )
+                )
+            ).tobytes()
+        )
         assert KEY not in path and KEY.encode() not in body
     assert found == {o.permute(1, 2, 0).numpy().tobytes() for o in (x * 255).round().byte()}
 
@@ -59,10 +84,14 @@ def test_the_request_is_the_protocols_and_the_picture_arrives_whole(server):
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**32 - 1))
 def test_a_png_url_is_the_same_pixels(h, w, seed):
     pixels = np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8)
-    assert (np.asarray(Image.open(io.BytesIO(base64.b64decode(png_url(pixels).partition(",")[2])))) == pixels).all()
+    assert (
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(png_url(pixels).partition(",")[2])))) == pixels
+    ).all()
 
 def test_options_add_change_and_take_out_fields(server):
-    client(server, options=dict(max_tokens=None, max_completion_tokens=9, temperature=.5)).ask(pictures(1), ["q"])
+    client(server, options=dict(max_tokens=None, max_completion_tokens=9, temperature=0.5)).ask(
+        pictures(1), ["q"]
+    )
     sent = json.loads(server.requests[0][3])
     assert (sent.get("max_tokens"), sent["max_completion_tokens"], sent["temperature"]) == (None, 9, .5)
 
@@ -82,20 +111,33 @@ def test_an_address_may_be_whole_or_have_a_query(server):
 
 # Mischief
 
-ACTS = ["500", "502", "503", "429", "408", "409", "429:0", "garbage", "binary", "pickle", "empty", "deep", "cut", "hangup", "reset", "nothttp", "error200", "huge", "slow:.3", "json:[]",
-        'json:{"choices": []}', 'json:{"choices": [3]}', 'json:{"choices": {"a": 1}}', 'json:{"choices": [{"message": {"content": null}}]}',
-        'json:{"choices": [{"message": {"content": ["bear"]}}]}', 'json:{"choices": [{"text": "bear"}]}', "json:null", 'json:"bear"']
+ACTS = [
+    "500", "502", "503", "429", "408", "409", "429:0", "garbage", "binary", "pickle", "empty", "deep", "cut",
+    "hangup", "reset", "nothttp", "error200", "huge", "slow:.3", "json:[]", 'json:{"choices": []}',
+    'json:{"choices": [3]}', 'json:{"choices": {"a": 1}}',
+    'json:{"choices": [{"message": {"content": null}}]}',
+    'json:{"choices": [{"message": {"content": ["bear"]}}]}', 'json:{"choices": [{"text": "bear"}]}',
+    "json:null", 'json:"bear"'
+]
 
 @pytest.mark.parametrize("act", ACTS)
 def test_mischief_changes_no_reward(server, act):
     server.plan, server.trap = [act, "", act, act], "/nowhere/at/all"
     c = client(server)
     rewards, info = VLMAlignment(c)(pictures(), prompts(), [{}] * 8)
-    assert info["answers"] == described() and rewards.tolist() == WordRecall()(described(), prompts()).tolist()
-    assert len(server.requests) == c.requests == (8 if act.startswith("slow") else 11) and c.retried == c.requests - 8
+    assert (
+        info["answers"] == described() and rewards.tolist() == WordRecall()(described(), prompts()).tolist()
+    )
+    assert (
+        len(server.requests) == c.requests == (8 if act.startswith("slow") else 11)
+        and c.retried == c.requests - 8
+    )
 
 @settings(max_examples=8, deadline=None)
-@given(st.lists(st.sampled_from([o for o in ACTS if not o.startswith("slow")] + [""]), max_size=40), st.integers(1, 9))
+@given(
+    st.lists(st.sampled_from([o for o in ACTS if not o.startswith("slow")] + [""]), max_size=40),
+    st.integers(1, 9),
+)
 def test_any_mischief_in_any_order(plan, concurrency):
     with Server() as s:
         s.plan, s.trap = list(plan), "/nowhere/at/all"
@@ -107,12 +149,16 @@ def test_any_mischief_in_any_order(plan, concurrency):
 @pytest.mark.parametrize("act", ["slow:3", "dribble", "drip"])
 def test_a_try_takes_no_longer_than_its_timeout(server, act):
     server.plan, start = [act] * 2, time.perf_counter()
-    with pytest.raises(ServerGone, match=r"2 tries in \d\.\d s, the last gave: no (whole )?answer within 0.2 s"): client(server, timeout=.2, retries=1).ask(pictures(1), ["q"])
+    with pytest.raises(
+        ServerGone, match=r"2 tries in \d\.\d s, the last gave: no (whole )?answer within 0.2 s"
+    ):
+        client(server, timeout=0.2, retries=1).ask(pictures(1), ["q"])
     assert .4 <= time.perf_counter() - start < 1.5
 
 def test_a_body_without_end_is_left(server):
     server.plan = ["endless"]
-    with pytest.raises(ServerGone, match="a body of more than 1,048,576 bytes"): client(server, retries=0).ask(pictures(1), ["q"])
+    with pytest.raises(ServerGone, match="a body of more than 1,048,576 bytes"):
+        client(server, retries=0).ask(pictures(1), ["q"])
 
 def test_a_pickle_is_not_loaded(server, tmp_path):
     server.trap = str(tmp_path/"owned")
@@ -125,9 +171,13 @@ def test_a_pickle_is_not_loaded(server, tmp_path):
 
 def test_the_module_has_nothing_that_runs_what_it_reads():
     tree = ast.parse(Path(V.__file__).read_text(encoding="utf-8"))
-    imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names} | {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names} | {
+        n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)
+    }
     called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
-    assert not imported & {"pickle", "dill", "cloudpickle", "marshal", "shelve", "yaml", "joblib"} and not called & {"eval", "exec"}
+    assert not imported & {
+        "pickle", "dill", "cloudpickle", "marshal", "shelve", "yaml", "joblib"
+    } and not called & {"eval", "exec"}
 
 def test_retry_after_is_waited_for(server):
     server.plan, start = ["429:1"], time.perf_counter()
@@ -136,14 +186,26 @@ def test_retry_after_is_waited_for(server):
 
 def test_a_server_that_says_tomorrow_is_gone(server):
     server.plan, start = ["429:86400"], time.perf_counter()
-    with pytest.raises(ServerGone, match="1 try in .*to come back in 86400 s, 429: in a bad mood"): client(server).ask(pictures(1), ["q"])
+    with pytest.raises(ServerGone, match="1 try in .*to come back in 86400 s, 429: in a bad mood"):
+        client(server).ask(pictures(1), ["q"])
     assert time.perf_counter() - start < 1
 
-@pytest.mark.parametrize("value,seconds", [(None, 0), ("", 0), ("7", 7), (" 2.5 ", 2.5), ("-3", 0), ("soon", 0), ("inf", 0), ("nan", 0), ("9" * 400, 0), ("Thu, 01 Jan 1970 00:00:00 GMT", 0)])
-def test_retry_after(value, seconds): assert retry_after(value) == seconds
+@pytest.mark.parametrize(
+    "value,seconds",
+    [
+        (None, 0), ("", 0), ("7", 7), (" 2.5 ", 2.5), ("-3", 0), ("soon", 0), ("inf", 0), ("nan", 0),
+        ("9" * 400, 0), ("Thu, 01 Jan 1970 00:00:00 GMT", 0)
+    ],
+)
+def test_retry_after(value, seconds):
+    assert retry_after(value) == seconds
 
 def test_retry_after_as_a_date():
-    assert 28 <= retry_after(format_datetime(datetime.now(timezone.utc) + timedelta(seconds=30), usegmt=True)) <= 30
+    assert (
+        28
+        <= retry_after(format_datetime(datetime.now(timezone.utc) + timedelta(seconds=30), usegmt=True))
+        <= 30
+    )
 
 @given(st.integers(1, 10_000), st.floats(0, 10))
 def test_pauses_double_with_jitter_up_to_a_minute(k, b):
@@ -159,22 +221,37 @@ def test_hiccups_leave_the_global_generators_alone(server):
 
 # What will not pass
 
-@pytest.mark.parametrize("status,argument", [(400, "--vlm-model"), (401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"), (404, "--vlm-url"), (413, "--vlm-model"), (422, "--vlm-model")])
+@pytest.mark.parametrize(
+    "status,argument",
+    [
+        (400, "--vlm-model"), (401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"), (404, "--vlm-url"),
+        (413, "--vlm-model"), (422, "--vlm-model")
+    ],
+)
 def test_refusals_end_it_at_once_in_the_servers_words(server, status, argument):
     server.says = "image_url is\n\x1b[31mnot supported\x07 " + "x" * 500
     server.plan = [str(status)]
     with pytest.raises(InputError) as e: client(server, concurrency=1).ask(pictures(), ["q"] * 8)
     text = str(e.value)
-    assert e.value.argument == argument and f"{status}: image_url is [31mnot supported xxx" in text and text.isprintable() and len(text) < 500
+    assert (
+        e.value.argument == argument
+        and f"{status}: image_url is [31mnot supported xxx" in text
+        and text.isprintable()
+        and len(text) < 500
+    )
     assert len(server.requests) == 1
 
 def test_the_model_is_unknown(server):
-    with pytest.raises(InputError, match="does not know the path or the model 'llava'.*The model `llava` does not exist"): VLMClient(server.url, "llava").ask(pictures(1), ["q"])
+    with pytest.raises(
+        InputError, match="does not know the path or the model 'llava'.*The model `llava` does not exist"
+    ):
+        VLMClient(server.url, "llava").ask(pictures(1), ["q"])
 
 def test_redirects_are_not_followed(server):
     with Server() as other:
         server.plan = [f"moved:{other.url}/chat/completions"]
-        with pytest.raises(InputError, match=f"sends us elsewhere .*{other.url}"): client(server, api_key=KEY).ask(pictures(1), ["q"])
+        with pytest.raises(InputError, match=f"sends us elsewhere .*{other.url}"):
+            client(server, api_key=KEY).ask(pictures(1), ["q"])
         assert not other.requests
 
 def test_a_model_that_thinks_too_long(server):
@@ -182,12 +259,26 @@ def test_a_model_that_thinks_too_long(server):
     with pytest.raises(InputError, match="--vlm-max-tokens: the model used up its tokens before it answered"):
         client(server).ask(pictures(1), ["q"])
 
-@pytest.mark.parametrize("data", [b"", b"\xff\xfe", b"{}", b"[1]", b'{"choices": [{"message": {}}]}', b"9" * 10_000, b'{"choices": ' * 50_000])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"", b"\xff\xfe", b"{}", b"[1]", b'{"choices": [{"message": {}}]}', b"9" * 10_000,
+        b'{"choices": ' * 50_000
+    ],
+)
 def test_read_answer_refuses(data):
     with pytest.raises(V._Again): read_answer(data)
 
 @settings(max_examples=100, deadline=None)
-@given(st.recursive(st.none() | st.booleans() | st.floats(allow_nan=False) | st.text(), lambda o: st.lists(o, max_size=3) | st.dictionaries(st.sampled_from(["choices", "message", "content", "error", "detail", "x"]), o, max_size=3)))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats(allow_nan=False) | st.text(),
+        lambda o: st.lists(o, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["choices", "message", "content", "error", "detail", "x"]), o, max_size=3
+        ),
+    )
+)
 def test_read_answer_returns_text_or_asks_again(o):
     try: text = read_answer(json.dumps(o).encode())
     except V._Again as e: assert isinstance(e.args[0], str) and e.args[0]
@@ -205,30 +296,45 @@ def test_broken_pictures_are_not_sent(server):
 # The key
 
 def everything(e):
-    "What a debugger could show of an error: all messages of its chain, and the variables of all frames but the test's own and the libraries'"
+    """What a debugger could show of an error: all messages of its chain, and the variables of all frames
+    but the test's own and the libraries'"""
     seen, todo = [], [e]
     while todo:
         e = todo.pop()
         if e is None or any(e is o for o in seen): continue
         seen.append(e); todo += [e.__cause__, e.__context__]
-    frames = [f for e in seen for f, _ in traceback.walk_tb(e.__traceback__) if f.f_code.co_filename == V.__file__]
-    return "\n".join([*("".join(traceback.format_exception(e)) for e in seen), *(repr(f.f_locals) for f in frames)])
+    frames = [
+        f for e in seen for f, _ in traceback.walk_tb(e.__traceback__) if f.f_code.co_filename == V.__file__
+    ]
+    return "\n".join(
+        [*("".join(traceback.format_exception(e)) for e in seen), *(repr(f.f_locals) for f in frames)]
+    )
 
-@pytest.mark.parametrize("act,error", [("401", InputError), ("400", InputError), ("500", ServerGone), ("error200", ServerGone), ("garbage", ServerGone), ("hangup", ServerGone), ("slow:1", ServerGone)])
+@pytest.mark.parametrize(
+    "act,error",
+    [
+        ("401", InputError), ("400", InputError), ("500", ServerGone), ("error200", ServerGone),
+        ("garbage", ServerGone), ("hangup", ServerGone), ("slow:1", ServerGone)
+    ],
+)
 @pytest.mark.parametrize("padding", [0, 180, 195])
 def test_the_key_leaks_nowhere_even_if_the_server_repeats_it(server, act, error, padding):
     server.says, server.plan = "x" * padding + f" no such key: {KEY}", [act] * 9
     c = client(server, api_key=KEY, retries=1, timeout=.3)
     with pytest.raises(error) as e: c.ask(pictures(2), ["q"] * 2)
-    for text in (everything(e.value), repr(c), repr(vars(c)), str(e.value), repr(e.value)): assert KEY[:12] not in text
+    for text in (everything(e.value), repr(c), repr(vars(c)), str(e.value), repr(e.value)):
+        assert KEY[:12] not in text
     assert server.requests[0][2]["Authorization"] == f"Bearer {KEY}"
 
 def test_the_key_is_hidden_in_answers_too(server, tmp_path):
     server.see = lambda picture, question: f"a note that says {KEY}"
-    assert client(server, api_key=KEY, answers=tmp_path/"a.jsonl").ask(pictures(1), ["q"]) == ["a note that says ***"]
+    assert client(server, api_key=KEY, answers=tmp_path / "a.jsonl").ask(pictures(1), ["q"]) == [
+        "a note that says ***"
+    ]
     assert KEY not in (tmp_path/"a.jsonl").read_text()
 
-def test_stand_ins_for_a_key_do_not_spoil_answers(server): assert client(server, api_key="blue").ask(pictures(8), ["q"] * 8) == described(8)
+def test_stand_ins_for_a_key_do_not_spoil_answers(server):
+    assert client(server, api_key="blue").ask(pictures(8), ["q"] * 8) == described(8)
 
 def test_a_client_is_not_pickled_with_its_key(server):
     with pytest.raises(TypeError): pickle.dumps(client(server, api_key=KEY))
@@ -236,7 +342,8 @@ def test_a_client_is_not_pickled_with_its_key(server):
 
 @pytest.mark.parametrize("key", ["sk-änderung", "sk-with a space", "sk-\nnew line"])
 def test_a_key_that_cannot_be_one_is_not_repeated(server, key):
-    with pytest.raises(InputError, match="OPENAI_API_KEY: the key has characters") as e: client(server, api_key=key)
+    with pytest.raises(InputError, match="OPENAI_API_KEY: the key has characters") as e:
+        client(server, api_key=key)
     assert key not in str(e.value)
 
 # Gone
@@ -247,7 +354,11 @@ def free_port():
 def test_gone_for_good_is_one_line_soon():
     url, start = f"http://127.0.0.1:{free_port()}/v1", time.perf_counter()
     c = client(url, retries=3)
-    with pytest.raises(ServerGone, match=rf"^the VLM at {url} does not answer: 4 tries in \d\.\d s, the last gave: .*[Cc]onnect") as e: c.ask(pictures(64), ["q"] * 64)
+    with pytest.raises(
+        ServerGone,
+        match=rf"^the VLM at {url} does not answer: 4 tries in \d\.\d s, the last gave: .*[Cc]onnect",
+    ) as e:
+        c.ask(pictures(64), ["q"] * 64)
     assert time.perf_counter() - start < 2 and str(e.value).isprintable() and e.value.__context__ is None
     assert c.requests <= 4 * c.concurrency   # those behind were not even tried
 
@@ -289,15 +400,20 @@ def test_memory_is_bounded_and_smaller_than_a_batch_if_need_be(server):
 def test_answers_outlive_the_process(server, tmp_path):
     file = tmp_path/"deep"/"answers.jsonl"
     client(server, answers=file).ask(pictures(6), ["q"] * 6)
-    with file.open("a") as f: f.write('{"name": "x", "answer": 3}\n[]\n{"name": "cut of')   # strange lines, and one that a kill cut off
+    # strange lines, and one that a kill cut off
+    with file.open("a") as f: f.write('{"name": "x", "answer": 3}\n[]\n{"name": "cut of')
     c = client(server, answers=file)
     assert c.ask(pictures(8), ["q"] * 8) == described() and c.requests == 2
     c = client(server, answers=file)
     assert c.ask(pictures(8), ["q"] * 8) == described() and c.requests == 0
     server.see = lambda picture, question: "two\u2028lines\x85and a \"quote\""
     said = client(server, answers=file).ask(pictures(1), ["p"])
-    assert client(server, answers=file).ask(pictures(1), ["p"]) == said == ["two\u2028lines\x85and a \"quote\""] and len(server.requests) == 9
-    assert client(server, answers=file, max_tokens=5).ask(pictures(1), ["q"]) and len(server.requests) == 10   # other settings, other answers
+    assert (
+        client(server, answers=file).ask(pictures(1), ["p"]) == said == ["two\u2028lines\x85and a \"quote\""]
+        and len(server.requests) == 9
+    )
+    # other settings, other answers
+    assert client(server, answers=file, max_tokens=5).ask(pictures(1), ["q"]) and len(server.requests) == 10
 
 def test_concurrency_is_bounded_over_all_threads(server):
     server.pause, found = .02, {}
@@ -320,7 +436,8 @@ def test_threads_end_with_an_interrupt(server, monkeypatch):
 
 def test_check(server):
     assert client(server).check() == [MODEL, "other"]
-    with pytest.raises(InputError, match=f"--vlm-model: .* has no 'llava'; choose from {MODEL}, other"): VLMClient(server.url, "llava").check()
+    with pytest.raises(InputError, match=f"--vlm-model: .* has no 'llava'; choose from {MODEL}, other"):
+        VLMClient(server.url, "llava").check()
     server.plan = ["401"]
     with pytest.raises(InputError, match="OPENAI_API_KEY"): client(server).check()
     server.plan = ["404", "405", "garbage", "503"]
@@ -332,9 +449,16 @@ def test_check(server):
 
 # Bad input
 
-@pytest.mark.parametrize("url", ["", "localhost:8000/v1", "ftp://example.org", "http://", "http://exa mple.org", "/v1", None, 3, "http://[::1", "http://example.org:port"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "", "localhost:8000/v1", "ftp://example.org", "http://", "http://exa mple.org", "/v1", None, 3,
+        "http://[::1", "http://example.org:port"
+    ],
+)
 def test_addresses_that_are_none(url):
-    with pytest.raises(InputError, match="--vlm-url: .*such as http://localhost:8000/v1") as e: VLMClient(url, MODEL)
+    with pytest.raises(InputError, match="--vlm-url: .*such as http://localhost:8000/v1") as e:
+        VLMClient(url, MODEL)
     assert "\n" not in str(e.value)
 
 @pytest.mark.parametrize("url", ["http://ada:pa55@example.org/v1", "ftp://ada:pa55@example.org/v1"])
@@ -344,18 +468,29 @@ def test_passwords_in_addresses_are_refused_and_not_repeated(url):
 
 def test_a_query_is_not_shown(): assert "s3cr" not in repr(VLMClient("http://example.org/v1?key=s3cr", MODEL))
 
-@pytest.mark.parametrize("name,value", [("timeout", 0), ("timeout", float("nan")), ("retries", -1), ("concurrency", 0), ("max_tokens", 0), ("backoff", -1), ("remembered", 0)])
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("timeout", 0), ("timeout", float("nan")), ("retries", -1), ("concurrency", 0), ("max_tokens", 0),
+        ("backoff", -1), ("remembered", 0)
+    ],
+)
 def test_settings_out_of_range(name, value):
-    with pytest.raises(InputError, match=f"{name}: "): VLMClient("http://localhost/v1", MODEL, **{name: value})
+    with pytest.raises(InputError, match=f"{name}: "):
+        VLMClient("http://localhost/v1", MODEL, **{name: value})
 
 @pytest.mark.parametrize("model", ["", "  ", None])
 def test_no_model(model):
     with pytest.raises(InputError, match="--vlm-model"): VLMClient("http://localhost/v1", model)
 
 def test_as_many_questions_as_images(server):
-    with pytest.raises(ValueError, match="2 questions for 3 images"): client(server).ask(pictures(3), ["q"] * 2)
+    with pytest.raises(ValueError, match="2 questions for 3 images"):
+        client(server).ask(pictures(3), ["q"] * 2)
 
-def test_nothing_to_ask(server): assert client(server).ask(torch.zeros(0, 3, 8, 8), []) == [] and VLMAlignment(client(server))(torch.zeros(0, 3, 8, 8), [], [])[0].shape == (0,)
+def test_nothing_to_ask(server):
+    assert client(server).ask(torch.zeros(0, 3, 8, 8), []) == [] and VLMAlignment(client(server))(
+        torch.zeros(0, 3, 8, 8), [], []
+    )[0].shape == (0,)
 
 def test_from_the_environment(server, monkeypatch):
     for make in (vlm_alignment, vlm_questions):
@@ -364,14 +499,18 @@ def test_from_the_environment(server, monkeypatch):
     with pytest.raises(InputError, match="--vlm-model: there is no model .*DDPO_VLM_MODEL"): vlm_questions()
     monkeypatch.setenv("DDPO_VLM_MODEL", MODEL)
     reward = vlm_alignment(similarity="words", timeout=3)
-    assert reward.client.timeout == 3 and reward(pictures(2), ["white", "red"], [{}] * 2)[0].tolist() == [1, 0]
+    assert reward.client.timeout == 3 and reward(pictures(2), ["white", "red"], [{}] * 2)[0].tolist() == [
+        1, 0
+    ]
     monkeypatch.setenv("DDPO_VLM_SIMILARITY", "words")
     assert isinstance(vlm_alignment().similarity, WordRecall)
     assert vlm_client("http://localhost:1/v1", "m").model == "m"
 
 def test_the_bundled_clip_compares_what_is_said_of_bundled_pictures(server, monkeypatch):
     monkeypatch.setenv("DDPO_VLM_URL", server.url); monkeypatch.setenv("DDPO_VLM_MODEL", MODEL)
-    same, other = vlm_alignment("emoji-sd").similarity(["a bear on a blue background"] * 2, ["a bear on a blue background", "a frog on a red background"])
+    same, other = vlm_alignment("emoji-sd").similarity(
+        ["a bear on a blue background"] * 2, ["a bear on a blue background", "a frog on a red background"]
+    )
     assert same == pytest.approx(1, abs=1e-5) and other < .8
     named = []
     monkeypatch.setattr(V, "make_similarity", lambda name: named.append(name))
@@ -380,14 +519,18 @@ def test_the_bundled_clip_compares_what_is_said_of_bundled_pictures(server, monk
 
 @pytest.mark.parametrize("name", ["no/such-model", "bertscore:no/such-model"])
 def test_text_models_that_are_not_there(name):
-    with pytest.raises(ModelError, match="--vlm-similarity: cannot load 'no/such-model'.*words") as e: make_similarity(name)
+    with pytest.raises(ModelError, match="--vlm-similarity: cannot load 'no/such-model'.*words") as e:
+        make_similarity(name)
     assert "\n" not in str(e.value)
 
 # Similarity
 
 def test_word_recall():
     r = WordRecall()
-    assert r(["The BEAR, on blue.", "a cub", "", "the on"], ["a bear on a blue background", "a bear", "a bear", "on the"]).tolist() == [2/3, 0, 0, 1]
+    assert r(
+        ["The BEAR, on blue.", "a cub", "", "the on"],
+        ["a bear on a blue background", "a bear", "a bear", "on the"]
+    ).tolist() == [2 / 3, 0, 0, 1]
     assert r.score("", "") == 0
 
 words = st.text("ab cä.,", max_size=12)
@@ -400,23 +543,35 @@ def test_word_recall_is_a_share_and_grows_with_the_answer(a, b, p):
 def test_embedding_similarity_is_the_cosine():
     table = dict(a=[3., 4.], b=[4., -3.], c=[5., 0.])
     s = EmbeddingSimilarity(lambda texts: torch.tensor([table.get(t, [1., 1.]) for t in texts]), batch_size=2)
-    np.testing.assert_allclose(s(["a", "a", "a", "", "c"], ["a", "b", "c", "a", "a"]), [1, 0, .6, 0, .6], atol=1e-6)
+    np.testing.assert_allclose(
+        s(["a", "a", "a", "", "c"], ["a", "b", "c", "a", "a"]), [1, 0, 0.6, 0, 0.6], atol=1e-6
+    )
     assert s([], []).shape == (0,)
 
 def naive_recall(reference, candidate):
     total = 0.
     for r in reference:
         best = -2.
-        for c in candidate: best = max(best, sum(x * y for x, y in zip(r, c)) / (sum(x * x for x in r)**.5 * sum(y * y for y in c)**.5))
+        for c in candidate:
+            best = max(
+                best,
+                sum(x * y for x, y in zip(r, c))
+                / (sum(x * x for x in r) ** 0.5 * sum(y * y for y in c) ** 0.5),
+            )
         total += best
     return total / len(reference)
 
-vectors = lambda d: st.lists(st.lists(st.floats(-5, 5), min_size=d, max_size=d).filter(lambda v: sum(x * x for x in v) > 1e-6), min_size=1, max_size=6)
+vectors = lambda d: st.lists(
+    st.lists(st.floats(-5, 5), min_size=d, max_size=d).filter(lambda v: sum(x * x for x in v) > 1e-6),
+    min_size=1, max_size=6
+)
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 4).flatmap(lambda d: st.tuples(vectors(d), vectors(d))))
 def test_bertscore_recall_is_the_papers_formula(o):
     reference, candidate = o
-    assert bertscore_recall(torch.tensor(reference, dtype=torch.float64), torch.tensor(candidate, dtype=torch.float64)) == pytest.approx(naive_recall(reference, candidate), abs=1e-9)
+    assert bertscore_recall(
+        torch.tensor(reference, dtype=torch.float64), torch.tensor(candidate, dtype=torch.float64)
+    ) == pytest.approx(naive_recall(reference, candidate), abs=1e-9)
 
 @pytest.fixture(scope="module")
 def pipe(): return load_pipeline()
@@ -425,22 +580,40 @@ def test_bertscore_of_texts(pipe):
     s = BERTScoreRecall((pipe.tokenizer, pipe.text_encoder))
     texts = ["a bear on a blue background", "a fox", "a bear", "two words more than the other one has"]
     assert s(texts, texts) == pytest.approx([1] * 4, abs=1e-6)
-    # unlike a cosine of the whole, the recall does not mind what else is said; precision would. A causal encoder sees the same prefix.
-    assert s(["a bear on a blue background"], ["a bear"])[0] == pytest.approx(1, abs=1e-5) and s(["a bear"], ["a bear on a blue background"])[0] < .99
-    np.testing.assert_allclose([s([a], [p])[0] for a, p in zip(texts, texts[::-1])], s(texts, texts[::-1]), atol=1e-5)   # independent of padding
-    np.testing.assert_allclose(BERTScoreRecall(s.parts, batch_size=1)(texts, texts[::-1]), s(texts, texts[::-1]), atol=1e-5)
+    # unlike a cosine of the whole, the recall does not mind what else is said; precision would. A
+    # causal encoder sees the same prefix.
+    assert (
+        s(["a bear on a blue background"], ["a bear"])[0] == pytest.approx(1, abs=1e-5)
+        and s(["a bear"], ["a bear on a blue background"])[0] < 0.99
+    )
+    # independent of padding
+    np.testing.assert_allclose(
+        [s([a], [p])[0] for a, p in zip(texts, texts[::-1])], s(texts, texts[::-1]), atol=1e-5
+    )
+    np.testing.assert_allclose(
+        BERTScoreRecall(s.parts, batch_size=1)(texts, texts[::-1]), s(texts, texts[::-1]), atol=1e-5
+    )
     assert s(["", "a fox"], ["a fox", ""]).tolist() == [0, 0]
 
 def test_bertscore_by_hand(pipe):
     "Against states taken one text at a time, without our batching and masks"
     def states(text):
-        with torch.no_grad(): return pipe.text_encoder(**pipe.tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states[1][0, 1:-1].tolist()
+        with torch.no_grad():
+            return (
+                pipe.text_encoder(**pipe.tokenizer(text, return_tensors="pt"), output_hidden_states=True)
+                .hidden_states[1][0, 1:-1]
+                .tolist()
+            )
     expected = naive_recall(states("a fox on a pink background"), states("a pink whale"))
-    assert BERTScoreRecall((pipe.tokenizer, pipe.text_encoder), layer=1)(["a pink whale"], ["a fox on a pink background"])[0] == pytest.approx(expected, abs=1e-5)
+    assert BERTScoreRecall((pipe.tokenizer, pipe.text_encoder), layer=1)(
+        ["a pink whale"], ["a fox on a pink background"]
+    )[0] == pytest.approx(expected, abs=1e-5)
 
 def test_bertscore_is_rescaled(pipe):
     parts = pipe.tokenizer, pipe.text_encoder
-    raw, scaled = (BERTScoreRecall(parts, baseline=b)(["a fox", "a fox"], ["a fox", "a bear"]) for b in (0, .5))
+    raw, scaled = (
+        BERTScoreRecall(parts, baseline=b)(["a fox", "a fox"], ["a fox", "a bear"]) for b in (0, 0.5)
+    )
     np.testing.assert_allclose(scaled, (raw - .5) / .5)
 
 def test_mean_pooling_ignores_padding(pipe, tmp_path):
@@ -448,23 +621,41 @@ def test_mean_pooling_ignores_padding(pipe, tmp_path):
     embed = V.mean_pooled(str(tmp_path))
     texts = ["a fox", "a bear on a blue background"]
     torch.testing.assert_close(embed(texts)[0], embed(texts[:1])[0], atol=1e-5, rtol=1e-5)
-    with torch.no_grad(): alone = pipe.text_encoder(**pipe.tokenizer(texts[1], return_tensors="pt")).last_hidden_state[0].mean(0)
+    with torch.no_grad():
+        alone = (
+            pipe.text_encoder(**pipe.tokenizer(texts[1], return_tensors="pt")).last_hidden_state[0].mean(0)
+        )
     torch.testing.assert_close(embed(texts)[1], alone, atol=1e-4, rtol=1e-4)
     assert make_similarity(str(tmp_path))(["a fox"], ["a fox"])[0] == pytest.approx(1)
 
 # Questions
 
-@pytest.mark.parametrize("said,expected,matches", [("3", "3", True), ("There are three bears.", "3", True), ("Three.", "three", True), ("THREE!", "3", True), ("13", "3", False), ("30 bears", "3", False),
-    ("2 or 3", "3", False), ("2 or 3", "2", True), ("There are no bears", "0", True), ("None.", "zero", True), ("No, there are 3", "3", True), ("three bears, one of them brown", "3", True), ("", "3", False),
-    ("1,200 bees", "1200", True), ("03", "3", True), ("３", "3", True), ("someone", "one", False), ("It is blue.", "blue", True), ("It is bluish.", "blue", False), ("a polar bear", "Polar Bear", True),
-    ("a bear that is polar", "polar bear", False), ("Yes, it is.", "yes", True), ("No.", "yes", False), ("Yes, no doubt", "no", False), ("a blue background", "the blue background", True), ("", "", True), ("blue", "", False)])
-def test_answers_match(said, expected, matches): assert answer_matches(said, expected) is matches
+@pytest.mark.parametrize(
+    "said,expected,matches",
+    [
+        ("3", "3", True), ("There are three bears.", "3", True), ("Three.", "three", True),
+        ("THREE!", "3", True), ("13", "3", False), ("30 bears", "3", False), ("2 or 3", "3", False),
+        ("2 or 3", "2", True), ("There are no bears", "0", True), ("None.", "zero", True),
+        ("No, there are 3", "3", True), ("three bears, one of them brown", "3", True), ("", "3", False),
+        ("1,200 bees", "1200", True), ("03", "3", True), ("３", "3", True), ("someone", "one", False),
+        ("It is blue.", "blue", True), ("It is bluish.", "blue", False), ("a polar bear", "Polar Bear", True),
+        ("a bear that is polar", "polar bear", False), ("Yes, it is.", "yes", True), ("No.", "yes", False),
+        ("Yes, no doubt", "no", False), ("a blue background", "the blue background", True), ("", "", True),
+        ("blue", "", False)
+    ],
+)
+def test_answers_match(said, expected, matches):
+    assert answer_matches(said, expected) is matches
 
 @given(st.integers(0, 20), st.integers(0, 20))
 def test_number_words_are_digits(i, j):
-    word = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty".split()
+    word = (
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
+        " sixteen seventeen eighteen nineteen twenty".split()
+    )
     for said in (word[i], str(i), f"There are {word[i]} bears.", f"I see {i}!"):
-        for expected in (word[j], str(j), f" {word[j].upper()}."): assert answer_matches(said, expected) == (i == j)
+        for expected in (word[j], str(j), f" {word[j].upper()}."):
+            assert answer_matches(said, expected) == (i == j)
 
 @given(st.text(), st.text())
 def test_matching_survives_any_text(said, expected): assert answer_matches(said, expected) in (True, False)
@@ -473,27 +664,51 @@ def quiz(*pairs): return dict(questions=[q for q, _ in pairs], answers=[a for _,
 
 def test_questions(server):
     ask = "What colour is the background?"
-    metadata = [quiz((ask, colours[0]), ("How many bears are there?", "3")), quiz((ask, "no such")), quiz((ask, colours[2]), ("How many?", "4"))]
+    metadata = [
+        quiz((ask, colours[0]), ("How many bears are there?", "3")), quiz((ask, "no such")),
+        quiz((ask, colours[2]), ("How many?", "4"))
+    ]
     rewards, info = VLMQuestions(client(server))(pictures(3), ["x"] * 3, metadata)
-    assert rewards.tolist() == [1, 0, .5] and info["answers"] == [["It is white.", "There are three of them."], ["It is gray."], ["It is red.", "There are three of them."]]
+    assert rewards.tolist() == [1, 0, 0.5] and info["answers"] == [
+        ["It is white.", "There are three of them."], ["It is gray."],
+        ["It is red.", "There are three of them."]
+    ]
     assert len(server.requests) == 5
 
-@pytest.mark.parametrize("bad", [{}, dict(questions=["q"]), dict(questions=["q"], answers=[]), dict(questions=[], answers=[]), dict(questions="q", answers="a"), dict(questions=["q"], answers=[3]), None])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {}, dict(questions=["q"]), dict(questions=["q"], answers=[]), dict(questions=[], answers=[]),
+        dict(questions="q", answers="a"), dict(questions=["q"], answers=[3]), None
+    ],
+)
 def test_questions_that_do_not_fit(server, bad):
-    with pytest.raises(InputError, match=r"prompt 1 \(counted from 0\).*\.jsonl") as e: VLMQuestions(client(server))(pictures(2), ["x"] * 2, [quiz(("q", "a")), bad])
+    with pytest.raises(InputError, match=r"prompt 1 \(counted from 0\).*\.jsonl") as e:
+        VLMQuestions(client(server))(pictures(2), ["x"] * 2, [quiz(("q", "a")), bad])
     assert not server.requests and "\n" not in str(e.value)
 
 # Training
 
-SMALL = dict(sample_num_steps=3, sample_batch_size=3, sample_num_batches_per_epoch=2, train_batch_size=6, micro_batch_size=12, train_learning_rate=1e-2, num_epochs=2)
-def timeless(line): return {k: v for k, v in json.loads(line).items() if not k.startswith(("seconds", "images_per_second", "peak_memory"))}
+SMALL = dict(
+    sample_num_steps=3, sample_batch_size=3, sample_num_batches_per_epoch=2, train_batch_size=6,
+    micro_batch_size=12, train_learning_rate=1e-2, num_epochs=2
+)
+def timeless(line):
+    return {
+        k: v
+        for k, v in json.loads(line).items()
+        if not k.startswith(("seconds", "images_per_second", "peak_memory"))
+    }
 def metrics(home): return [timeless(o) for o in (Path(home)/"metrics.jsonl").read_text().splitlines()]
 def weights(t): return torch.cat([p.detach().flatten() for p in t.policy.trainable_parameters()])
 
 def trainer(home, reward, pipe, **kw):
     c = make_config("ddpo-is", **(SMALL | dict(logdir=str(home)) | kw))
     torch.manual_seed(c.seed)
-    asks = [(f"a {noun}", quiz(("What colour is the background?", c))) for noun, c in (("bear", "gray"), ("frog", "gray"), ("bee", "gray"))]
+    asks = [
+        (f"a {noun}", quiz(("What colour is the background?", c)))
+        for noun, c in (("bear", "gray"), ("frog", "gray"), ("bee", "gray"))
+    ]
     return make_trainer(c, reward, PromptSource(asks, c.seed), StableDiffusionPolicy(copy.deepcopy(pipe)))
 
 @pytest.fixture(scope="module")
@@ -511,15 +726,22 @@ def unbroken(pipe, tmp_path_factory):
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_server_that_dies_in_the_middle_costs_nothing(tmp_path, pipe, unbroken, asynchronous):
     with Server() as s:
-        s.plan, s.answers_left = ["500", "cut", "", "garbage"] * 2, 9   # dies in the middle of the second epoch
-        t = trainer(tmp_path, VLMQuestions(client(s, answers=tmp_path/"answers.jsonl")), pipe, async_reward_computation=asynchronous)
+        # dies in the middle of the second epoch
+        s.plan, s.answers_left = ["500", "cut", "", "garbage"] * 2, 9
+        t = trainer(
+            tmp_path, VLMQuestions(client(s, answers=tmp_path / "answers.jsonl")), pipe,
+            async_reward_computation=asynchronous
+        )
         with pytest.raises(ServerGone, match="does not answer"): t.train(progress=False)
     assert [o["epoch"] for o in metrics(tmp_path)] == [1]
     found = newest_whole(tmp_path/"checkpoints")
     check_whole(found)
     assert found.name == "checkpoint_1"
     with Server() as s:
-        t = trainer(tmp_path, VLMQuestions(client(s, answers=tmp_path/"answers.jsonl")), pipe, async_reward_computation=asynchronous, resume_from=str(tmp_path))
+        t = trainer(
+            tmp_path, VLMQuestions(client(s, answers=tmp_path / "answers.jsonl")), pipe,
+            async_reward_computation=asynchronous, resume_from=str(tmp_path)
+        )
         t.train(progress=False)
         assert metrics(tmp_path) == unbroken[0] and torch.equal(weights(t), unbroken[1])
         assert len(s.questions) == 12 - 9   # not one answer was asked for twice
@@ -535,7 +757,10 @@ def test_going_on_in_the_same_process(tmp_path, pipe, unbroken):
 
 # From the command line
 
-TINY = "--sample-num-steps 2 --sample-batch-size 4 --train-batch-size 4 --queries 4 --evaluation-samples 2 --no-progress"
+TINY = (
+    "--sample-num-steps 2 --sample-batch-size 4 --train-batch-size 4 --queries 4 --evaluation-samples 2"
+    " --no-progress"
+)
 
 @pytest.fixture
 def command(capsys, monkeypatch):
@@ -548,14 +773,29 @@ def command(capsys, monkeypatch):
 
 def test_without_a_server_the_flag_is_named(command, tmp_path):
     status, out, err = command(f"train --reward vlm_alignment --output {tmp_path/'run'} {TINY}")
-    assert status == 2 and err.startswith("ddpo-nb train: --vlm-url: there is no server to ask") and err.count("\n") == 1 and not (tmp_path/"run").exists()
+    assert (
+        status == 2
+        and err.startswith("ddpo-nb train: --vlm-url: there is no server to ask")
+        and err.count("\n") == 1
+        and not (tmp_path / "run").exists()
+    )
 
-def test_a_run_with_a_server_keeps_its_answers_and_ends_in_a_line_when_it_is_gone(command, server, tmp_path, monkeypatch):
+def test_a_run_with_a_server_keeps_its_answers_and_ends_in_a_line_when_it_is_gone(
+    command, server, tmp_path, monkeypatch
+):
     monkeypatch.setattr(V, "pause", lambda *args, **kw: 0.001)
-    line = f"train --reward vlm_alignment --vlm-url {server.url} --vlm-model {MODEL} --vlm-similarity words --output {tmp_path/'run'} {TINY}"
+    line = (
+        f"train --reward vlm_alignment --vlm-url {server.url} --vlm-model {MODEL} --vlm-similarity words"
+        f" --output {tmp_path/'run'} {TINY}"
+    )
     server.gone = True
     status, out, err = command(line)
-    assert status == 1 and "no answer is asked for twice" in err and "--vlm-url" in err and "Traceback" not in err
+    assert (
+        status == 1
+        and "no answer is asked for twice" in err
+        and "--vlm-url" in err
+        and "Traceback" not in err
+    )
     server.gone = False
     assert command(line)[0] == 0
     kept = (tmp_path/"run"/"vlm_answers.jsonl").read_text(encoding="utf-8").splitlines()

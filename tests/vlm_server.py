@@ -1,4 +1,5 @@
-"A small vision-language model on the loopback interface: OpenAI's protocol, answers from looking at the picture, and mischief on request."
+"""A small vision-language model on the loopback interface: OpenAI's protocol, answers from looking at the
+picture, and mischief on request."""
 import base64
 import io
 import json
@@ -38,14 +39,21 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128
     def __init__(self, see=see, port=0):
         self.see, self.gone, self.plan, self.requests, self.pause = see, False, [], [], 0.
-        self.trap, self.says, self.answers_left, self.in_flight, self.most, self.lock = "", "", None, 0, 0, threading.Lock()
+        self.trap, self.says, self.answers_left, self.in_flight, self.most, self.lock = (
+            "", "", None, 0, 0, threading.Lock()
+        )
         self.doom = lambda picture, question: None  # an act for these, whatever the plan says
         self.refuse = lambda asked: None            # (status, what is said) to requests that it does not like
         super().__init__(("127.0.0.1", port), Handler)
     @property
     def url(self): return f"http://127.0.0.1:{self.server_port}/v1"
     @property
-    def questions(self): return [json.loads(body)["messages"][0]["content"][0]["text"] for method, _, _, body in self.requests if method == "POST"]
+    def questions(self):
+        return [
+            json.loads(body)["messages"][0]["content"][0]["text"]
+            for method, _, _, body in self.requests
+            if method == "POST"
+        ]
     def handle_error(self, request, client_address): pass  # clients that hang up are part of the game
     def __enter__(self):
         self.thread = threading.Thread(target=self.serve_forever, kwargs=dict(poll_interval=.01), daemon=True)
@@ -61,7 +69,8 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args): pass
 
     def send(self, data, status=200, cut=None, **headers):
-        if not isinstance(data, bytes): data, headers = json.dumps(data).encode(), {"Content-Type": "application/json", **headers}
+        if not isinstance(data, bytes):
+            data, headers = json.dumps(data).encode(), {"Content-Type": "application/json", **headers}
         self.send_response(status)
         for k, v in headers.items(): self.send_header(k.replace("_", "-"), v)
         self.send_header("Content-Length", str(len(data)))
@@ -74,7 +83,13 @@ class Handler(BaseHTTPRequestHandler):
         s.requests.append(("GET", self.path, dict(self.headers), b""))
         act = s.plan.pop(0) if s.plan else ""
         if act: return self.misbehave(act, {})
-        self.send(dict(object="list", data=[dict(id=MODEL, object="model"), dict(id="other", object="model")])) if self.path == "/v1/models" else self.send(dict(error="no such page"), 404)
+        (
+            self.send(
+                dict(object="list", data=[dict(id=MODEL, object="model"), dict(id="other", object="model")])
+            )
+            if self.path == "/v1/models"
+            else self.send(dict(error="no such page"), 404)
+        )
 
     def do_POST(self):
         s, body = self.server, self.rfile.read(int(self.headers["Content-Length"]))
@@ -91,14 +106,26 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, asked, act):
         s = self.server
-        if self.path.partition("?")[0] != "/v1/chat/completions": return self.send(dict(error=dict(message="no such page")), 404)
-        if asked["model"] != MODEL: return self.send(dict(error=dict(message=f"The model `{asked['model']}` does not exist.", code=404)), 404)
+        if self.path.partition("?")[0] != "/v1/chat/completions":
+            return self.send(dict(error=dict(message="no such page")), 404)
+        if asked["model"] != MODEL:
+            return self.send(
+                dict(error=dict(message=f"The model `{asked['model']}` does not exist.", code=404)), 404
+            )
         text, picture = (part[part["type"]] for part in asked["messages"][0]["content"])
         kind, _, data = picture["url"].partition(",")
         assert kind in ("data:image/png;base64", "data:image/jpeg;base64")
         if refused := s.refuse(asked): return self.send(refused[1], refused[0])
         picture = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
-        good = dict(id="1", object="chat.completion", model=MODEL, choices=[dict(index=0, finish_reason="stop", message=dict(role="assistant", content=s.see(picture, text)))])
+        good = dict(
+            id="1", object="chat.completion", model=MODEL,
+            choices=[
+                dict(
+                    index=0, finish_reason="stop",
+                    message=dict(role="assistant", content=s.see(picture, text))
+                )
+            ],
+        )
         act = s.doom(picture, text) or act
         if act: return self.misbehave(act, good)
         if s.answers_left is not None:
@@ -109,16 +136,23 @@ class Handler(BaseHTTPRequestHandler):
     def misbehave(self, act, good):
         name, _, value = act.partition(":")
         whole = json.dumps(good).encode()
-        if name.isdigit(): return self.send(dict(error=dict(message=self.server.says or "in a bad mood")), int(name), **(dict(Retry_After=value) if value else {}))
+        if name.isdigit():
+            return self.send(
+                dict(error=dict(message=self.server.says or "in a bad mood")), int(name),
+                **(dict(Retry_After=value) if value else {})
+            )
         if name == "slow": time.sleep(float(value)); return self.send(good)
         if name == "garbage": return self.send(b"<html><h1>Welcome!</h1></html>")
         if name == "binary": return self.send(bytes(range(256)))
-        if name == "pickle": return self.send(pickle.dumps(Trap(self.server.trap)), Content_Type="application/python-pickle")
+        if name == "pickle":
+            return self.send(pickle.dumps(Trap(self.server.trap)), Content_Type="application/python-pickle")
         if name == "empty": return self.send(b"")
         if name == "deep": return self.send(b"[" * 200_000)
         if name == "cut": return self.send(whole, cut=len(whole) // 2)
         if name == "hangup": self.close_connection = True; return
-        if name == "nothttp": self.close_connection = True; return self.wfile.write(b"220 mail.example.org ESMTP\r\n")
+        if name == "nothttp":
+            self.close_connection = True
+            return self.wfile.write(b"220 mail.example.org ESMTP\r\n")
         if name == "error200": return self.send(dict(error=dict(message=self.server.says or "no such slot")))
         if name == "json": return self.send(json.loads(value))
         if name == "moved": return self.send(b"", int("307"), Location=value)

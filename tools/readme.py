@@ -25,7 +25,10 @@ def readme(root=root):
     nb.cells = [c for c in map(_shown, nb.cells) if c]
     nb.metadata["language_info"] = {"name": "python"}  # so that code is coloured; nbdev-clean leaves it out
     md, res = MarkdownExporter().from_notebook_node(nb)
-    if res["outputs"]: raise ValueError("nbs/index.ipynb shows a picture as a cell's output: put it into nbs/images and link it")
+    if res["outputs"]:
+        raise ValueError(
+            "nbs/index.ipynb shows a picture as a cell's output: put it into nbs/images and link it"
+        )
     md = _link.sub(lambda m: m[1] + normpath(join("nbs", m[2])), md)
     md = "\n".join(l.rstrip() for l in md.splitlines())
     note = "<!-- Generated from nbs/index.ipynb by tools/readme.py: edit the notebook. -->\n\n"

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from huggingface_hub import hf_hub_download, save_torch_state_dict
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from ..mdp import DDIMStep, ddim_step, draw_noise, step_std
-from ..policy import EMOJI_SD, Conditioning, ModelError, StableDiffusionPolicy, follow_umask, load_pipeline
+from ..policy import (EMOJI_SD, Conditioning, ModelError, StableDiffusionPolicy, follow_umask,
+                            load_pipeline)
 
 # %% ../../nbs/02e_trl_pipeline.ipynb #fde5879d
 @dataclass
@@ -29,7 +30,8 @@ class DDPOSchedulerOutput:
 
 @dataclass
 class DDPOPipelineOutput:
-    "Pictures as `output_type` wants them; x_T … x_0, T+1 tensors (N, C, H, W); the steps' log-probabilities, T tensors (N,)."
+    """Pictures as `output_type` wants them; x_T … x_0, T+1 tensors (N, C, H, W); the steps'
+    log-probabilities, T tensors (N,)."""
     images: Tensor
     latents: list
     log_probs: list
@@ -46,18 +48,24 @@ def scheduler_step(
     reduction: str = "mean",          # of the log-density over the latent's dimensions
 ) -> DDPOSchedulerOutput:
     "`ddim_step` with TRL's arguments. ValueError if they do not fit."
-    if use_clipped_model_output: raise ValueError("use_clipped_model_output is not supported: latents are not clipped here")
+    if use_clipped_model_output:
+        raise ValueError("use_clipped_model_output is not supported: latents are not clipped here")
     step = ddim_step(scheduler, model_output, timestep, sample, eta, prev_sample, generator, reduction)
     return DDPOSchedulerOutput(step.prev_sample, step.log_prob)
 
 # %% ../../nbs/02e_trl_pipeline.ipynb #64b316e9
 def _policy_of(pipe, steps, guidance_scale, eta):
-    "A policy that draws as a call asks. One that is being trained is not touched: another number of steps would move its training."
+    """A policy that draws as a call asks. One that is being trained is not touched: another number of
+    steps would move its training."""
     if isinstance(pipe, StableDiffusionPolicy): policy = copy.copy(pipe) if pipe.in_training else pipe
     else: policy = StableDiffusionPolicy.view(pipe)
-    if policy is not pipe and isinstance(pipe, StableDiffusionPolicy): policy.scheduler = copy.deepcopy(pipe.scheduler)
+    if policy is not pipe and isinstance(pipe, StableDiffusionPolicy):
+        policy.scheduler = copy.deepcopy(pipe.scheduler)
     if policy is pipe or not isinstance(pipe, StableDiffusionPolicy):
-        policy.configure(steps, eta, guidance_scale, getattr(policy, "negative_prompt", ""), getattr(policy, "reduction", "mean"))
+        policy.configure(
+            steps, eta, guidance_scale, getattr(policy, "negative_prompt", ""),
+            getattr(policy, "reduction", "mean")
+        )
     else:
         policy.eta, policy.guidance_scale = eta, guidance_scale
         policy.scheduler.set_timesteps(steps)
@@ -66,12 +74,20 @@ def _policy_of(pipe, steps, guidance_scale, eta):
 def _conditions(policy, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, copies):
     "What to draw, and what to steer away from; each `copies` times."
     if (prompt is None) == (prompt_embeds is None): raise ValueError("give either prompt or prompt_embeds")
-    if prompt_embeds is None: prompt_embeds = policy.encode([prompt] if isinstance(prompt, str) else list(prompt)).prompt
+    if prompt_embeds is None:
+        prompt_embeds = policy.encode([prompt] if isinstance(prompt, str) else list(prompt)).prompt
     n = len(prompt_embeds)
     if negative_prompt_embeds is None:
-        texts = list(negative_prompt) if isinstance(negative_prompt, (list, tuple)) else [negative_prompt or ""] * n
+        texts = (
+            list(negative_prompt)
+            if isinstance(negative_prompt, (list, tuple))
+            else [negative_prompt or ""] * n
+        )
         negative_prompt_embeds = policy.encode(texts).prompt
-    if len(negative_prompt_embeds) != n: raise ValueError(f"{n} prompts and {len(negative_prompt_embeds)} negative prompts: give one each, or one for all")
+    if len(negative_prompt_embeds) != n:
+        raise ValueError(
+            f"{n} prompts and {len(negative_prompt_embeds)} negative prompts: give one each, or one for all"
+        )
     i = torch.arange(n).repeat_interleave(copies)
     return Conditioning(prompt_embeds[i].to(policy.device), negative_prompt_embeds[i].to(policy.device))
 
@@ -87,7 +103,10 @@ def _walk(policy, x, cond, generator, predict, callback, callback_steps):
     "All steps from x_T: the latents, and their log-probabilities."
     latents, log_probs = [x], []
     for i, t in enumerate(policy.timesteps):
-        step = ddim_step(policy.scheduler, predict(i, x, t.expand(len(x)), cond), t, x, policy.eta, None, generator, policy.reduction)
+        step = ddim_step(
+            policy.scheduler, predict(i, x, t.expand(len(x)), cond), t, x, policy.eta, None, generator,
+            policy.reduction
+        )
         x = step.prev_sample
         latents.append(x); log_probs.append(step.log_prob)
         if callback and i % callback_steps == 0: callback(i, t, x)
@@ -96,13 +115,16 @@ def _walk(policy, x, cond, generator, predict, callback, callback_steps):
 def _as_output(policy, images, output_type):
     "Pictures (N, 3, H, W) in [0, 1] as a tensor, an array or a list of PIL images."
     if output_type == "pt": return images
-    if output_type not in ("np", "pil"): raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', not {output_type!r}")
+    if output_type not in ("np", "pil"):
+        raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', not {output_type!r}")
     array = images.detach().float().cpu().permute(0, 2, 3, 1).numpy()
     return array if output_type == "np" else policy.pipeline.image_processor.numpy_to_pil(array)
 
 def _refuse(cross_attention_kwargs, guidance_rescale):
-    if cross_attention_kwargs: raise ValueError("cross_attention_kwargs is not supported: scale a LoRA with set_adapters")
-    if guidance_rescale: raise ValueError("guidance_rescale is not supported: the training would have to know it too")
+    if cross_attention_kwargs:
+        raise ValueError("cross_attention_kwargs is not supported: scale a LoRA with set_adapters")
+    if guidance_rescale:
+        raise ValueError("guidance_rescale is not supported: the training would have to know it too")
 
 # %% ../../nbs/02e_trl_pipeline.ipynb #56a9f2ad
 @torch.no_grad()
@@ -127,14 +149,23 @@ def pipeline_step(
     cross_attention_kwargs: dict|None = None,
     guidance_rescale: float = 0.0,
 ) -> DDPOPipelineOutput:
-    "Draw pictures, and keep each latent on the way with its log-probability. ValueError if arguments do not fit."
+    """Draw pictures, and keep each latent on the way with its log-probability. ValueError if arguments do
+    not fit."""
     _refuse(cross_attention_kwargs, guidance_rescale)
     policy = _policy_of(pipe, num_inference_steps, guidance_scale, eta)
-    cond = _conditions(policy, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_images_per_prompt)
+    cond = _conditions(
+        policy, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_images_per_prompt
+    )
     x = _start(policy, len(cond), height, width, generator, latents)
     with policy.steady():
-        latents, log_probs = _walk(policy, x, cond, generator, lambda i, *o: policy.predict(*o), callback, callback_steps)
-    images = latents[-1] if output_type == "latent" else _as_output(policy, policy.decode(latents[-1]), output_type)
+        latents, log_probs = _walk(
+            policy, x, cond, generator, lambda i, *o: policy.predict(*o), callback, callback_steps
+        )
+    images = (
+        latents[-1]
+        if output_type == "latent"
+        else _as_output(policy, policy.decode(latents[-1]), output_type)
+    )
     return DDPOPipelineOutput(images, latents, log_probs)
 
 # %% ../../nbs/02e_trl_pipeline.ipynb #52a2357d
@@ -146,7 +177,8 @@ def pipeline_step_with_grad(
     num_inference_steps: int = 50,
     guidance_scale: float = 7.5,
     truncated_backprop: bool = True,             # the first steps have no gradient
-    truncated_backprop_rand: bool = True,        # how many is drawn, uniformly from `truncated_rand_backprop_minmax`
+    # how many is drawn, uniformly from `truncated_rand_backprop_minmax`
+    truncated_backprop_rand: bool = True,
     gradient_checkpoint: bool = True,            # compute activations again: more time, less memory
     truncated_backprop_timestep: int = 49,       # how many, if it is not drawn
     truncated_rand_backprop_minmax: tuple = (0, 50),
@@ -167,15 +199,26 @@ def pipeline_step_with_grad(
     "`pipeline_step` whose pictures have a gradient in the weights. ValueError if arguments do not fit."
     _refuse(cross_attention_kwargs, guidance_rescale)
     policy = _policy_of(pipe, num_inference_steps, guidance_scale, eta)
-    cond = _conditions(policy, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_images_per_prompt)
+    cond = _conditions(
+        policy, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_images_per_prompt
+    )
     x = _start(policy, len(cond), height, width, generator, latents)
-    def cut(): return random.randint(*truncated_rand_backprop_minmax) if truncated_backprop_rand else truncated_backprop_timestep
+    def cut():
+        return (
+            random.randint(*truncated_rand_backprop_minmax)
+            if truncated_backprop_rand
+            else truncated_backprop_timestep
+        )
     def predict(i, *o):
         if truncated_backprop and i < cut():
             with torch.no_grad(): return policy.predict(*o)
-        return checkpoint(policy.predict, *o, use_reentrant=False) if gradient_checkpoint else policy.predict(*o)
+        return (
+            checkpoint(policy.predict, *o, use_reentrant=False) if gradient_checkpoint else policy.predict(*o)
+        )
     latents, log_probs = _walk(policy, x, cond, generator, predict, callback, callback_steps)
-    images = latents[-1] if output_type == "latent" else _as_output(policy, policy.paint(latents[-1]), output_type)
+    images = (
+        latents[-1] if output_type == "latent" else _as_output(policy, policy.paint(latents[-1]), output_type)
+    )
     return DDPOPipelineOutput(images, latents, log_probs)
 
 # %% ../../nbs/02e_trl_pipeline.ipynb #9935117b
@@ -201,23 +244,30 @@ class DDPOStableDiffusionPipeline:
     def save_checkpoint(self, *args, **kwargs): raise NotImplementedError
     def load_checkpoint(self, *args, **kwargs): raise NotImplementedError
 
-PIPELINE_METHODS = ("__call__", "scheduler_step", "unet", "vae", "tokenizer", "scheduler", "text_encoder", "autocast", "set_progress_bar_config",
-                    "save_pretrained", "get_trainable_layers", "save_checkpoint", "load_checkpoint", "rgb_with_grad")
+PIPELINE_METHODS = (
+    "__call__", "scheduler_step", "unet", "vae", "tokenizer", "scheduler", "text_encoder", "autocast",
+    "set_progress_bar_config", "save_pretrained", "get_trainable_layers", "save_checkpoint",
+    "load_checkpoint", "rgb_with_grad"
+)
 
 # %% ../../nbs/02e_trl_pipeline.ipynb #fae13f8f
 def _find_lora(name, revision):
     "The folder of the LoRA that lies beside a model, here or on the hub; None if there is none."
     file = "pytorch_lora_weights.safetensors"
-    if name == EMOJI_SD or Path(name).expanduser().is_dir(): return name if (Path(name).expanduser()/file).is_file() else None
+    if name == EMOJI_SD or Path(name).expanduser().is_dir():
+        return name if (Path(name).expanduser() / file).is_file() else None
     try: return str(Path(hf_hub_download(name, file, revision=revision)).parent)
     except (EntryNotFoundError, HFValidationError, OSError): return None
 
 class DefaultDDPOStableDiffusionPipeline(StableDiffusionPolicy, DDPOStableDiffusionPipeline):
-    "`StableDiffusionPolicy` made from a model's name, with TRL 0.23's constructor; further arguments are the policy's. ModelError if there is no such model."
+    """`StableDiffusionPolicy` made from a model's name, with TRL 0.23's constructor; further arguments
+    are the policy's. ModelError if there is no such model."""
     use_lora, lora_rank = True, None
 
     def __init__(self,
-        pretrained_model_name: str,               # "emoji-sd", a folder in diffusers' format, or a hub id; a LoRA beside the model goes on training
+        # "emoji-sd", a folder in diffusers' format, or a hub id; a LoRA beside the model goes on
+        # training
+        pretrained_model_name: str,
         *,
         pretrained_model_revision: str = "main",  # branch, tag or commit on the hub
         use_lora: bool = True,                    # train low-rank adapters; False: the whole UNet
@@ -255,8 +305,10 @@ class DefaultDDPOStableDiffusionPipeline(StableDiffusionPolicy, DDPOStableDiffus
     def autocast(self): return None  # the trainer's own
 
     def __call__(self, *args, **kwargs) -> DDPOPipelineOutput: return pipeline_step(self, *args, **kwargs)
-    def rgb_with_grad(self, *args, **kwargs) -> DDPOPipelineOutput: return pipeline_step_with_grad(self, *args, **kwargs)
-    def scheduler_step(self, *args, **kwargs) -> DDPOSchedulerOutput: return scheduler_step(self.scheduler, *args, reduction=self.reduction, **kwargs)
+    def rgb_with_grad(self, *args, **kwargs) -> DDPOPipelineOutput:
+        return pipeline_step_with_grad(self, *args, **kwargs)
+    def scheduler_step(self, *args, **kwargs) -> DDPOSchedulerOutput:
+        return scheduler_step(self.scheduler, *args, reduction=self.reduction, **kwargs)
     def set_progress_bar_config(self, *args, **kwargs): self.pipeline.set_progress_bar_config(*args, **kwargs)
 
     def get_trainable_layers(self):
@@ -272,10 +324,13 @@ def _save_base(unet, folder):
     "A UNet as it is without its adapters."
     unet.save_config(folder)
     own = {k.replace(".base_layer.", "."): v for k, v in unet.state_dict().items() if ".lora_" not in k}
-    save_torch_state_dict(own, folder, filename_pattern="diffusion_pytorch_model{suffix}.safetensors", max_shard_size="10GB")
+    save_torch_state_dict(
+        own, folder, filename_pattern="diffusion_pytorch_model{suffix}.safetensors", max_shard_size="10GB"
+    )
 
 def save_whole(policy, folder):
-    "Write a pipeline that diffusers loads: every part, the UNet without adapters, and the adapters beside it as a LoRA."
+    """Write a pipeline that diffusers loads: every part, the UNet without adapters, and the adapters
+    beside it as a LoRA."""
     pipe, folder = policy.pipeline, Path(folder)
     pipe.save_config(folder)
     for name, part in pipe.components.items():
@@ -292,7 +347,8 @@ def _place(files, folder):
         os.replace(o, to)
 
 def _save_pretrained(self, save_directory: str|Path):
-    "Write the whole pipeline and the trained weights: a folder that `DefaultDDPOStableDiffusionPipeline` and diffusers load."
+    """Write the whole pipeline and the trained weights: a folder that
+    `DefaultDDPOStableDiffusionPipeline` and diffusers load."""
     folder = Path(save_directory).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
@@ -313,25 +369,33 @@ def overridden(pipeline, name: str) -> bool:
 def _scored(policy, pipeline, latents, t, cond, prev_sample, generator, guidance):
     "A step whose log-probability is what the pipeline's own `scheduler_step` says."
     prediction = policy.predict(latents, t, cond, guidance)
-    if prev_sample is None: prev_sample = ddim_step(policy.scheduler, prediction, t, latents, policy.eta, None, generator, policy.reduction).prev_sample
+    if prev_sample is None:
+        prev_sample = ddim_step(
+            policy.scheduler, prediction, t, latents, policy.eta, None, generator, policy.reduction
+        ).prev_sample
     out = pipeline.scheduler_step(prediction, t, latents, eta=policy.eta, prev_sample=prev_sample)
     return DDIMStep(None, step_std(policy.scheduler, t, policy.eta), prev_sample, out.log_probs)
 
 def _step(self, latents, t, cond, prev_sample=None, generator=None, guidance=True) -> DDIMStep:
     "The policy's step, scored by `scheduler_step` if that is overridden."
-    if not overridden(self, "scheduler_step"): return super(DefaultDDPOStableDiffusionPipeline, self).step(latents, t, cond, prev_sample, generator, guidance)
+    if not overridden(self, "scheduler_step"):
+        return super(DefaultDDPOStableDiffusionPipeline, self).step(
+            latents, t, cond, prev_sample, generator, guidance
+        )
     return _scored(self, self, latents, t, cond, prev_sample, generator, guidance)
 
 DefaultDDPOStableDiffusionPipeline.step = _step
 
 # %% ../../nbs/02e_trl_pipeline.ipynb #49540191
 class PipelinePolicy(StableDiffusionPolicy):
-    "A policy made of a `DDPOStableDiffusionPipeline` of somebody's own: its parts, its way of scoring, its trainable layers, its checkpoints."
+    """A policy made of a `DDPOStableDiffusionPipeline` of somebody's own: its parts, its way of scoring,
+    its trainable layers, its checkpoints."""
     def __init__(self, pipeline: DDPOStableDiffusionPipeline):
         self.own, self.use_lora = pipeline, getattr(pipeline, "use_lora", False)
         self.hold(pipeline)
 
-    def has(self, name): return getattr(type(self.own), name) is not getattr(DDPOStableDiffusionPipeline, name)
+    def has(self, name):
+        return getattr(type(self.own), name) is not getattr(DDPOStableDiffusionPipeline, name)
     @property
     def parts(self): return self.own.vae, self.own.text_encoder, self.own.unet
     def get_trainable_layers(self): return self.own.get_trainable_layers()
@@ -339,19 +403,36 @@ class PipelinePolicy(StableDiffusionPolicy):
         return _scored(self, self.own, latents, t, cond, prev_sample, generator, guidance)
     def embed(self, texts):
         t = self.own.tokenizer
-        ids = t(texts, return_tensors="pt", padding="max_length", truncation=True, max_length=t.model_max_length).input_ids
+        ids = t(
+            texts, return_tensors="pt", padding="max_length", truncation=True, max_length=t.model_max_length
+        ).input_ids
         return self.own.text_encoder(ids.to(self.own.text_encoder.device))[0]
 
 def as_policy(pipeline) -> StableDiffusionPolicy:
-    "What the trainer trains: the pipeline itself if it is a policy, or a policy around it. ModelError if it is neither that nor a `DDPOStableDiffusionPipeline`."
+    """What the trainer trains: the pipeline itself if it is a policy, or a policy around it. ModelError
+    if it is neither that nor a `DDPOStableDiffusionPipeline`."""
     if isinstance(pipeline, DefaultDDPOStableDiffusionPipeline):
         for name in ("vae", "tokenizer", "text_encoder", "unet"):
-            if overridden(pipeline, name) and getattr(pipeline, name) is not getattr(pipeline.pipeline, name): setattr(pipeline.pipeline, name, getattr(pipeline, name))
+            if overridden(pipeline, name) and getattr(pipeline, name) is not getattr(pipeline.pipeline, name):
+                setattr(pipeline.pipeline, name, getattr(pipeline, name))
         return pipeline
     if isinstance(pipeline, DDPOStableDiffusionPipeline):
-        lacking = [o for o in ("__call__", "scheduler_step", "unet", "vae", "tokenizer", "scheduler", "text_encoder", "get_trainable_layers")
-                   if getattr(type(pipeline), o) is getattr(DDPOStableDiffusionPipeline, o)]
-        if lacking: raise ModelError(f"{type(pipeline).__name__}: it has no {', '.join(lacking)}; write what DDPOStableDiffusionPipeline leaves open")
+        lacking = [
+            o
+            for o in (
+                "__call__", "scheduler_step", "unet", "vae", "tokenizer", "scheduler", "text_encoder",
+                "get_trainable_layers"
+            )
+            if getattr(type(pipeline), o) is getattr(DDPOStableDiffusionPipeline, o)
+        ]
+        if lacking:
+            raise ModelError(
+                f"{type(pipeline).__name__}: it has no {', '.join(lacking)}; write what"
+                " DDPOStableDiffusionPipeline leaves open"
+            )
         return PipelinePolicy(pipeline)
     if hasattr(pipeline, "step") and hasattr(pipeline, "encode"): return pipeline
-    raise ModelError(f"sd_pipeline: a {type(pipeline).__name__} is no policy; give a DefaultDDPOStableDiffusionPipeline, or StableDiffusionPolicy(pipeline)")
+    raise ModelError(
+        f"sd_pipeline: a {type(pipeline).__name__} is no policy; give a DefaultDDPOStableDiffusionPipeline,"
+        " or StableDiffusionPolicy(pipeline)"
+    )
