@@ -1,7 +1,10 @@
 "TRL's `trl.models`: the pipelines, imported when they are first used."
 from importlib import import_module as _import_module
 
-__all__ = ["DDPOPipelineOutput", "DDPOSchedulerOutput", "DDPOStableDiffusionPipeline", "DefaultDDPOStableDiffusionPipeline"]
+__all__ = [
+    "DDPOPipelineOutput", "DDPOSchedulerOutput", "DDPOStableDiffusionPipeline",
+    "DefaultDDPOStableDiffusionPipeline"
+]
 
 def __getattr__(name):
     if name in __all__: return getattr(_import_module(f"{__name__}.modeling_sd_base"), name)
