@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from ddpo_nb.ddpo import DDPO
 from ddpo_nb.emoji_sd import WEIGHTS
 from ddpo_nb.mdp import Trajectories
-from ddpo_nb.policy import Conditioning, SmallLora, StableDiffusionPolicy, load_pipeline
+from ddpo_nb.policy import Conditioning, StableDiffusionPolicy, load_pipeline
+from ddpo_nb.speed import SmallLora
 from ddpo_nb.rollout import rollout, sample_generator
 from trl_env import add_env_option, trl_python
 
@@ -43,7 +44,7 @@ def run_trl(python, folder):
 class DoublePolicy(StableDiffusionPolicy):
     "The policy in double precision: its own `network` would round the UNet's output to single."
     def network(self, latents, t, text, kept=None):
-        return self.unet(latents.double(), t, text.double(), return_dict=False)[0]
+        return self.wrapped(latents.double(), t, text.double(), return_dict=False)[0]
 
 def make_policy(folder, dtype, steps):
     """Ours, with peft's layers and TRL's order in memory: single precision can then be compared to the

@@ -38,15 +38,12 @@ def example_cost(
     guidance: bool = True,  # with guidance an example is two rows
 ) -> Cost:
     "Count, in one forward pass of the network."
-    unet, n = policy.pipeline.unet, 2 if guidance and policy.guidance_scale > 1 else 1
-    like = dict(device=policy.device, dtype=unet.dtype)
-    config, counter = policy.pipeline.text_encoder.config, FlopCounterMode(display=False)
-    rows = (
-        torch.zeros(n, *policy.latent_shape, **like), torch.zeros(n, device=policy.device),
-        torch.zeros(n, config.max_position_embeddings, config.hidden_size, **like),
-    )
+    network, n, counter = policy.trained, policy.passes(guidance), FlopCounterMode(display=False)
+    like = dict(device=policy.device, dtype=network.dtype)
+    x, t = torch.zeros(n, *policy.latent_shape, **like), torch.zeros(n, device=policy.device)
+    given = policy.blank(n, **like)
     with torch.enable_grad(), counter:
-        kept = saved_bytes(lambda: unet(*rows, return_dict=False)[0], unet.parameters())
+        kept = saved_bytes(lambda: policy.forward(network, x, t, given), network.parameters())
     return Cost(counter.get_total_flops(), kept)
 
 # %% ../nbs/03a_batches.ipynb #97c9a101
@@ -68,10 +65,8 @@ def resident(
 ) -> int:
     """Bytes in use whatever a pass takes: all weights, and of those that are trained a gradient and
     AdamW's two means."""
-    size, pipe = lambda parameters: sum(p.numel() * p.element_size() for p in parameters), policy.pipeline
-    return sum(size(o.parameters()) for o in (pipe.unet, pipe.vae, pipe.text_encoder)) + 3 * size(
-        policy.trainable_parameters()
-    )
+    size = lambda parameters: sum(p.numel() * p.element_size() for p in parameters)
+    return sum(size(o.parameters()) for o in policy.parts) + 3 * size(policy.trainable_parameters())
 
 def micro_batch(
     cost: Cost,         # of one example

@@ -736,7 +736,7 @@ def _policy(args):
             "give a folder of trained weights, such as runs/x/weights/ddpo-is-seed0",
         )
     from ddpo_nb.loading import fuse_lora, load_pipeline
-    from ddpo_nb.policy import StableDiffusionPolicy
+    from ddpo_nb.sd import StableDiffusionPolicy
     from ddpo_nb.trainer import make_config, processes
     usual = make_config("ddpo-is", args.model)
     pipe = load_pipeline(args.model, lora=args.lora, unet=args.unet)
@@ -744,13 +744,13 @@ def _policy(args):
     if text: fuse_lora(pipe)  # a policy's text encoder is as it is
     policy = StableDiffusionPolicy(pipe, use_lora=bool(args.lora) and not text)
     policy.pipeline.to(processes().device)
-    if (args.steps or 1) > policy.num_train_timesteps:
+    if (args.steps or 1) > policy.most_steps:
         raise InputError(
-            "--steps", f"{args.steps} is more than the model's {policy.num_train_timesteps}", "give fewer"
+            "--steps", f"{args.steps} is more than the model's {policy.most_steps}", "give fewer"
         )
     policy.configure(
-        args.steps or usual.sample_num_steps, args.eta,
-        usual.sample_guidance_scale if args.guidance is None else args.guidance,
+        args.steps or usual.sample_num_steps,
+        usual.sample_guidance_scale if args.guidance is None else args.guidance, eta=args.eta,
     )
     return policy
 

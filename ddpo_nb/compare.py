@@ -25,15 +25,16 @@ from .checkpoints import (CheckpointError, FolderLock, append_line, check_free, 
                                  checkpoints, complaints, flush_tree, is_trace, newest_whole, read_lines,
                                  write_atomic)
 from .dashboard import write
-from .policy import EMOJI_SD, ModelError, StableDiffusionPolicy, load_pipeline
+from .policy import EMOJI_SD, ModelError, load_pipeline
+from .sd import StableDiffusionPolicy
 from .prompts import PROMPT_SETS, InputError, PromptSource, prompt_source
 from .redact import hide, keep_secret, named_secrets, redact
 from .reward_files import Guarded, RewardError, check_signature, guarded_file
 from .rewards import PromptAlignment, answer, check_rewards, get_reward, reward_name, to_uint8
 from .rollout import rollout, sample_generator
 from .trainer import (ALGORITHMS, RESULT_FREE, STATE_FILES, DDPOConfig, _plain, check_launcher,
-                             check_repeats, make_config, make_trainer, processes, takes, usable_precision,
-                             weighed_by_temperature)
+                             check_repeats, make_config, make_trainer, policy_settings, processes, takes,
+                             usable_precision, weighed_by_temperature)
 
 # %% ../nbs/10_compare.ipynb #3843789d
 def t_quantile(
@@ -1257,15 +1258,13 @@ def compare(
     if c.folder is not None: check_output(c.folder)
     first = next(iter(configs.values()))
     base = StableDiffusionPolicy(base, use_lora=False)
-    if first.sample_num_steps > base.num_train_timesteps:
+    if first.sample_num_steps > base.most_steps:
         raise InputError(
             "sample_num_steps",
-            f"{first.sample_num_steps} is more than the model's {base.num_train_timesteps}",
+            f"{first.sample_num_steps} is more than the model's {base.most_steps}",
             "give fewer",
         )
-    base.configure(
-        first.sample_num_steps, first.sample_eta, first.sample_guidance_scale, first.negative_prompts
-    )
+    base.configure(**policy_settings(first, base) | dict(reduction="mean"))
     base.warn_cut([*(p for p, _ in items), first.negative_prompts])
     c.told_cut = base.told_cut
     examiner = Examiner(

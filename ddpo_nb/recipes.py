@@ -25,7 +25,8 @@ from .batches import Cost, device_memory, example_cost, micro_batch, resident
 from .compare import Table
 from .mdp import Trajectories, step_std
 from .loading import config_beside
-from .policy import EMOJI_SD, Conditioning, StableDiffusionPolicy
+from .policy import EMOJI_SD, Conditioning
+from .sd import StableDiffusionPolicy
 from .prompts import InputError
 from .trainer import DDPOConfig, check_repeats, denoised_together, make_config, make_objective
 
@@ -297,8 +298,8 @@ def _skeleton(c, numbers, lora, mode):
     if getattr(c, "vae_slicing", False): vae.enable_slicing()
     pipe = SimpleNamespace(unet=unet, vae=vae, text_encoder=text, scheduler=_scheduler(c, numbers))
     return StableDiffusionPolicy(
-        pipe, lora, c.lora_rank, c.sample_num_steps, c.sample_eta, c.sample_guidance_scale,
-        c.negative_prompts, c.log_prob_reduction
+        pipe, lora, c.lora_rank, c.sample_num_steps, c.sample_guidance_scale, c.negative_prompts,
+        c.log_prob_reduction, eta=c.sample_eta
     )
 
 def _scheduler(c, numbers):

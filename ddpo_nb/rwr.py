@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from fastcore.basics import patch
 from .advantages import _groups
-from .mdp import DDIMStep, Trajectories, ddim_step, step_std
+from .mdp import Step, Trajectories, ddim_step, step_std
 from .prompts import InputError
 
 # %% ../nbs/07_rwr.ipynb #676834a7
@@ -144,7 +144,7 @@ def examples(
     kept = weights.nonzero().flatten()
     sample = kept.repeat_interleave(self.draws)
     weight = weights[sample] * (len(kept) / len(weights))
-    timestep = torch.randint(policy.num_train_timesteps, (len(sample),), generator=generator)
+    timestep = policy.draw_levels(len(sample), generator)
     noise = torch.randn((len(sample), *latents.shape[2:]), generator=generator, dtype=latents.dtype)
     # noise is as large as latents, and waits where they do
     waiting, timestep = latents.device, timestep.to(trajectories.device)
@@ -168,7 +168,7 @@ def loss(
 class TinyDiffusion:
     """A policy whose noise predictor is the exact denoiser of N(mean, std²), in D dimensions, float64: a
     testbed where gradients are known."""
-    num_train_timesteps, device = 1000, torch.device("cpu")
+    most_steps, device = 1000, torch.device("cpu")
     def __init__(
         self,
         mean: list,             # D numbers, trainable
@@ -191,6 +191,9 @@ class TinyDiffusion:
     # there is nothing to be conditioned on
     def encode(self, prompts: list) -> Tensor: return torch.zeros(len(prompts), 0)
     def decode(self, latents: Tensor) -> Tensor: return latents
+    def draw_levels(self, n: int, generator: torch.Generator) -> Tensor:
+        "n timesteps, each equally likely; (n,)."
+        return torch.randint(self.most_steps, (n,), generator=generator)
     def initial_latents(self, generators: list) -> Tensor:
         "x_T ~ N(0, I), one from each generator; (N, D)."
         return randn_tensor((len(generators), *self.latent_shape), generator=generators, dtype=torch.float64)
@@ -206,7 +209,7 @@ def predict(self: TinyDiffusion, x: Tensor, t: Tensor, cond=None, guidance: bool
 def step(
     self: TinyDiffusion, x: Tensor, t: Tensor, cond=None, prev_sample: Tensor | None = None, generator=None,
     guidance: bool = True
-) -> DDIMStep:
+) -> Step:
     "The DDIM step (η = 1) from x_t, with an action drawn, or with `prev_sample` scored."
     return ddim_step(self.scheduler, self.predict(x, t), t, x, 1., prev_sample, generator, self.reduction)
 

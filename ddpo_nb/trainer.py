@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ALGORITHMS', 'RESULT_FREE', 'STATE_FILES', 'EMOJI_SETTINGS', 'PAPER_SETTINGS', 'DDPOConfig', 'RWRConfig',
            'check_config', 'takes', 'idle_notes', 'check_repeats', 'make_objective', 'processes', 'usable_precision',
-           'check_launcher', 'DDPOTrainer', 'denoised_together', 'split_updates', 'Work', 'find_checkpoint',
-           'weighed_by_temperature', 'RWRTrainer', 'make_trainer', 'make_config']
+           'check_launcher', 'policy_settings', 'DDPOTrainer', 'denoised_together', 'split_updates', 'Work',
+           'find_checkpoint', 'weighed_by_temperature', 'RWRTrainer', 'make_trainer', 'make_config']
 
 # %% ../nbs/09_trainer.ipynb #8222ca9a
 import atexit, hashlib, inspect, json, math, os, resource, shutil, sys, tempfile, threading, time, warnings
@@ -32,7 +32,7 @@ from .checkpoints import (CheckpointError, FolderLock, append_line, check_free, 
                                  read_lines, rng_state, save_state, set_rng_state, stop_signals, write_atomic)
 from .ddpo import DDPO, DDPOSF, STEP_WEIGHTINGS
 from .mdp import Trajectories
-from .policy import EMOJI_SD, ModelError, StableDiffusionPolicy, load_pipeline
+from .policy import EMOJI_SD, ModelError, load_pipeline
 from .prompts import InputError, prompt_flaw
 from .redact import hide
 from .rewards import (ParallelReward, Stopped, _numbers, answer, check_name, check_rewards, get_reward,
@@ -450,7 +450,7 @@ def _free(home):
         k, place = k + 1, home.with_name(f"{home.name}-{k + 1}") if home.name else home / f"run-{k + 1}"
     return place
 
-def _part():
+def _close_connections():
     "Close the processes' connections: an interpreter that ends while gloo's threads still run is aborted."
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
@@ -458,7 +458,7 @@ def processes() -> PartialState:
     """accelerate's state of all processes: which there are, and on which devices. Without GPUs, those
     that torchrun starts talk by gloo. Apple's GPU lacks double precision and stays idle."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if several and not PartialState._shared_state: atexit.register(_part)
+    if several and not PartialState._shared_state: atexit.register(_close_connections)
     return (
         PartialState(cpu=True)
         if not torch.cuda.is_available() and (several or torch.backends.mps.is_available())
@@ -584,21 +584,19 @@ def _accelerator(c, home):
     a.tracker, a.name = a.trackers[0].tracker, a.trackers[0].name
     return a
 
-def _lighten(c, policy, accelerator):
-    "Move the model to the device; what is not trained goes into half precision if the run does."
-    pipe, half = policy.pipeline, dict(fp16=torch.float16, bf16=torch.bfloat16).get(
-        accelerator.mixed_precision
+_HALF = dict(fp16=torch.float16, bf16=torch.bfloat16)  # of frozen weights, by the run's precision
+
+def policy_settings(c, policy) -> dict:
+    "The config's settings as `policy.configure` takes them."
+    own = {name: getattr(c, setting) for name, setting in policy.process_settings.items()}
+    return dict(
+        num_steps=c.sample_num_steps, guidance_scale=c.sample_guidance_scale,
+        negative_prompt=c.negative_prompts, reduction=c.log_prob_reduction, **own
     )
-    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
-        part.to(accelerator.device)
-        for p in part.parameters():
-            if half and not p.requires_grad: p.data = p.data.to(half)
-    if c.gradient_checkpointing: pipe.unet.enable_gradient_checkpointing()
-    if c.vae_slicing: pipe.vae.enable_slicing()
 
 def _check_steps(c, policy):
     "InputError if the model was not trained with so many steps."
-    most = getattr(policy, "num_train_timesteps", c.sample_num_steps)
+    most = getattr(policy, "most_steps", c.sample_num_steps)
     if c.sample_num_steps > most:
         raise InputError(
             "sample_num_steps", f"{c.sample_num_steps} is more than the model's {most}", "give fewer"
@@ -677,30 +675,28 @@ class DDPOTrainer(TrlTrainer):
         if not fine: raise InputError("config", why.rstrip("."), "change the settings that it names")
         for note in idle_notes(config): self.accelerator.print(note, file=sys.stderr)
         set_seed(config.seed)     # for prompt and reward functions that draw from the global generators
-        self.policy.configure(
-            config.sample_num_steps, config.sample_eta, config.sample_guidance_scale, config.negative_prompts,
-            config.log_prob_reduction
-        )
+        self.policy.configure(**policy_settings(config, self.policy))
         known = getattr(prompt_function, "prompts", None)
         if isinstance(known, list) and hasattr(self.policy, "warn_cut"):
             self.policy.warn_cut([*known, config.negative_prompts])
         self._thaw()
         self.task = _task(self.policy, reward_function, prompt_function)  # in the weights' own precision
-        _lighten(config, self.policy, self.accelerator)
+        self.policy.place(self.accelerator.device, _HALF.get(self.accelerator.mixed_precision))
+        self.policy.spare_memory(config.gradient_checkpointing, config.vae_slicing)
         self.micro_batch_size = config.micro_batch_size or self._fitting_micro_batch()
         if config.compile:
             self.accelerator.print(
                 "compile: the network is compiled at its first passes; that takes minutes, and on a CPU many",
                 file=sys.stderr,
             )
-            self.policy.unet = torch.compile(self.policy.unet)
+            self.policy.wrapped = torch.compile(self.policy.wrapped)
         if config.kl_coef: self.policy.keep_reference()
         self.watched = (
-            get_reward(config.watch_reward, _base_name(self.policy.pipeline)) if config.watch_reward else None
+            get_reward(config.watch_reward, self.policy.name) if config.watch_reward else None
         )
         if hasattr(self.watched, "to"): self.watched.to(self.accelerator.device)
         optimizer = self._setup_optimizer(self.policy.trainable_parameters())
-        self.policy.unet, self.optimizer = self.accelerator.prepare(self.policy.unet, optimizer)
+        self.policy.wrapped, self.optimizer = self.accelerator.prepare(self.policy.wrapped, optimizer)
         # of code of one's own that calls accelerate's save_state
         self.accelerator.register_save_state_pre_hook(self._save_model_hook)
         self.accelerator.register_load_state_pre_hook(self._load_model_hook)
@@ -733,14 +729,14 @@ class DDPOTrainer(TrlTrainer):
         policy.train_layers(policy.get_trainable_layers())
         policy.settle()
         policy.in_training = True
-        known = {id(p) for p in policy.pipeline.unet.parameters()}
+        known = {id(p) for p in policy.trained.parameters()}
         if any(id(p) not in known for p in policy.trainable_parameters()) and not (
             self._unbroken or self.overrides("calculate_loss")
         ):
             raise InputError(
                 "get_trainable_layers",
-                "some of its weights are not the UNet's, and have no gradient in this loop",
-                "return the UNet, or some of its weights",
+                f"some of its weights are not the {policy.network_name}'s, and have no gradient in this loop",
+                f"return the {policy.network_name}, or some of its weights",
             )
         if self._pipeline_overrides("set_progress_bar_config") or (
             isinstance(policy, PipelinePolicy) and policy.has("set_progress_bar_config")
@@ -948,7 +944,7 @@ def gradient(self:DDPOTrainer, trajectories, examples, advantages=None):
     for i, j in zip(cuts, cuts[1:]):
         part = {k: v[i:j] for k, v in examples.items()}
         # processes exchange gradients once an update
-        with nullcontext() if j == m else self.accelerator.no_sync(self.policy.unet), self._undivided():
+        with nullcontext() if j == m else self.accelerator.no_sync(self.policy.wrapped), self._undivided():
             if own: loss, figures = self._own_loss(trajectories, part, advantages)
             else:
                 with self.autocast(): loss, figures = self.objective.loss(self.policy, trajectories, part)
@@ -1219,8 +1215,8 @@ def epoch(self:DDPOTrainer) -> dict:
     """Sample, score, weigh, update; returns the epoch's row of metrics. Goes on where a checkpoint was
     made in the middle."""
     if self.work is None:
-        if self.before is None: self.before = self._outside()
-        else: self._put_back(self.before)  # the sampling was broken off
+        if self.before is None: self.before = self._surroundings()
+        else: self._restore_surroundings(self.before)  # the sampling was broken off
         self.work = self.collect()
         self.before = None if not self._unbroken else self.before
         if self.config.stop_patience: self._remember(self.work.row["watch_mean"])
@@ -1247,7 +1243,7 @@ def epoch(self:DDPOTrainer) -> dict:
 
 # %% ../nbs/09_trainer.ipynb #51d1d044
 @patch
-def _outside(self:DDPOTrainer):
+def _surroundings(self:DDPOTrainer):
     "The state of what is not ours: the global random generators, and the prompt function if it has one."
     return dict(
         rng=rng_state(),
@@ -1255,7 +1251,7 @@ def _outside(self:DDPOTrainer):
     )
 
 @patch
-def _put_back(self:DDPOTrainer, outside):
+def _restore_surroundings(self:DDPOTrainer, outside):
     set_rng_state(outside["rng"])
     if outside["prompts"] is not None: self.prompt_function.load_state_dict(outside["prompts"])
 
@@ -1263,7 +1259,7 @@ def _put_back(self:DDPOTrainer, outside):
 def _write_state(self:DDPOTrainer, folder):
     "This process's part of a checkpoint."
     rank, work, a = self.accelerator.process_index, self.work, self.accelerator
-    own = dict(outside=self.before or self._outside(), work=None)
+    own = dict(outside=self.before or self._surroundings(), work=None)
     if work and isinstance(work.trajectories, Trajectories):
         own["work"] = dict(
             latents=work.trajectories.latents, log_probs=work.trajectories.log_probs,
@@ -1272,7 +1268,7 @@ def _write_state(self:DDPOTrainer, folder):
         )
     save_state(folder/f"process-{rank}", own)
     if not a.is_main_process: return
-    self._save_model_hook([a.unwrap_model(self.policy.unet)], [None], str(folder))
+    self._save_model_hook([a.unwrap_model(self.policy.wrapped)], [None], str(folder))
     if self._trains_more:
         save_state(folder / "trained", [p.detach() for p in self.policy.trainable_parameters()])
     save_state(
@@ -1308,7 +1304,7 @@ def _identity(c):
     )
 
 @patch
-def _together(self:DDPOTrainer, what, do, main_only=False) -> str|None:
+def _on_all_processes(self:DDPOTrainer, what, do, main_only=False) -> str|None:
     "Do something with the disk on all processes, or on the main one; all get to know the first complaint."
     problem = None
     if self.accelerator.is_main_process or not main_only:
@@ -1325,10 +1321,10 @@ def _write_checkpoint(self:DDPOTrainer, place):
     def begin():
         place.parent.mkdir(parents=True, exist_ok=True)
         tmp[0] = tempfile.mkdtemp(dir=place.parent, prefix=".writing-")
-    problem = self._together(what, begin, main_only=True)
+    problem = self._on_all_processes(what, begin, main_only=True)
     broadcast_object_list(tmp)
-    problem = problem or self._together(what, lambda: self._write_state(Path(tmp[0])))
-    problem = problem or self._together(
+    problem = problem or self._on_all_processes(what, lambda: self._write_state(Path(tmp[0])))
+    problem = problem or self._on_all_processes(
         what,
         lambda: publish(Path(tmp[0]), place.parent, place.name, self.config.num_checkpoint_limit),
         main_only=True,
@@ -1388,8 +1384,9 @@ def _called(function):
 
 def _some_weights(policy, most=64):
     "A number from each of a model's frozen tensors, or of as many as are enough to tell it from another."
-    pipe, found = policy.pipeline, []
-    for part in (pipe.vae, pipe.text_encoder, *([pipe.unet] if policy.use_lora else [])):
+    found = []
+    for part in policy.parts:
+        if part is policy.trained and not policy.use_lora: continue
         tensors = [p for name, p in part.named_parameters() if not p.requires_grad and "lora" not in name]
         found += [
             float(p.detach().flatten()[p.numel() // 2]) for p in tensors[:: -(-len(tensors) // most) or 1]
@@ -1398,10 +1395,8 @@ def _some_weights(policy, most=64):
 
 def _task(policy, reward, prompts):
     "What a run trains on, as its checkpoints remember it."
-    known = all(
-        hasattr(getattr(policy, "pipeline", None), o) for o in ("vae", "text_encoder", "unet", "config")
-    )
-    model = dict(name=_base_name(policy.pipeline), weights=_some_weights(policy)) if known else None
+    known = hasattr(policy, "parts") and hasattr(policy.pipeline, "config")
+    model = dict(name=policy.name, weights=_some_weights(policy)) if known else None
     return dict(model=model, reward=_called(reward), prompts=_called(prompts))
 
 def _other(was, now):
@@ -1583,7 +1578,7 @@ def load_checkpoint(self:DDPOTrainer, place: str|Path):
 def _take_up(self:DDPOTrainer, folder, state, own):
     "Set everything to what a checkpoint holds."
     scaler = self.accelerator.scaler
-    self._load_model_hook([self.accelerator.unwrap_model(self.policy.unet)], str(folder))
+    self._load_model_hook([self.accelerator.unwrap_model(self.policy.wrapped)], str(folder))
     if self._trains_more and (folder/"trained.json").exists(): self._take(load_state(folder/"trained"))
     self.resumed = True
     if self.home != self.wished and folder.resolve().is_relative_to(self.wished.resolve()):
@@ -1599,11 +1594,11 @@ def _take_up(self:DDPOTrainer, folder, state, own):
     )
     self.recent, self.best = state["recent"], state["best"]
     self.rows = _rows_until(folder, self.epochs_done)
-    if own["work"]: self.work = self._work(**own["work"])
-    self._put_back(own["outside"])
+    if own["work"]: self.work = self._resumed_work(**own["work"])
+    self._restore_surroundings(own["outside"])
 
 @patch
-def _work(self:DDPOTrainer, latents, log_probs, prompts, advantages, totals, norms, **rest):
+def _resumed_work(self:DDPOTrainer, latents, log_probs, prompts, advantages, totals, norms, **rest):
     """An epoch that a checkpoint was made in the middle of. Its images have been scored and shown, and
     are not needed any more."""
     p, keep = self.policy, "cpu" if self.config.offload_trajectories else self.accelerator.device
@@ -1779,7 +1774,7 @@ def train(self:DDPOTrainer,
             while self.epochs_done < total and not self._past_its_best(): self._run_step()
             self._take_best()
             if c.push_to_hub: self.push_to_hub(self.hub_model_id)
-        except Stopped: self._end()
+        except Stopped: self._save_and_leave()
         finally:
             self._on_row = None
             if self.pool: self.pool.close()
@@ -1787,7 +1782,7 @@ def train(self:DDPOTrainer,
     return self.rows
 
 @patch
-def _end(self:DDPOTrainer):
+def _save_and_leave(self:DDPOTrainer):
     "Save what is there, and leave as the one who asked for it expects."
     self.optimizer.zero_grad()  # of the update that was under way
     signum, self.stopping = self.stopping, None
@@ -1800,13 +1795,6 @@ def _end(self:DDPOTrainer):
     if signum: raise SystemExit(128 + signum)
 
 # %% ../nbs/09_trainer.ipynb #2f369ea5
-def _base_name(pipeline):
-    "What the pipeline was loaded from."
-    pipeline = getattr(pipeline, "sd_pipeline", pipeline)  # of one's own
-    name = str(getattr(pipeline, "config", {}).get("_name_or_path") or "the base model")
-    return EMOJI_SD if name.endswith(f"weights/{EMOJI_SD}") else name
-
-
 @patch
 def _repository(self:DDPOTrainer):
     "Where the weights are to go, on the main process; InputError or HubError if they could not."
@@ -1824,7 +1812,7 @@ def _card(self:DDPOTrainer, repo_id, pictures=()):
     name = getattr(self.reward_function, "__name__", type(self.reward_function).__name__)
     settings = _plain({k: v for k, v in asdict(self.config).items() if k in _KINDS})
     return model_card(
-        _base_name(self.policy.pipeline), self.config.algorithm, name, settings, self.rows, repo_id,
+        self.policy.name, self.config.algorithm, name, settings, self.rows, repo_id,
         self.policy.use_lora, pictures
     )
 

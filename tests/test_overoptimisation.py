@@ -79,13 +79,13 @@ def test_the_divergence_is_exact_and_differentiated(sampled, cls, reduction):
 
 def test_the_reference_is_left_even_by_an_error(sampled):
     policy, *_ = sampled
-    unet, move_by = policy.unet, 0.02
+    unet, move_by = policy.wrapped, 0.02
     move(policy, move_by)
     x, t, cond = torch.zeros(1, 8, 8, 8), policy.timesteps[:1], policy.encode(["cat"])
     with torch.no_grad():
         trained = policy.predict(x, t, cond)
         with pytest.raises(KeyError), policy.reference(): raise KeyError
-        assert policy.unet is unet and torch.equal(policy.predict(x, t, cond), trained)
+        assert policy.wrapped is unet and torch.equal(policy.predict(x, t, cond), trained)
         with policy.reference(): assert not torch.equal(policy.predict(x, t, cond), trained)
     move(policy, -move_by)
 

@@ -211,7 +211,7 @@ def test_configure(policy):
     ):
         with pytest.raises(ValueError, match=next(iter(wrong))): policy.configure(**wrong)
     assert (
-        len(policy.timesteps) == 7 and policy.latent_shape == (8, 8, 8) and policy.num_train_timesteps == 1000
+        len(policy.timesteps) == 7 and policy.latent_shape == (8, 8, 8) and policy.most_steps == 1000
     )
 
 @pytest.mark.parametrize("guidance", [True, False])
@@ -313,7 +313,7 @@ def test_trl_constructor(folder):
 def test_a_lora_merges_into_the_unet(tmp_path):
     policy = StableDiffusionPolicy(load_pipeline())
     torch.manual_seed(0)
-    for name, p in policy.unet.named_parameters():
+    for name, p in policy.trained.named_parameters():
         if "lora_B" in name: p.data.normal_(std=0.1)
     policy.save_pretrained(tmp_path)
     apart, merged = load_pipeline(lora=str(tmp_path)), load_pipeline(lora=str(tmp_path))
@@ -341,7 +341,7 @@ def test_restore_is_exact_and_refuses_other_shapes(tmp_path):
 # as fast as the network allows, and still the same
 
 def test_a_small_lora_says_and_learns_what_pefts_does():
-    from ddpo_nb.policy import SmallLora
+    from ddpo_nb.speed import SmallLora
     from peft.tuners import lora
     policy = shake(StableDiffusionPolicy(load_pipeline(), num_steps=4))
     layers = [m for m in policy.pipeline.unet.modules() if isinstance(m, SmallLora)]
@@ -423,7 +423,7 @@ def test_a_cut_prompt_is_read_as_the_pipeline_reads_it():
     from ddpo_nb.policy import _read_part
     tokenizer = load_pipeline().tokenizer
     texts = ["", "a bear", LONG, LONG + " at night", "bear " * 200]
-    parts, cut = _read_part(tokenizer, texts)
+    parts, cut = _read_part(tokenizer, texts, tokenizer.model_max_length)
     given = tokenizer(texts, truncation=True, max_length=tokenizer.model_max_length).input_ids
     assert [list(o) for o in parts] == given and cut == [False, False, True, True, True]
 

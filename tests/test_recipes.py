@@ -15,7 +15,8 @@ from hypothesis import given, settings, strategies as st
 from ddpo_nb import recipes as R, trainer as T
 from ddpo_nb.batches import saved_bytes
 from ddpo_nb.mdp import Trajectories
-from ddpo_nb.policy import EMOJI_SD, SmallLora, StableDiffusionPolicy, load_pipeline
+from ddpo_nb.policy import EMOJI_SD, StableDiffusionPolicy, load_pipeline
+from ddpo_nb.speed import SmallLora
 from ddpo_nb.prompts import PROMPT_SETS, InputError, PromptSource
 from ddpo_nb.recipes import (RECIPES, estimate_memory, get_recipe, list_recipes, model_numbers, peak_bytes,
                              plan)
@@ -294,7 +295,7 @@ def losses(config, numbers, lora):
         StableDiffusionPolicy(load_pipeline(), lora, config.lora_rank, config.sample_num_steps),
         R._micro(config, numbers), config.sample_num_steps
     )
-    if config.gradient_checkpointing: real.unet.enable_gradient_checkpointing()
+    if config.gradient_checkpointing: real.trained.enable_gradient_checkpointing()
     x, draw = torch.randn(2, T + 1, *numbers.latent), torch.arange(m)
     t = Trajectories(
         x, real.timesteps, torch.zeros(2, T), real.stochastic, real.encode(["a cat", "an owl"]),
@@ -306,7 +307,7 @@ def losses(config, numbers, lora):
     )
     return (
         imagined, list(ghost.pipeline.unet.parameters()), lambda: objective.loss(real, t, e)[0].sum(),
-        list(real.unet.parameters())
+        list(real.trained.parameters())
     )
 
 @pytest.mark.parametrize("lora", [True, False])

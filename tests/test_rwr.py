@@ -181,7 +181,7 @@ def test_examples_are_flat_with_mean_weight_one(tiny, objective, m):
     assert {k: len(v) for k, v in ex.items()} == dict(sample=m, weight=m, timestep=m, noise=m)
     assert ex["noise"].shape[1:] == batch.latents.shape[2:]
     assert ex["weight"].mean().item() == pytest.approx(1, rel=1e-5)
-    assert 0 <= ex["timestep"].min() and ex["timestep"].max() < policy.num_train_timesteps
+    assert 0 <= ex["timestep"].min() and ex["timestep"].max() < policy.most_steps
 
 def test_examples_come_from_the_generator_alone(tiny):
     policy, batch = tiny

@@ -322,7 +322,10 @@ def test_an_update_holds_what_the_papers_does(algorithm, seen):
     prompts = [f"animal {i % 512}" for i in range(n)]   # 20 pictures each
     counts = objective.weigh(prompts, np.random.default_rng(0).normal(size=n), None)
     thin = SimpleNamespace(latents=torch.zeros(n, 1, 1, 1, 1), device=torch.device("cpu"))
-    ex = objective.examples(SimpleNamespace(num_train_timesteps=1000), thin, counts, torch.Generator())
+    ex = objective.examples(
+        SimpleNamespace(draw_levels=lambda n, g: torch.randint(1000, (n,), generator=g)),
+        thin, counts, torch.Generator()
+    )
     sizes = {len(i) for i in split_updates(ex["sample"], n, n // c.samples_per_update, torch.Generator())}
     assert sizes == {128}
     assert set((ex["sample"].bincount()[ex["sample"].unique()] * c.train_num_inner_epochs).tolist()) == {seen}
