@@ -56,7 +56,7 @@ def steps(draw):
     "kind, σ, σ', a, σ_max"
     kind = draw(st.sampled_from(KINDS))
     s = draw(st.one_of(st.just(1.), st.floats(0.01, 0.99)))
-    s_next = draw(st.one_of(st.just(0.), st.floats(0, 0.98 * s)))
+    s_next = draw(st.one_of(st.just(0.), st.floats(1e-3, 0.98 * s)))
     return kind, s, s_next, draw(st.floats(0.05, 0.95)), draw(st.floats(0.5, 0.98))
 
 @quick
