@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .likelihood import gaussian_log_prob
-from .mdp import DDIMStep as Step, _check_step, draw_noise
+from .mdp import Step, _check_step, draw_noise
 
 # %% ../nbs/01a_flow.ipynb #8d15294e
 KINDS = ("flow-sde", "dance-sde", "cps", "ode")

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EMOJI_SD', 'BUNDLED', 'FAMILIES', 'LORA_FILES', 'ModelError', 'is_hub_id', 'lora_file', 'LoraLayer', 'read_lora',
-           'adapter_tensors', 'load_lora', 'fuse_lora', 'check_pipeline', 'config_beside', 'load_pipeline']
+           'adapter_tensors', 'load_lora', 'fuse_lora', 'check_pipeline', 'check_noise', 'config_beside',
+           'load_pipeline']
 
 # %% ../nbs/01b_loading.ipynb #dace5226
 import json, math, re, warnings
@@ -29,6 +30,9 @@ BUNDLED = (EMOJI_SD,)
 # what a pipeline is called in model_index.json -> the policy of its family, imported when it is needed
 FAMILIES = {
     "StableDiffusionPipeline": "ddpo_nb.sd:StableDiffusionPolicy",
+    "StableDiffusionXLPipeline": "ddpo_nb.sdxl:SDXLPolicy",
+    "StableDiffusion3Pipeline": "ddpo_nb.sd3:SD3Policy",
+    "FluxPipeline": "ddpo_nb.flux:FluxPolicy",
 }
 
 class ModelError(ValueError):
@@ -371,7 +375,7 @@ _CHANNELS = {9: "inpaints: it wants a mask and a picture", 8: "edits a picture t
 
 def check_pipeline(pipe):
     "ValueError unless a pipeline draws from a latent, a timestep and a text, by noise that can be undone."
-    unet, vae, noise = pipe.unet.config, pipe.vae.config, pipe.scheduler.config
+    unet, vae = pipe.unet.config, pipe.vae.config
     def no(reason):
         raise ValueError(
             "it is not a text-to-image model of the Stable Diffusion 1.x or 2.x family: " + reason
@@ -388,8 +392,16 @@ def check_pipeline(pipe):
     widths = {*width} if isinstance(width, (list, tuple)) else {width}
     if text is not None and widths != {text.hidden_size}:
         no(f"its UNet reads texts of width {width}, its text encoder writes {text.hidden_size}")
+    check_noise(pipe.scheduler, no)
+
+def check_noise(
+    scheduler,
+    no,  # called with a reason, to raise ValueError
+):
+    "ValueError unless the noise is DDPM's, and can be undone by what the network predicts."
+    noise = scheduler.config
     if "beta_schedule" not in noise:
-        no(f"its scheduler, {type(pipe.scheduler).__name__}, is not one of DDPM's kind")
+        no(f"its scheduler, {type(scheduler).__name__}, is not one of DDPM's kind")
     kind = noise.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "sample", "v_prediction"): no(f"its network predicts {kind!r}")
     if kind == "epsilon" and _ddim(noise).alphas_cumprod.min() < 1e-10:

@@ -47,12 +47,6 @@ class StableDiffusionPolicy(DiffusionPolicy):
         self.pipeline.scheduler.set_timesteps(num_steps)
         return process
 
-    @property
-    def latent_shape(self) -> tuple:
-        "(C, H, W) of one latent."
-        c = self.trained.config
-        return c.in_channels, *((c.sample_size,) * 2 if isinstance(c.sample_size, int) else c.sample_size)
-
     def embed(self, texts: list) -> Tensor:
         "The text encoder's view of `texts`, (N, L, D)."
         with _quiet():
