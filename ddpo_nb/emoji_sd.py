@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'ANIMALS', 'UNSEEN_ANIMALS', 'OBJECTS', 'GLYPHS', 'NOUNS', 'COLOURS', 'COLOUR_NAMES', 'FONT', 'load',
-           'save', 'glyph', 'scene', 'to_tensor', 'random_scenes', 'captions', 'build_tokenizer', 'build_text_encoder',
-           'build_vae', 'build_unet', 'build_scheduler', 'assemble', 'save_state', 'load_state', 'vae_loss',
-           'train_vae', 'encode_scenes', 'tokenize_captions', 'unet_loss', 'train_unet', 'main']
+           'write_vocabulary', 'save', 'glyph', 'scene', 'to_tensor', 'random_scenes', 'captions', 'build_tokenizer',
+           'build_text_encoder', 'build_vae', 'build_unet', 'build_scheduler', 'assemble', 'save_state', 'load_state',
+           'vae_loss', 'train_vae', 'encode_scenes', 'tokenize_captions', 'unet_loss', 'train_unet', 'main']
 
 # %% ../nbs/12_emoji_sd.ipynb #836ab624
 import argparse, json, os, sys
@@ -35,19 +35,22 @@ def load(dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
+def write_vocabulary(folder: Path):
+    "Write the tokenizer in `folder` once more, as the two files that transformers 4 reads."
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    merges = "".join(" ".join(m) + "\n" for m in model["merges"])
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+
 def save(pipe: StableDiffusionPipeline, folder: Path):
     "Write the pipeline in half precision, in diffusers' format, so that transformers 4 and 5 read it."
     for part in (pipe.vae, pipe.text_encoder, pipe.unet): part.half()
     pipe.save_pretrained(folder)
-    text, tokens = Path(folder) / "text_encoder/model.safetensors", Path(folder) / "tokenizer"
+    text = Path(folder) / "text_encoder/model.safetensors"
     # transformers 4 wants the prefix
     named = {"text_model." + k.removeprefix("text_model."): v for k, v in load_file(text).items()}
     save_file(named, text, metadata=dict(format="pt"))
-    model = json.loads((tokens / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-    (tokens / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
-    (tokens / "merges.txt").write_text(
-        "#version: 0.2\n" + "".join(" ".join(m) + "\n" for m in model["merges"]), encoding="utf-8"
-    )
+    write_vocabulary(Path(folder) / "tokenizer")
 
 # %% ../nbs/12_emoji_sd.ipynb #fd7310e2
 _animals = """cat 1F431 dog 1F436 horse 1F434 monkey 1F435 rabbit 1F430 zebra 1F993 spider 1F577 bird 1F426
@@ -153,14 +156,16 @@ def captions(noun: str, colour: str) -> list:
     return [_articles(p.format(n=noun, c=colour)) for p in _patterns]
 
 # %% ../nbs/12_emoji_sd.ipynb #4bdc11c9
-def build_tokenizer() -> CLIPTokenizer:
+_other_words = "a an on background with picture photo of the and in emoji drawing".split()
+
+def build_tokenizer(
+    words: set = frozenset({*NOUNS, *COLOURS}),  # what the captions are about
+) -> CLIPTokenizer:
     """A `CLIPTokenizer` in which each word of the captions is one token and every letter, digit and
     common sign has its own."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     signs = list("abcdefghijklmnopqrstuvwxyz0123456789,.!?'-")
-    words = sorted(
-        {*NOUNS, *COLOURS, *"a an on background with picture photo of the and in emoji drawing".split()}
-    )
+    words = sorted({*words, *_other_words})
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     bpe.normalizer, bpe.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(
