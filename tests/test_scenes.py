@@ -58,7 +58,8 @@ def test_the_plainest_wording(scene, first): assert wordings(scene)[0] == first 
 
 @pytest.mark.parametrize("text", [
     "a car and a car", "three unicorns", "two cats and a dog", "five stars", "a cat left a dog", "a cats",
-    "three apple", "a cat on", "on a blue background", "a blue background", "a cat on a beige background", "and",
+    "three apple", "a cat on", "on a blue background", "a blue background", "a cat on a beige background",
+    "and",
     "a cat to the left of", "a cat and a dog and a pig", "0 cats", "a cat\0", "🐱"])
 def test_what_is_not_of_this_world_is_refused(text):
     with pytest.raises(InputError, match="prompt"): parse(text)
