@@ -152,7 +152,7 @@ class FlowProcess:
         window: tuple|None = None,  # (first, count): stochastic in these steps, Euler outside; None: all
         mu: float|None = None,      # of dynamic shift, as the pipeline computes it; static ones ignore it
         sigmas = None,              # the levels before the shift, where the pipeline passes some (FLUX does)
-        device = None,              # of `times` and `stochastic`
+        device = None,              # of `times` and `stochastic`; they follow the latents later
     ):
         _check_scheduler(scheduler, mu, sigmas, num_steps)
         _check_noise(kind, torch.tensor(float(noise_level)))
@@ -176,7 +176,13 @@ class FlowProcess:
             raise ValueError(f"window {tuple(window)} has no stochastic step: the last one of cps is certain")
         self.window, self.levels, self.stochastic = window, levels, stochastic
 
-# %% ../nbs/01a_flow.ipynb #20992210
+# %% ../nbs/01a_flow.ipynb #d9ab5e54
+def _follow(process, device):
+    "Move a process's numbers to where the latents are, once, so that no step waits for a copy."
+    if process.times.device == device: return
+    for name in ("times", "sigmas", "stochastic"): setattr(process, name, getattr(process, name).to(device))
+    process.levels = process.levels.to(_exact(device)).to(device)
+
 @patch
 def step(
     self: FlowProcess,
@@ -188,7 +194,8 @@ def step(
     reduction: str = "mean",          # of the log-density
 ) -> Step:
     "The step from time `t` to the next of `times`; ValueError if `t` is none of them, or as `flow_step`."
-    same = torch.as_tensor(t, dtype=self.times.dtype, device=self.times.device).reshape(-1, 1) == self.times
+    _follow(self, x.device)
+    same = torch.as_tensor(t, dtype=self.times.dtype, device=x.device).reshape(-1, 1) == self.times
     if same.device.type == "cpu" and not same.any(1).all():
         known, given = ", ".join(f"{o:.7g}" for o in self.times.tolist()), torch.as_tensor(t).tolist()
         raise ValueError(f"t must be one of the scheduler's timesteps ({known}), not {given}")

@@ -430,6 +430,24 @@ def test_bad_process(change, message):
     with pytest.raises(ValueError, match=message) as e: FlowProcess(**{**dict(scheduler=make()), **change})
     assert "\n" not in str(e.value)
 
+@pytest.mark.cuda
+@each_kind
+def test_a_process_follows_its_latents_to_the_gpu(kind):
+    "Wherever it was made: the same steps, and one generator a sample gives the same dice there"
+    here, there, (x, v) = process(kind), process(kind), data(shape=(10, 4, 4))
+    one = here.step(v, x, here.times, generator=[rng(i) for i in range(10)])
+    two = there.step(v.cuda(), x.cuda(), there.times, generator=[rng(i) for i in range(10)])
+    assert there.times.is_cuda and there.stochastic.is_cuda and two.log_prob.is_cuda
+    for name in ("mean", "std", "prev_sample", "log_prob"):
+        torch.testing.assert_close(getattr(two, name).cpu(), getattr(one, name), rtol=1e-5, atol=1e-5)
+    assert there.draw_levels(4, rng()).is_cuda
+
+def test_a_process_follows_its_latents_to_another_device():
+    "`meta` stands for a GPU: everything that the step asks for is there"
+    p, x = process(), torch.empty(3, 4, 4, device="meta")
+    step = p.step(x, x, p.times[:3], prev_sample=x)
+    assert {o.device.type for o in (p.times, p.sigmas, p.levels, p.stochastic, step.mean, step.log_prob)} == {"meta"}
+
 # --- windows ---
 
 @each_noisy
