@@ -446,7 +446,8 @@ def test_a_process_follows_its_latents_to_another_device():
     "`meta` stands for a GPU: everything that the step asks for is there"
     p, x = process(), torch.empty(3, 4, 4, device="meta")
     step = p.step(x, x, p.times[:3], prev_sample=x)
-    assert {o.device.type for o in (p.times, p.sigmas, p.levels, p.stochastic, step.mean, step.log_prob)} == {"meta"}
+    moved = (p.times, p.sigmas, p.levels, p.stochastic, step.mean, step.log_prob)
+    assert {o.device.type for o in moved} == {"meta"}
 
 # --- windows ---
 
