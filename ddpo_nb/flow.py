@@ -134,9 +134,9 @@ def _check_scheduler(scheduler, mu, sigmas, num_steps):
 def _check_window(window, num_steps):
     "ValueError unless `window` is None or (first, count) within the steps."
     if window is None: return
-    first, count = window
-    if not (first >= 0 and count >= 1 and first + count <= num_steps):
-        raise ValueError(f"window must be (first, count) within the {num_steps} steps, not {tuple(window)}")
+    pair = isinstance(window, (tuple, list)) and len(window) == 2 and all(isinstance(o, int) for o in window)
+    if not (pair and window[0] >= 0 and window[1] >= 1 and sum(window) <= num_steps):
+        raise ValueError(f"window must be (first, count) within the {num_steps} steps, not {window!r}")
 
 # %% ../nbs/01a_flow.ipynb #498f6485
 class FlowProcess:

@@ -422,6 +422,8 @@ def test_bad_input(change, message):
     (dict(sigmas=[1., 0.5]), "sigmas must be 10 numbers"),
     (dict(window=(9, 2)), r"window must be \(first, count\) within the 10 steps, not \(9, 2\)"),
     (dict(window=(-1, 2)), "window must be"), (dict(window=(2, 0)), "window must be"),
+    (dict(window=3), "window must be"), (dict(window=(1, 2, 3)), "window must be"),
+    (dict(window=(0.5, 2)), "window must be"),
     (dict(window=(0, 2), kind="ode"), "window has no effect"),
     (dict(window=(0, 2), noise_level=0.), "window has no effect"),
     (dict(window=(9, 1), kind="cps"), "no stochastic step"),
