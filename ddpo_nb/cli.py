@@ -192,7 +192,9 @@ def _add_weights(p):
             "of the usual programs, or a hub id"
         ),
     )
-    g.add_argument("--unet", metavar="DIR", help="folder of a whole trained UNet")
+    g.add_argument(
+        "--network", "--unet", metavar="DIR", help="folder of a whole trained network (UNet, transformer)"
+    )
 
 def _add_sampling(p):
     p.add_argument("--steps", type=_count, help="denoising steps (20 for emoji-sd, else 50)")
@@ -730,19 +732,21 @@ def _policy(args):
     _check_model(args.model)
     if args.eta > 1: raise InputError("--eta", f"{args.eta} is out of range", "give a number in [0, 1]")
     _check_lora("--lora", args.lora)
-    if args.unet and not Path(args.unet).expanduser().exists():
+    if args.network and not Path(args.network).expanduser().exists():
         raise InputError(
-            "--unet", f"there is no {args.unet!r}",
+            "--network", f"there is no {args.network!r}",
             "give a folder of trained weights, such as runs/x/weights/ddpo-is-seed0",
         )
     from ddpo_nb.loading import fuse_lora, load_pipeline
-    from ddpo_nb.sd import StableDiffusionPolicy
+    from ddpo_nb.policy import family_of
     from ddpo_nb.trainer import make_config, processes
     usual = make_config("ddpo-is", args.model)
-    pipe = load_pipeline(args.model, lora=args.lora, unet=args.unet)
-    text = bool(getattr(pipe.text_encoder, "peft_config", None))
-    if text: fuse_lora(pipe)  # a policy's text encoder is as it is
-    policy = StableDiffusionPolicy(pipe, use_lora=bool(args.lora) and not text)
+    pipe = load_pipeline(args.model, lora=args.lora, network=args.network)
+    of_text = any(
+        getattr(o, "peft_config", None) for k, o in pipe.components.items() if k.startswith("text_encoder")
+    )
+    if of_text: fuse_lora(pipe)  # a policy's text encoders are as they are
+    policy = family_of(pipe)(pipe, use_lora=bool(args.lora) and not of_text)
     policy.pipeline.to(processes().device)
     if (args.steps or 1) > policy.most_steps:
         raise InputError(

@@ -20,7 +20,8 @@ class FluxPolicy(FlowPolicy):
     two_passes, patch = False, 2
     text_window = 512  # T5's tokens: the pipeline's default; schnell takes 256
 
-    def check(self, pipeline):
+    @classmethod
+    def check(cls, pipeline):
         "ValueError unless a pipeline flows, both encoders are there, and the network takes packed latents."
         super().check(pipeline)
         if pipeline.text_encoder is None or pipeline.text_encoder_2 is None:

@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['EMOJI_SD', 'BUNDLED', 'FAMILIES', 'LORA_FILES', 'ModelError', 'is_hub_id', 'lora_file', 'LoraLayer', 'read_lora',
-           'adapter_tensors', 'load_lora', 'fuse_lora', 'check_pipeline', 'check_noise', 'config_beside',
-           'load_pipeline']
+           'adapter_tensors', 'load_lora', 'fuse_lora', 'check_pipeline', 'check_noise', 'config_beside', 'family_of',
+           'network_name', 'load_pipeline']
 
 # %% ../nbs/01b_loading.ipynb #dace5226
 import json, math, re, warnings
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+import diffusers
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import HfApi, snapshot_download
 from peft import LoraConfig
@@ -85,7 +87,7 @@ def _pick(names):
     for name in LORA_FILES:
         if name in names: return name
     if any(o.startswith(("diffusion_pytorch_model.", "model_index.json")) or o == "unet" for o in names):
-        raise ValueError("it holds a whole UNet or model, not a LoRA: give it as --unet, or as --model")
+        raise ValueError("it holds a whole UNet or model, not a LoRA: give it as --network, or as --model")
     found = sorted(o for o in names if o.endswith(".safetensors"))
     if len(found) == 1: return found[0]
     if found: raise ValueError(f"it holds several files: name one of {', '.join(map(_shown, found[:5]))}")
@@ -127,12 +129,12 @@ _ENDS = {".lora.down.weight": "down", ".lora.up.weight": "up",
          ".lora_B.bias": "bias", ".lora.up.bias": "bias",
          ".lora_magnitude_vector": "magnitude", ".lora_magnitude_vector.weight": "magnitude"}
 _WRAPPERS = "base_model.model.", "module.", "_orig_mod."   # peft's, DDP's, torch.compile's
-_PARTS = {"unet.": "unet", "text_encoder.": "text_encoder", "lora_unet_": "unet", "lora_te_": "text_encoder",
-          "lora_te1_": "text_encoder"}
-_STRANGERS = {"text_encoder_2.": "Stable Diffusion XL", "lora_te2_": "Stable Diffusion XL",
-              "lora_te3_": "Stable Diffusion 3",
-              "transformer.": "a diffusion transformer", "lora_transformer_": "a diffusion transformer",
-              "diffusion_model.": "a diffusion transformer"}
+_PARTS = {"unet.": "unet", "lora_unet_": "unet", "text_encoder.": "text_encoder", "lora_te_": "text_encoder",
+          "lora_te1_": "text_encoder", "text_encoder_2.": "text_encoder_2", "lora_te2_": "text_encoder_2",
+          "text_encoder_3.": "text_encoder_3", "lora_te3_": "text_encoder_3", "transformer.": "transformer",
+          "lora_transformer_": "transformer", "diffusion_model.": "transformer"}
+_STRANGERS = {"text_encoder_2": "Stable Diffusion XL", "text_encoder_3": "Stable Diffusion 3",
+              "transformer": "a diffusion transformer", "unet": "a UNet"}
 _OTHER_KINDS = {"hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "glora_": "GLoRA",
                 "lora_mid": "LoCon with a Tucker decomposition", "dora_scale": "DoRA in kohya's form",
                 ".diff": "differences of whole weights"}
@@ -151,9 +153,6 @@ def _split(key):
     name = key
     while wrapper := next((o for o in _WRAPPERS if name.startswith(o)), None):
         name = name.removeprefix(wrapper)
-    for start, model in _STRANGERS.items():
-        if name.startswith(start):
-            raise ValueError(f"its layer {_shown(name)} belongs to a model of another kind, {model}")
     start = next((o for o in _PARTS if name.startswith(o)), "")
     part, name = _PARTS.get(start, "unet"), name.removeprefix(start)
     if not start and name.startswith(("text_model.", "encoder.layers.")): part = "text_encoder"
@@ -169,12 +168,12 @@ def _no_lora(keys):
     for mark, kind in _OTHER_KINDS.items():
         if any(f".{mark}" in k or mark[0] == "." and k.endswith(mark) for k in keys):
             raise ValueError(f"it is an adapter of another kind ({kind}): "
-                             "fuse it into the UNet, and give that as --unet")
+                             "fuse it into the UNet, and give that as --network")
     if any("lora" in k for k in keys): return
     if any(k.startswith(("model.diffusion_model.", "cond_stage_model.")) for k in keys):
         raise ValueError("it is a whole model, not a LoRA: give it as --model")
     if {"conv_in.weight", "conv_out.weight"} <= {*keys}:
-        raise ValueError("it is a whole UNet, not a LoRA: give it as --unet")
+        raise ValueError("it is a whole UNet, not a LoRA: give it as --network")
     if {"emb_params", "string_to_param"} & {*keys} or len(keys) == 1 and keys[0].startswith("<"):
         raise ValueError("it is a textual inversion, not a LoRA")
 
@@ -182,7 +181,7 @@ def _no_lora(keys):
 def _settings(config, part):
     "Of an adapter's settings, those for one part of the model."
     own = {k.removeprefix(f"{part}."): v for k, v in config.items() if k.startswith(f"{part}.")}
-    return own if any(k.startswith(("unet.", "text_encoder.")) for k in config) else config
+    return own if any(k.startswith(("unet.", "transformer.", "text_encoder")) for k in config) else config
 
 def _loads(text, where):
     try: value = json.loads(text)
@@ -262,7 +261,7 @@ def read_lora(
 # %% ../nbs/01b_loading.ipynb #de0d2261
 def _spellings(layer, part):
     "How files may spell the name of a model's layer."
-    if part == "unet":
+    if part in ("unet", "transformer"):
         head, _, last = layer.replace(".to_out.0", ".to_out").rpartition(".")
         names = [layer, *([f"{head}.{last}", f"{head}.processor.{last}"] if last.startswith("to_") else [])]
     else:
@@ -344,10 +343,14 @@ def load_lora(
 ):
     "Put a LoRA into a pipeline: all of it, at its own strength, or ValueError says why not."
     lora, alphas = read_lora(place)
+    for part in lora:
+        if getattr(pipe, part, None) is None:
+            layer, model = next(iter(lora[part])), _STRANGERS.get(part, "one with another text encoder")
+            raise ValueError(f"its layer {_shown(layer)} belongs to a model of another kind, {model}")
     fitted = {part: _fitted(layers, getattr(pipe, part), part, alphas[part]) for part, layers in lora.items()}
     for part, layers in fitted.items():
         network, config, tensors = getattr(pipe, part), _lora_config(layers), _tensors(layers)
-        if part == "unet":
+        if part in ("unet", "transformer"):
             network.load_lora_adapter(tensors, prefix=None, adapter_name="default", metadata=config)
         else:
             network.load_adapter(adapter_name="default", adapter_state_dict=tensors,
@@ -356,7 +359,7 @@ def load_lora(
 
 def fuse_lora(pipe: StableDiffusionPipeline):
     "Work a pipeline's adapter into its weights, and leave no adapter."
-    parts = [o for o in ("unet", "text_encoder") if getattr(getattr(pipe, o), "peft_config", None)]
+    parts = [name for name, o in pipe.components.items() if getattr(o, "peft_config", None)]
     pipe.fuse_lora(components=parts)
     pipe.unload_lora_weights()
 
@@ -411,14 +414,24 @@ def check_noise(
             "Such a model has to predict v"
         )
 
-_STEMS = dict(unet="diffusion_pytorch_model", vae="diffusion_pytorch_model", text_encoder="model")
-_CONFIGS = dict(unet="config.json", vae="config.json", text_encoder="config.json",
-                scheduler="scheduler_config.json", tokenizer="tokenizer_config.json")
-_PIPELINES = "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"
+_STEMS = dict(diffusers="diffusion_pytorch_model", transformers="model")
+_OTHER_TASKS = dict.fromkeys(
+    ("StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"), "StableDiffusionPipeline")
+_OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # parts that nothing here uses
+# T5, which people leave out
+_LARGE_OPTIONAL = dict(StableDiffusion3Pipeline=("text_encoder_3", "tokenizer_3"))
 
-def _forms(folder, part):
+def _config_of(kind):
+    "The file that says how a part of that class is made."
+    if kind.endswith("Scheduler"): return "scheduler_config.json"
+    return "tokenizer_config.json" if "Tokenizer" in kind else "config.json"
+
+def _has_weights(kind):
+    return not kind.endswith(("Scheduler", "Processor", "Extractor")) and "Tokenizer" not in kind
+
+def _forms(folder, part, stem="diffusion_pytorch_model"):
     "In which forms a part's weights are there: None for the plain one, or a variant's name, such as fp16."
-    names, stem = {o.name for o in folder.iterdir()}, _STEMS[part]
+    names = {o.name for o in folder.iterdir()}
     whole = {n[len(stem)+1:-len(".safetensors")].strip(".") or None for n in names
              if n.startswith(stem + ".") and n.endswith(".safetensors") and "-of-" not in n}
     index_of = f"{stem}.safetensors.index."
@@ -444,33 +457,89 @@ def _variant(forms):
         raise ValueError(f"its parts are there in different variants alone ({every})")
     return "fp16" if "fp16" in common else min(common)
 
-def _check_configs(folder):
-    "ValueError names what a folder in diffusers' format lacks, or which other kind it is of."
+def _index(folder):
+    "What a folder's model_index.json says, and which of its pipelines that is."
     if not (folder/"model_index.json").is_file(): raise ValueError("it holds no model_index.json")
-    index = (folder/"model_index.json").read_text(encoding="utf-8", errors="replace")
-    kind = _loads(index, "its model_index.json").get("_class_name")
-    if isinstance(kind, str) and kind not in _PIPELINES:
-        raise ValueError(f"it is a {kind[:60]}, not a model of the Stable Diffusion 1.x or 2.x family")
-    for part, config in _CONFIGS.items():
-        if not (folder/part/config).is_file(): raise ValueError(f"there is no {part}/{config}")
+    text = (folder/"model_index.json").read_text(encoding="utf-8", errors="replace")
+    index = _loads(text, "its model_index.json")
+    kind = index.get("_class_name")
+    if not isinstance(kind, str): kind = "StableDiffusionPipeline"  # of before it was written down
+    kind = _OTHER_TASKS.get(kind, kind)
+    if kind not in FAMILIES:
+        raise ValueError(
+            f"it is a {kind[:60]}, not a model of a family that can be trained: {', '.join(FAMILIES)}"
+        )
+    return index, kind
+
+_MUST = dict(vae=("diffusers", "AutoencoderKL"), unet=("diffusers", "UNet2DConditionModel"),
+             text_encoder=("transformers", "CLIPTextModel"), scheduler=("diffusers", "DDIMScheduler"),
+             tokenizer=("transformers", "CLIPTokenizer"))  # of Stable Diffusion, whatever its index says
+
+def _parts_of(folder):
+    """The pipeline's class, and library and class of each part that has to be there. ValueError names
+    what is missing."""
+    index, kind = _index(folder)
+    parts = {
+        k: tuple(v)
+        for k, v in index.items()
+        if isinstance(v, list) and len(v) == 2 and all(isinstance(o, str) for o in v) and k not in _OPTIONAL
+    }
+    if kind == "StableDiffusionPipeline": parts = _MUST | {k: v for k, v in parts.items() if k in _MUST}
+    optional = _LARGE_OPTIONAL.get(kind, ())
+    if absent := [o for o in family_of(kind).part_names if o not in parts and o not in optional]:
+        raise ValueError(f"its model_index.json says {kind}, and names no {absent[0]}")
+    for name in optional:
+        if not (folder/name).is_dir(): parts.pop(name, None)
+    for part, (_, of) in parts.items():
+        if not (folder / part / _config_of(of)).is_file():
+            raise ValueError(f"there is no {part}/{_config_of(of)}")
+    return kind, parts
 
 def _check_folder(folder):
-    "The variant of a folder's weights. ValueError names what is missing or of another kind."
-    _check_configs(folder)
-    return _variant([_forms(folder/part, part) for part in _STEMS])
+    "The pipeline's class, its parts, and the variant of their weights. ValueError names what is missing."
+    kind, parts = _parts_of(folder)
+    forms = [_forms(folder/part, part, _STEMS.get(library, _STEMS["diffusers"]))
+             for part, (library, of) in parts.items() if _has_weights(of)]
+    return kind, parts, _variant(forms)
 
-def _check_text_encoder(folder, text_encoder):
-    "ValueError if the files lack weights of the text encoder: transformers makes up what it does not find."
+def _check_text_encoder(folder, part, text_encoder):
+    "ValueError if the files lack weights of a text encoder: transformers makes up what it does not find."
     bare, found = (lambda k: k.removeprefix("text_model.")), set()
-    for file in (folder/"text_encoder").glob("model*.safetensors"):
+    for file in (folder/part).glob("model*.safetensors"):
         with safe_open(file, "pt") as f: found |= {bare(k) for k in f.keys()}
-    if lost := sorted({bare(n) for n, _ in text_encoder.named_parameters()} - found):
-        raise ValueError(f"its text encoder's files lack {len(lost)} of its weights, such as {lost[0]}")
+    own = {bare(n) for n, _ in text_encoder.named_parameters()}
+    lost = sorted(
+        own - found - {o for o in own if o.endswith("embed_tokens.weight") and "shared.weight" in found}
+    )
+    if lost:
+        raise ValueError(
+            f"its {part.replace('_', ' ')}'s files lack {len(lost)} of its weights, such as {lost[0]}"
+        )
 
-def _from_parts(model, revision, variant):
-    return StableDiffusionPipeline.from_pretrained(
-        model, revision=revision, variant=variant, safety_checker=None, requires_safety_checker=False,
-        use_safetensors=True, trust_remote_code=False)
+def _from_parts(kind, model, revision, variant, **parts):
+    if kind == "StableDiffusionPipeline": parts |= dict(safety_checker=None, requires_safety_checker=False)
+    return getattr(diffusers, kind).from_pretrained(
+        model, revision=revision, variant=variant, use_safetensors=True, trust_remote_code=False, **parts)
+
+def _from_folder(path):
+    kind, parts, variant = _check_folder(path)
+    absent = {name: None for name in _LARGE_OPTIONAL.get(kind, ()) if name not in parts}
+    pipe = _from_parts(kind, str(path), None, variant, **absent)
+    for part, (library, of) in parts.items():
+        if library == "transformers" and _has_weights(of):
+            _check_text_encoder(path, part, getattr(pipe, part))
+    return pipe
+
+def _kind_on_hub(model, revision):
+    "Which pipeline a hub's model is; Stable Diffusion, if that is not to be known."
+    try: kind = DiffusionPipeline.load_config(model, revision=revision).get("_class_name")
+    except Exception: kind = None
+    kind = _OTHER_TASKS.get(kind, kind) or "StableDiffusionPipeline"
+    if kind not in FAMILIES:
+        raise ValueError(
+            f"it is a {kind[:60]}, not a model of a family that can be trained: {', '.join(FAMILIES)}"
+        )
+    return kind
 
 def _load_base(model, revision):
     "The pipeline of that name, before it is known whether it is of a kind that we can train."
@@ -479,14 +548,13 @@ def _load_base(model, revision):
         return emoji_sd.load()
     path = Path(model).expanduser()
     if path.is_dir():
-        pipe = _from_parts(str(path), None, _check_folder(path))
-        _check_text_encoder(path, pipe.text_encoder)
-        return pipe
+        return _from_folder(path)
     if path.exists(): return _from_single_file(path)
     if not is_hub_id(model) and {"/", "\\"} & {*str(model)}: raise OSError("there is no such file or folder")
-    try: return _from_parts(model, revision, None)
+    kind = _kind_on_hub(model, revision)
+    try: return _from_parts(kind, model, revision, None)
     except Exception as first:
-        try: return _from_parts(model, revision, "fp16")   # some repositories have nothing else
+        try: return _from_parts(kind, model, revision, "fp16")   # some repositories have nothing else
         except Exception: raise first
 
 
@@ -497,8 +565,8 @@ def config_beside(
     "The folder with such a checkpoint's configuration: that of its name beside it, or the one it lies in."
     return next((o for o in (file.with_suffix(""), file.parent) if (o/"model_index.json").is_file()), None)
 
-def _check_single_file(path):
-    "ValueError unless a file could be a checkpoint of Stable Diffusion 1.x or 2.x."
+def _check_single_file(path, sd=True):
+    "ValueError unless a file could be a checkpoint of Stable Diffusion 1.x or 2.x, or of what is beside it."
     if path.suffix in _PICKLES: raise ValueError(f"it is {_no_pickle}")
     if not path.is_file() or path.suffix != ".safetensors":
         raise ValueError("it is neither a folder nor a .safetensors file")
@@ -506,10 +574,14 @@ def _check_single_file(path):
     def has(*starts): return any(k.startswith(starts) for k in keys)
     if any("lora" in k for k in keys): raise ValueError("it is a LoRA, not a model: give it as --lora")
     if "conv_in.weight" in keys:
-        raise ValueError("it is one part of a model: give its folder in diffusers' format, or as --unet")
+        raise ValueError("it is one part of a model: give its folder in diffusers' format, or as --network")
+    if not sd: return
     inside = "model.diffusion_model."
     if has("conditioner.", "double_blocks.", f"{inside}joint_blocks", f"{inside}double_blocks"):
-        raise ValueError("it is a checkpoint of another family, not of Stable Diffusion 1.x or 2.x")
+        raise ValueError(
+            "it is a checkpoint of another family than Stable Diffusion 1.x or 2.x: put a model of its "
+            f"family in diffusers' format into a folder {path.stem!r} beside it, for its configuration"
+        )
     parts = {inside: "UNet", "first_stage_model.": "VAE", "cond_stage_model.": "text encoder"}
     for start, part in parts.items():
         if not has(start):
@@ -517,13 +589,14 @@ def _check_single_file(path):
                              f"it holds no {part} ({start}…)")
 
 def _from_single_file(path):
-    _check_single_file(path)
     beside = config_beside(path)
-    if beside: _check_configs(beside)
+    kind = _parts_of(beside)[0] if beside else "StableDiffusionPipeline"
+    sd = kind == "StableDiffusionPipeline"
+    _check_single_file(path, sd)
+    unused = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False) if sd else {}
     try:
-        return StableDiffusionPipeline.from_single_file(
-            str(path), config=str(beside) if beside else None, local_files_only=bool(beside),
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        return getattr(diffusers, kind).from_single_file(
+            str(path), config=str(beside) if beside else None, local_files_only=bool(beside), **unused
         )
     except Exception as e:
         if beside:
@@ -548,32 +621,57 @@ def _check_whole(network, part):
         why = ": it was saved with a LoRA's layers inside, which nothing can load" if inside else ""
         raise ValueError(f"its {part}'s files lack {len(empty)} of its weights, such as {empty[0]}{why}")
 
+def family_of(
+    pipeline,  # or the name of its class
+) -> type:
+    "The policy class for a pipeline. ModelError if there is none."
+    names = [pipeline] if isinstance(pipeline, str) else [o.__name__ for o in type(pipeline).__mro__]
+    found = next((FAMILIES[o] for o in names if o in FAMILIES), None)
+    if found is None:
+        raise ModelError(f"{names[0]} is of no family that can be trained; those are {', '.join(FAMILIES)}")
+    module, name = found.split(":")
+    return getattr(import_module(module), name)
+
+def network_name(pipe) -> str:
+    "Which part of a pipeline is its network: unet or transformer."
+    return "unet" if getattr(pipe, "unet", None) is not None else "transformer"
+
+def _load_network(pipe, place):
+    "Put a whole fine-tuned network in the place of a pipeline's own."
+    name = network_name(pipe)
+    place, own = _folder(place, name), type(getattr(pipe, name))
+    network = own.from_pretrained(place, use_safetensors=True, variant=_variant([_forms(Path(place), name)]))
+    setattr(pipe, name, network)
+
 def load_pipeline(
-    model: str = EMOJI_SD,      # "emoji-sd", a folder in diffusers' format, a .safetensors file, or a hub id
+    # a bundled model's name, a folder in diffusers' format, a .safetensors file, or a hub id
+    model: str = EMOJI_SD,
     lora: str|None = None,      # a LoRA: a .safetensors file, a folder that holds one, or a hub id
-    unet: str|None = None,      # a folder with a whole fine-tuned UNet, or one that holds it as `unet/`
+    network: str|None = None,   # a folder with a whole fine-tuned network, or one that holds it as `unet/`
     revision: str|None = None,  # branch, tag or commit on the hub
     dtype: torch.dtype = torch.float32,
-) -> StableDiffusionPipeline:
-    "A Stable Diffusion pipeline with a DDIM scheduler, from safetensors. ModelError says what is wrong."
-    with _no_bars() if model == EMOJI_SD or Path(model).expanduser().exists() else nullcontext():
+) -> DiffusionPipeline:
+    """A pipeline of one of `FAMILIES` from safetensors; Stable Diffusion's with a DDIM scheduler. ModelError
+    says what is wrong."""
+    with _no_bars() if model in BUNDLED or Path(model).expanduser().exists() else nullcontext():
         remedy = f"give {EMOJI_SD!r}, a folder in diffusers' format, a .safetensors file, or a hub id"
         with _one_line("--model", model, remedy):
             pipe = _load_base(model, revision)
-            check_pipeline(pipe)
-            _check_whole(pipe.unet, "UNet")
-            _check_whole(pipe.vae, "VAE")
-        with _one_line("--unet", unet, "give a folder that `save_pretrained` wrote"):
-            if unet is not None:
-                place = _folder(unet, "unet")
-                pipe.unet = UNet2DConditionModel.from_pretrained(
-                    place, use_safetensors=True, variant=_variant([_forms(Path(place), "unet")]))
-                check_pipeline(pipe)
-                _check_whole(pipe.unet, "UNet")
+            family_of(pipe).check(pipe)
+            for part in (network_name(pipe), "vae"): _check_whole(getattr(pipe, part), _said(part))
+        with _one_line("--network", network, "give a folder that `save_pretrained` wrote"):
+            if network is not None:
+                _load_network(pipe, network)
+                family_of(pipe).check(pipe)
+                _check_whole(getattr(pipe, network_name(pipe)), _said(network_name(pipe)))
         with _one_line("--lora", lora, "give a folder or a file of LoRA weights for this model"):
             if lora is not None: load_lora(pipe, lora)
-    if not isinstance(pipe.scheduler, DDIMScheduler): pipe.scheduler = _ddim(pipe.scheduler.config)
+    if isinstance(pipe, StableDiffusionPipeline) and not isinstance(pipe.scheduler, DDIMScheduler):
+        pipe.scheduler = _ddim(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
-    for part in (pipe.text_encoder, pipe.unet, pipe.vae):
-        torch.nn.Module.to(part, dtype)  # diffusers' own `to` warns, though nothing here must stay in fp32
+    for part in pipe.components.values():
+        # diffusers' own `to` warns, though nothing here must stay in fp32
+        if isinstance(part, nn.Module): nn.Module.to(part, dtype)
     return pipe
+
+def _said(part): return dict(unet="UNet", vae="VAE").get(part, part)

@@ -21,7 +21,8 @@ class StableDiffusionPolicy(DiffusionPolicy):
     memory_format = torch.channels_last  # convolutions are faster so
     process_settings = dict(eta="sample_eta")
 
-    def check(self, pipeline): check_pipeline(pipeline)
+    @classmethod
+    def check(cls, pipeline): check_pipeline(pipeline)
 
     def hold(self, pipeline):
         "Take a pipeline's parts as they are, with a DDIM scheduler of the policy's own."

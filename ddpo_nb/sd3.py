@@ -19,7 +19,8 @@ class SD3Policy(FlowPolicy):
     part_names = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer")
     text_window = 256  # T5's tokens, or the zeros in their place: the pipeline's default
 
-    def check(self, pipeline):
+    @classmethod
+    def check(cls, pipeline):
         "ValueError unless a pipeline flows, and both CLIPs are there."
         super().check(pipeline)
         if pipeline.text_encoder is None or pipeline.text_encoder_2 is None:

@@ -18,7 +18,8 @@ class SDXLPolicy(StableDiffusionPolicy):
     pipeline_class = StableDiffusionXLPipeline
     part_names = ("vae", "text_encoder", "text_encoder_2", "unet")
 
-    def check(self, pipeline):
+    @classmethod
+    def check(cls, pipeline):
         "ValueError unless a pipeline is XL's base model, of which both text encoders are there."
         def no(reason):
             raise ValueError(f"it is not a text-to-image model of the Stable Diffusion XL family: {reason}")

@@ -104,7 +104,7 @@ def files(folder):
         ("sample --prompt cat --output a.png --lora nowhere", "--lora nowhere"),
         ("sample --prompt cat --output r.py/a.png --steps 1", "--output write folder"),
         ("evaluate --samples 0", "--samples above"), ("evaluate --reward beauty", "--reward beauty"),
-        ("evaluate --eta 2", "--eta [0,"), ("evaluate --unet nowhere", "--unet nowhere"),
+        ("evaluate --eta 2", "--eta [0,"), ("evaluate --unet nowhere", "--network"),
         (f"train {tiny} --reward r.py:nan --output out", "nan finite"),
         (f"train {tiny} --reward r.py:short --output out", "short 1 2"),
         ("evaluate --samples 2 --steps 1 --reward r.py:nan", "nan finite")

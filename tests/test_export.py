@@ -98,7 +98,7 @@ def test_text_encoder_and_convolutions(run, pipe, tmp_path):
     "flags,words",
     [
         ("--lora l --format comfy", "--format comfy kohya"), ("--lora nowhere", "--lora nowhere"),
-        ("--lora whole", "--lora --unet"), ("--lora bin", "--lora pickle"),
+        ("--lora whole", "--lora --network"), ("--lora bin", "--lora pickle"),
         ("--lora l --output a.ckpt", "--output .safetensors"),
         ("--lora l --output there.safetensors", "--output there.safetensors already"),
         ("", "--lora required"), ("--lora model", "--lora model"),

@@ -43,7 +43,7 @@ OPTIONS = [*path_options()]
 def test_the_walk_finds_them_all():
     found = {o for _, _, a in OPTIONS for o in a.option_strings}
     assert {
-        "--model", "--reward", "--prompts", "--output", "--lora", "--unet", "--init-lora", "--ratings",
+        "--model", "--reward", "--prompts", "--output", "--lora", "--network", "--init-lora", "--ratings",
         "--images", "--clip", "--cache"
     } <= found
 

@@ -298,7 +298,7 @@ def test_what_does_not_fit_is_refused(pipe, tmp_path):
     no({f"lora_unet_{n.replace('.', '_')}.lokr_w1": v[0] for n, v in lora.items()}, "LoKr")
     no(kohya(lora) | {f"lora_unet_{first.replace('.', '_')}.dora_scale": torch.ones(2)}, "DoRA")
     no(peft(lora) | peft(lora, "unet."), "twice")
-    no(pipe.unet.state_dict(), "--unet")
+    no(pipe.unet.state_dict(), "--network")
     no({f"model.diffusion_model.{k}": v for k, v in pipe.unet.state_dict().items()}, "--model")
     no({"emb_params": torch.ones(2, 64)}, "textual inversion")
     no({}, "no tensors")
@@ -324,8 +324,8 @@ def test_folders_and_files_without_weights(pipe, tmp_path):
     (tmp_path/"text.txt").write_text("hello")
     refused(tmp_path/"text.txt", ".safetensors")
     pipe.unet.save_pretrained(tmp_path/"whole/unet")
-    refused(tmp_path/"whole", "--unet")
-    refused(tmp_path/"whole/unet", "--unet")
+    refused(tmp_path/"whole", "--network")
+    refused(tmp_path/"whole/unet", "--network")
 
 # what is in a file never decides how long it takes, or what runs
 
@@ -450,7 +450,8 @@ def test_the_command_line_applies_it(run, folder, some, tmp_path, pipe):
         ("train {} --init-lora ./nowhere", "--init-lora: nowhere"),
         ("sample --prompt cat --output a.png --lora no/where", "--lora: no/where hub"),
         ("train {} --init-lora no/where", "--init-lora: no/where hub"),
-        ("train --dry-run --init-lora ./nowhere", "--init-lora: nowhere"), ("evaluate --unet l", "--unet:")
+        ("train --dry-run --init-lora ./nowhere", "--init-lora: nowhere"),
+        ("evaluate --network l", "--network:")
     ],
 )
 def test_the_command_line_refuses_it(run, folder, some, tmp_path, pipe, line, words):

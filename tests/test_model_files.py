@@ -78,8 +78,8 @@ def test_variants_and_shards(folder, pipe, how):
 
 def test_a_unet_in_a_variant(folder, whole, pipe, tmp_path):
     to_variant(folder, "unet")
-    same(load_pipeline(str(whole), unet=str(folder/"unet")), pipe)
-    same(load_pipeline(str(whole), unet=str(folder)), pipe)
+    same(load_pipeline(str(whole), network=str(folder/"unet")), pipe)
+    same(load_pipeline(str(whole), network=str(folder)), pipe)
 
 def test_what_a_folder_lacks(folder, tmp_path):
     def without(*places, then=lambda d: None):
@@ -203,8 +203,8 @@ def test_networks_that_want_more(given, words, whole, tmp_path):
     pipe = tiny_sd(unet=given)
     with pytest.raises(ModelError, match=words): StableDiffusionPolicy(pipe)
     pipe.unet.save_pretrained(tmp_path/"unet")
-    with pytest.raises(ModelError, match=words) as e: load_pipeline(str(whole), unet=str(tmp_path))
-    assert str(e.value).startswith("--unet") and len(str(e.value).splitlines()) == 1
+    with pytest.raises(ModelError, match=words) as e: load_pipeline(str(whole), network=str(tmp_path))
+    assert str(e.value).startswith("--network") and len(str(e.value).splitlines()) == 1
 
 def test_noise_that_leaves_nothing(pipe, folder):
     "Zero terminal SNR: the step divides by zero if the network predicts the noise, not if it predicts v"

@@ -51,7 +51,8 @@ def test_load_pipeline_in_one_precision(folder, dtype):
     [
         (dict(model="./missing"), "--model"), (dict(model="/missing/folder"), "--model"),
         (dict(model="not an id"), "--model"), (dict(model="nobody/nothing-here"), "--model"),
-        (dict(model=""), "--model"), (dict(lora="/missing"), "--lora"), (dict(unet="missing/unet"), "--unet")
+        (dict(model=""), "--model"), (dict(lora="/missing"), "--lora"),
+        (dict(network="missing/unet"), "--network")
     ],
 )
 def test_what_cannot_be_loaded_is_one_line(kwargs, argument):
@@ -63,7 +64,7 @@ def test_what_cannot_be_loaded_is_one_line(kwargs, argument):
     )
 
 def test_empty_folders_are_one_line(tmp_path):
-    for argument in ("model", "lora", "unet"):
+    for argument in ("model", "lora", "network"):
         with pytest.raises(ModelError, match=f"^--{argument}: .*{tmp_path.name}") as e:
             load_pipeline(**{argument: str(tmp_path)})
         assert len(str(e.value).splitlines()) == 1
@@ -279,7 +280,7 @@ def test_field_trap_8_whole_unet_roundtrip_in_plain_diffusers(tmp_path, with_lor
     plain.unet = UNet2DConditionModel.from_pretrained(tmp_path/"unet").to(memory_format=torch.channels_last)
     torch.testing.assert_close(draw(plain), draw(policy.pipeline), atol=1e-4, rtol=0)
     for o in (tmp_path, tmp_path / "unet"):
-        torch.testing.assert_close(draw(load_pipeline(unet=str(o))), draw(plain), atol=1e-4, rtol=0)
+        torch.testing.assert_close(draw(load_pipeline(network=str(o))), draw(plain), atol=1e-4, rtol=0)
 
 def test_a_loaded_lora_goes_on_training_and_keeps_its_strength(tmp_path):
     from peft import LoraConfig
@@ -323,7 +324,7 @@ def test_a_lora_merges_into_the_unet(tmp_path):
     draw = lambda pipe: pipe(
         ["a cat"], num_inference_steps=3, output_type="pt", generator=torch.Generator().manual_seed(0)
     ).images
-    again = load_pipeline(unet=str(tmp_path))
+    again = load_pipeline(network=str(tmp_path))
     assert (
         (draw(apart) - draw(merged)).abs().max() < 1e-3
         and (draw(again) - draw(merged)).abs().max() == 0
