@@ -402,10 +402,16 @@ def _check_lora(flag, place):
         " hub id",
     )
 
+_answers = []  # where runs of this process have kept theirs
+
 def _vlm(args, output=None):
-    "Rewards that ask a server find it in the environment; a run's answers are kept in its folder."
-    if output is None: os.environ.pop("DDPO_VLM_ANSWERS", None)
-    else: os.environ["DDPO_VLM_ANSWERS"] = str(Path(output)/"vlm_answers.jsonl")
+    """Rewards that ask a server find it in the environment; a run's answers are kept in its folder, unless
+    DDPO_VLM_ANSWERS names another place."""
+    if os.environ.get("DDPO_VLM_ANSWERS") in (None, "", *_answers):
+        os.environ.pop("DDPO_VLM_ANSWERS", None)  # of another run of this process
+        if output is not None:
+            _answers.append(str(Path(output)/"vlm_answers.jsonl"))
+            os.environ["DDPO_VLM_ANSWERS"] = _answers[-1]
     if args.vlm_url:
         from ddpo_nb.vlm import _address
         _address(args.vlm_url)  # even if nobody asks it: what is wrong with it may be a password

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from fastcore.basics import patch
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
-from .loading import EMOJI_SD, _no_bars, _one_line
+from .loading import EMOJI_SD, warn_cut, _no_bars, _one_line
 from .rewards import to_uint8
 
 # %% ../nbs/05a_clip.ipynb #41478d21
@@ -67,9 +67,10 @@ def images(self: Embedder,
 def texts(self: Embedder,
     texts: list,  # N strings; what is longer than the model reads is cut off
 ) -> Tensor:      # (N, D) of length 1, fp32
-    "Embed texts; each distinct one once."
+    "Embed texts; each distinct one once. A warning, once, if some are longer than what the model reads."
     distinct = list(dict.fromkeys(texts))
     length = self.model.config.text_config.max_position_embeddings
+    warn_cut(self, self.tokenizer, distinct, length, self.name or type(self.model).__name__)
     wanted = ("input_ids",) if "siglip" in self.model.config.model_type else ("input_ids", "attention_mask")
     def embed(part):
         tokens = self.tokenizer(

@@ -918,17 +918,19 @@ def load(cls:Comparison, folder: str|Path) -> Comparison:
 
 # %% ../nbs/10_compare.ipynb #4f3c177d
 def load_reward(reward, model: str = EMOJI_SD) -> tuple:
-    """(function, name, what to call it in config.json, digest of its file) from a name, `file.py:function`,
-    or a callable. InputError if there is none, RewardError if its file cannot be run."""
+    """(function, name, what to call it in config.json, digest of its file or of its settings) from a name,
+    `file.py:function`, or a callable. InputError if there is none, RewardError if its file cannot be run."""
     if callable(reward):
         name = reward_name(reward)
         check_signature(reward, name, "reward")
-        return Guarded(reward, name), name, f"{getattr(reward, '__module__', '')}.{name}", None
+        guarded = Guarded(reward, name)
+        return guarded, name, f"{getattr(reward, '__module__', '')}.{name}", guarded.identity["digest"]
     path, _, function = str(reward).rpartition(":")
     if not path.endswith(".py"):
         if str(reward).endswith(".py"):
             raise InputError("--reward", f"{reward!r} names no function", f"write {reward}:function")
-        guarded, digest = Guarded(get_reward(reward, model), reward), None
+        guarded = Guarded(get_reward(reward, model), reward)
+        digest = guarded.identity["digest"]
     else:
         path = Path(path).expanduser()
         guarded, digest = guarded_file(path, function), hashlib.sha256(path.read_bytes()).hexdigest()[:16]
@@ -1021,7 +1023,8 @@ _identity = (
 
 def _join(new: dict, old: dict) -> dict:
     "Settings to go on with in a folder that holds `old`; InputError names what differs."
-    differs = [f"{k} is {old.get(k)!r} there and {new[k]!r} here" for k in _identity if old.get(k) != new[k]]
+    same = lambda k: old.get(k) == new[k] or k == "reward_digest" and old.get(k) is None  # kept since
+    differs = [f"{k} is {old.get(k)!r} there and {new[k]!r} here" for k in _identity if not same(k)]
     for a in set(new["configs"]) & set(old["configs"]):
         # a setting younger than the folder had its default
         differs += [

@@ -6,7 +6,7 @@
 __all__ = ['EMBEDDINGS_KEPT', 'LORA_FILE', 'DiffusionPolicy', 'Conditioning', 'follow_umask', 'FlowPolicy', 'load_policy']
 
 # %% ../nbs/02_policy.ipynb #573eaf1e
-import copy, math, os, threading, warnings
+import copy, math, os, threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from peft import LoraConfig
 from safetensors.torch import load_file
 from .loading import (BUNDLED, EMOJI_SD, ModelError, adapter_tensors, family_of, fuse_lora,
-                             load_pipeline, _quiet)
+                             load_pipeline, warn_cut)
 from .flow import FlowProcess, window_at
 from .mdp import Step, draw_noise
 from .speed import let_attention_keep, merge_small_loras
@@ -257,15 +257,6 @@ class Conditioning:
         return Conditioning(*(_each(lambda v: v[i], o) for o in (self.prompt, self.negative)))
     def __len__(self): return len(_tensors(self.prompt)[0])
 
-def _read_part(tokenizer, texts, most):
-    "What the text encoder will read of each text (a tuple of tokens), and whether that is not all."
-    with _quiet():
-        whole = tokenizer(texts, truncation=False, padding=False).input_ids
-        read = tokenizer(texts, truncation=True, padding=False, max_length=most).input_ids
-    return [*map(tuple, read)], [len(a) > len(b) for a, b in zip(whole, read)]
-
-def _short(text, most=60): return repr(text if len(text) <= most else text[:most] + "…")
-
 @patch(as_prop=True)
 def reader(self: DiffusionPolicy) -> tuple|None:
     "The tokenizer with the widest window, and how many tokens that holds; None if there is no tokenizer."
@@ -276,24 +267,12 @@ def reader(self: DiffusionPolicy) -> tuple|None:
 def warn_cut(self: DiffusionPolicy, prompts: list):
     """A warning, once in the policy's life, if prompts are longer than what the text encoder reads; it
     says which of them become the same."""
-    distinct = [o for o in dict.fromkeys(prompts) if o]
-    if self.told_cut or not distinct or self.reader is None: return
+    if self.reader is None: return
     tokenizer, most = self.reader
-    parts, cut = _read_part(tokenizer, distinct, most)
-    if not any(cut): return
-    first, same = {}, []
-    for text, part, long in zip(distinct, parts, cut):
-        other, was_long = first.setdefault(part, (text, long))
-        if other is not text and (long or was_long): same.append(other)
-    what = (
-        f"{sum(cut)} of {len(distinct)} prompts are longer than the {most} tokens that the text encoder reads"
+    warn_cut(
+        self, tokenizer, prompts, most,
+        consequence=", though the reward and the statistics still tell them apart"
     )
-    what += f", and are cut, such as {_short(distinct[cut.index(True)])}"
-    if same:
-        what += f"; {len(same)} cannot be told from another then, such as {_short(same[0])}"
-        what += ", though the reward and the statistics still tell them apart"
-    self.told_cut = True
-    warnings.warn(what, stacklevel=3)
 
 # bytes: of Stable Diffusion 1.5, a thousand prompts; what was asked for longest ago goes first
 EMBEDDINGS_KEPT = 2**28

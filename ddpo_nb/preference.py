@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import (AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel,
                           CLIPConfig, CLIPModel)
 from .clip import CLIPAlignment, Embedder, load_embedder, load_processors
-from .loading import EMOJI_SD, _no_bars, _one_line
+from .loading import EMOJI_SD, warn_cut, _no_bars, _one_line
 from .prompts import InputError
 from .rewards import to_uint8
 
@@ -186,6 +186,7 @@ def hps_v2(
 class ImageReward:
     "Reward: a linear head on BLIP's reading of the prompt in sight of the picture (Xu et al. 2023)."
     MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw score, as published
+    LONGEST = 35                                         # tokens of a prompt, as published
     def __init__(self,
         vision,               # `BlipVisionModel`
         text,                 # `BlipTextModel` with cross-attention
@@ -204,7 +205,9 @@ class ImageReward:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list, metadata: list) -> tuple:
-        "Rewards (N,) from images (N, 3, H, W) in [0, 1] and their prompts."
+        """Rewards (N,) from images (N, 3, H, W) in [0, 1] and their prompts. A warning, once, if some prompts
+        are longer than what is read."""
+        warn_cut(self, self.tokenizer, list(prompts), self.LONGEST, "ImageReward", stacklevel=3)
         n = self.batch_size
         return (
             np.concatenate(
@@ -219,7 +222,7 @@ def score(self: ImageReward, images: Tensor, prompts: list) -> np.ndarray:
     device = self.head.weight.device
     pixels = self.image_processor(images=list(to_uint8(images)), return_tensors="pt").pixel_values.to(device)
     tokens = self.tokenizer(
-        list(prompts), padding="max_length", truncation=True, max_length=35, return_tensors="pt"
+        list(prompts), padding="max_length", truncation=True, max_length=self.LONGEST, return_tensors="pt"
     ).to(device)
     patches = self.vision(pixel_values=pixels).last_hidden_state
     read = self.text(

@@ -244,6 +244,13 @@ class WeightedSum:
     def __init__(self, parts: dict):  # name -> (weight, reward)
         self.parts = parts
 
+    @property
+    def identity(self) -> dict:
+        "What a checkpoint knows it by: what its parts are known by, where they say it."
+        known = {k: getattr(r, "identity", None) or {} for k, (_, r) in self.parts.items()}
+        known = [f"{k}: {o['digest']}" for k, o in known.items() if o.get("digest")]
+        return dict(name=type(self).__name__, digest="; ".join(known) or None)
+
     def to(self, device):
         for _, r in self.parts.values():
             if hasattr(r, "to"): r.to(device)
@@ -471,7 +478,11 @@ class PromptAlignment:
         "Rewards (N,) and an empty dictionary, from images (N, 3, H, W) in [0, 1]."
         if getattr(self.pipeline.unet, "peft_config", None):
             raise ValueError("PromptAlignment's pipeline has a LoRA: give it a pipeline of its own")
-        size = self.batch_size
+        from ddpo_nb.loading import warn_cut, _quiet
+        size, tokenizer = self.batch_size, self.pipeline.tokenizer
+        # a textual inversion's word may stand for several
+        with _quiet(): texts = self.pipeline.maybe_convert_prompt(list(prompts), tokenizer)
+        warn_cut(self, tokenizer, texts, tokenizer.model_max_length, "prompt_alignment", stacklevel=3)
         return (
             np.concatenate(
                 [self.score(images[i : i + size], prompts[i : i + size]) for i in range(0, len(images), size)]

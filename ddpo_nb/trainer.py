@@ -32,6 +32,7 @@ from .checkpoints import (CheckpointError, FolderLock, append_line, check_free, 
                                  read_lines, rng_state, save_state, set_rng_state, stop_signals, write_atomic)
 from .ddpo import DDPO, DDPOSF, STEP_WEIGHTINGS
 from .mdp import Trajectories
+from .loading import _shown
 from .policy import EMOJI_SD, ModelError, load_pipeline
 from .prompts import InputError, prompt_flaw
 from .redact import hide
@@ -39,7 +40,7 @@ from .rewards import (ParallelReward, Stopped, _numbers, answer, check_name, che
                              reward_name, stopping, to_uint8)
 from .rollout import rollout, sample_generator
 from . import trl
-from .models.modeling_sd_base import PipelinePolicy, as_policy
+from .models.modeling_sd_base import PipelinePolicy, as_policy, methods
 from .rwr import NORMALIZERS, REWARDS, RWR, RWRSparse
 from .trl import TrlTrainer, by_sample, shuffled
 
@@ -168,6 +169,7 @@ class RWRConfig(DDPOConfig):
 # %% ../nbs/09_trainer.ipynb #daedb006
 # read here, once: transformers' HfArgumentParser rewrites them
 _KINDS = {f.name: f.type for f in fields(DDPOConfig)}
+_USUAL = {f.name: f.default for f in fields(DDPOConfig)}
 _positive = (
     "sample_num_steps", "sample_batch_size", "sample_num_batches_per_epoch", "train_batch_size",
     "train_gradient_accumulation_steps", "train_num_inner_epochs", "rwr_draws", "lora_rank", "num_epochs",
@@ -210,6 +212,13 @@ def _plain_value(name, value, kind):
     if name == "mixed_precision": return os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
     return value if name in _choices else "trl" if name == "tracker_project_name" else ""
 
+def _name_flaw(name):
+    "What is wrong with a name that is, here or at a tracker, a folder's too; None if nothing is."
+    parts = Path(name).parts
+    if not name.isprintable(): return "holds what cannot be printed, such as a line break"
+    if Path(name).is_absolute() or ".." in parts: return "leads out of logdir"
+    if any(len(o.encode()) > 200 for o in parts): return "has more than 200 bytes"
+
 def _check_value(name, value, kind):
     "InputError unless `value` has the field's type and range."
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -231,8 +240,8 @@ def _check_value(name, value, kind):
         raise InputError(name, f"{value} is out of range", "give 0 or more")
     if name == "seed" and value >= 2**32:
         raise InputError(name, f"{value} is out of range", "give a number below 2³², as numpy wants it")
-    if name == "run_name" and (Path(value).is_absolute() or ".." in Path(value).parts or "\0" in value):
-        raise InputError(name, f"{value!r} leads out of logdir", "give a name, and the place in logdir")
+    if name in ("run_name", "tracker_project_name") and (flaw := _name_flaw(value)):
+        raise InputError(name, f"{_shown(value)} {flaw}", "give a short name, and the place in logdir")
 
 def _check_raw(c):
     "InputError for settings of a normalisation that RWR leaves out."
@@ -297,6 +306,7 @@ def check_config(c):
         )
     if c.log_with and c.log_with != "all" and c.log_with not in map(str, get_available_trackers()):
         raise InputError("log_with", f"{c.log_with!r} is not installed", f"pip install {c.log_with}")
+    if c.log_with in ("wandb", "all"): _check_for_wandb(c)
     if c.kl_coef and c.algorithm.startswith("rwr"):
         raise InputError(
             "kl_coef", "RWR's loss has no steps to compare", "leave it at 0, or choose ddpo-is or ddpo-sf"
@@ -321,7 +331,7 @@ def check_config(c):
     elif c.stop_patience:
         raise InputError("stop_patience", "no reward is watched", "name one with watch_reward")
     _check_accelerator_kwargs(c.accelerator_kwargs)
-    _check_names("project_kwargs", c.project_kwargs, [f.name for f in fields(ProjectConfiguration)])
+    _check_project_kwargs(c)
     _check_tracker_kwargs(c.tracker_kwargs)
     _check_idle(c)
 
@@ -352,6 +362,39 @@ def _check_idle(c):
             "reward_pool", "rewards are asked for one by one", "set async_reward_computation too, or leave it"
         )
 
+def _check_for_wandb(c):
+    "InputError for a project's name that Weights & Biases does not take."
+    name = c.tracker_project_name
+    if len(name) > 128 or any(o in name for o in "/\\#?%:"):
+        raise InputError(
+            "tracker_project_name", f"wandb does not take {_shown(name)}",
+            "give at most 128 characters, and none of / \\ # ? % :"
+        )
+
+def _check_project_kwargs(c):
+    """InputError for what `ProjectConfiguration` does not know, or would do nothing here. `total_limit` is
+    `num_checkpoint_limit` by accelerate's name, and is taken for it."""
+    given = c.project_kwargs
+    _check_names("project_kwargs", given, [f.name for f in fields(ProjectConfiguration)])
+    def refuse(name, problem, remedy): raise InputError(f"project_kwargs[{name!r}]", problem, remedy)
+    for name in ("project_dir", "logging_dir"):
+        if not isinstance(given.get(name, ""), (str, os.PathLike, type(None))):
+            refuse(name, f"{given[name]!r} is no path", "give a folder's name")
+    for name, why in dict(
+        iteration="checkpoints are numbered by their epochs", save_on_each_node="checkpoints are written once"
+    ).items():
+        if given.get(name): refuse(name, f"it would do nothing, since {why}", "leave it out")
+    if (limit := given.get("total_limit")) is None: return
+    if type(limit) is not int or limit < 1:
+        refuse("total_limit", f"{limit!r} is no whole number above 0", "give one")
+    if c.num_checkpoint_limit not in (limit, _USUAL["num_checkpoint_limit"]):
+        refuse(
+            "total_limit",
+            f"it is {limit}, and num_checkpoint_limit, which means the same, {c.num_checkpoint_limit}",
+            "set num_checkpoint_limit alone"
+        )
+    c.num_checkpoint_limit = limit
+
 def _check_names(argument, given, known):
     for name in given:
         if name not in known:
@@ -381,8 +424,8 @@ def _check_tracker_kwargs(given):
 def idle_notes(c) -> list:
     """What to tell of TRL's settings that do nothing as the others stand: a script that has them runs all
     the same."""
-    usual, used = {f.name: f.default for f in fields(DDPOConfig)}, [c.log_with] if c.log_with else []
-    changed = lambda *names: [name for name in names if getattr(c, name) != usual[name]]
+    used = [c.log_with] if c.log_with else []
+    changed = lambda *names: [name for name in names if getattr(c, name) != _USUAL[name]]
     notes = [
         f"{name} does nothing without async_reward_computation"
         for name in changed("max_workers")
@@ -401,6 +444,8 @@ def idle_notes(c) -> list:
         notes += [f"{name} does nothing without per_prompt_stat_tracking" for name in buffers]
     if c.negative_prompts and c.sample_guidance_scale <= 1:
         notes.append("negative_prompts does nothing without guidance")
+    if c.project_kwargs.get("logging_dir") and not used:
+        notes.append("project_kwargs['logging_dir'] does nothing without log_with: it is for trackers")
     if "all" not in used:
         notes += [
             f"tracker_kwargs[{o!r}] does nothing: log_with is {c.log_with!r}"
@@ -552,10 +597,10 @@ class _NoTracker(GeneralTracker):
 def _accelerator(c, home):
     "An `Accelerator` with the config's precision, trackers and folders; it can also log images."
     given = {
-        k: os.path.expanduser(v) if k.endswith("_dir") and isinstance(v, str) else v
+        k: os.path.expanduser(v) if k.endswith("_dir") and v else v
         for k, v in c.project_kwargs.items()
     }
-    project = {} if home is None else dict(project_dir=str(home), logging_dir=str(home)) | given
+    project = ({} if home is None else dict(project_dir=str(home), logging_dir=str(home))) | given
     processes()
     precision = usable_precision(c.mixed_precision)
     # an earlier trainer's, in this process
@@ -633,7 +678,9 @@ def _adamw(c, parameters):
 
 # %% ../nbs/09_trainer.ipynb #20426af9
 class DDPOTrainer(TrlTrainer):
-    "Fine-tunes a policy against a reward: DDPO-IS by default, or the algorithm that the config names."
+    """Fine-tunes a policy against a reward: DDPO-IS by default, or the algorithm that the config names.
+    A subclass may override TRL's methods; one of ours only with the same arguments by the same names, or
+    with `super()` where there are none: InputError for a method of another meaning."""
     def __init__(
         self,
         config: DDPOConfig,
@@ -659,7 +706,7 @@ class DDPOTrainer(TrlTrainer):
         check_launcher(config)
         self.sd_pipeline, self.policy = sd_pipeline, as_policy(sd_pipeline)
         self.objective, self._trained_steps, self._found = make_objective(config), None, None
-        self._check_overrides()
+        TrlTrainer._check_overrides(self)  # even where this name is taken
         if isinstance(self.objective, DDPO): self._objective_of_own()
         # a used folder gets a numbered neighbour, unless it is gone on with
         self.wished = self.home = _home(config)
@@ -720,6 +767,7 @@ class DDPOTrainer(TrlTrainer):
         self.before = None        # while an epoch is being sampled: what it takes to begin it again
         if config.resume_from: self.load_checkpoint(config.resume_from)
         self._first_epoch = self.epochs_done
+        self._check_values()
 
     def _thaw(self):
         "Ask the pipeline what is to be trained."
@@ -767,9 +815,8 @@ class DDPOTrainer(TrlTrainer):
 @patch
 def stop(self:DDPOTrainer, signum: int = 0):
     """Ask the run to stop at the next place where its state is in order, and to save a checkpoint there.
-    A reward that is being waited for is such a place, unless other processes wait with us."""
+    A reward that is being waited for is such a place."""
     self.stopping = signum
-    if self.accelerator.num_processes > 1: return
     stopping.set()
     if self.asking is threading.current_thread(): raise Stopped  # from a signal's handler
 
@@ -778,6 +825,11 @@ def _breathe(self:DDPOTrainer, between=False):
     "A place to pause or to stop. All processes come by equally often, and stop together."
     if self._unbroken and not between: return
     while self.paused and self.stopping is None: time.sleep(0.05)
+    self._agree()
+
+@patch
+def _agree(self:DDPOTrainer):
+    "Stopped in all processes if one has been asked to stop."
     asked = -1 if self.stopping is None else self.stopping
     if self.accelerator.num_processes > 1:
         asked = int(self.accelerator.gather(torch.tensor([asked], device=self.accelerator.device)).max())
@@ -874,6 +926,16 @@ def checked(self:DDPOTrainer, answer, n):
         info,
         None if watched is None else check_rewards(watched, n, self.config.watch_reward),
     )
+
+@patch
+def judged(self:DDPOTrainer, batches, waits):
+    """What `judge` says. A process that is stopped meanwhile meets the others here before it leaves: they
+    would wait for it for ever."""
+    try: found = self.judge(batches, waits)
+    except Stopped:
+        if self.accelerator.num_processes == 1: raise
+    if self.accelerator.num_processes > 1: self._agree()
+    return found
 
 @patch
 def judge(self:DDPOTrainer, batches, waits):
@@ -1069,7 +1131,7 @@ def collect(self:DDPOTrainer) -> Work:
         if not self.overrides("compute_rewards"):
             waits.append(ask(images if self.config.async_reward_computation else kept, *about))
     trajectories = self.sample(on_batch); t.append(time.perf_counter())
-    scored = self.judge(batches, waits); t.append(time.perf_counter())
+    scored = self.judged(batches, waits); t.append(time.perf_counter())
     return self.weigh(trajectories, batches, scored, trajectories.latents[:, -1], t)
 
 @patch
@@ -1090,7 +1152,7 @@ def _collect_dictionaries(self:DDPOTrainer) -> Work:
     samples = {k: torch.cat([s[k] for s in samples]) for k in samples[0]}
     t.append(time.perf_counter())
     ask = self.ask()
-    scored = self.judge(batches, [] if self.overrides("compute_rewards") else [ask(*b) for b in batches])
+    scored = self.judged(batches, [] if self.overrides("compute_rewards") else [ask(*b) for b in batches])
     t.append(time.perf_counter())
     n = sum(len(rewards) for rewards, *_ in scored)
     if len(samples["latents"]) != n:
@@ -1142,7 +1204,7 @@ def _log_some(self:DDPOTrainer, batches, step, accelerator, most=8):
     images, prompts, _, rewards, _ = batches[0]
     accelerator.log_images(
         {
-            f"{p:.40} | {float(r):.3f}": o[None].float().cpu()
+            f"{_tag(p, 40)} | {float(r):.3f}": o[None].float().cpu()
             for o, p, r in zip(images[:most], prompts, rewards)
         },
         step=step,
@@ -1629,13 +1691,23 @@ def _take(self:DDPOTrainer, weights):
 
 
 # %% ../nbs/09_trainer.ipynb #6c7cb748
+def _tag(text, most=100):
+    """A text of somebody's as part of a tracker's key, which may become a file's name: one line, no slashes,
+    not long. What is changed gets a mark of the whole, so that two texts stay two."""
+    text = str(text)
+    plain = "".join(o if o.isprintable() and o not in "/\\" else " " for o in text)
+    if plain == text and len(text) <= most and text.strip("."): return text
+    mark = hashlib.sha256(text.encode(errors="replace")).hexdigest()[:6]
+    return f"{plain[:most]}… {mark}" if len(plain) > most else f"{plain} {mark}"
+
 @patch
 def _log(self:DDPOTrainer, row):
     "To the trackers, and to metrics.jsonl."
     self.accelerator.log(
         {k: v for k, v in row.items() if isinstance(v, (int, float))}
-        | {f"reward/{p}": v for p, v in row.get("reward_by_prompt", {}).items()}
-        | {f"reward_info/{k}": v for k, v in row.get("reward_info", {}).items()},
+        | {f"reward/{_tag(p)}": v for p, v in row.get("reward_by_prompt", {}).items()}
+        | {"/".join(map(_tag, ["reward_info", *str(k).split("/")])): v
+           for k, v in row.get("reward_info", {}).items()},
         step=self.global_step,
     )
     self._keep_rows()
@@ -1924,7 +1996,7 @@ def push_to_hub(self:DDPOTrainer,
             again=f"push_to_hub({repo_id!r})"
         )
 
-trl._OWN.update({name: getattr(DDPOTrainer, name) for name in trl.TRAINER_METHODS})
+trl._OWN.update(methods(DDPOTrainer))
 
 # %% ../nbs/09_trainer.ipynb #658214fe
 class RWRTrainer(DDPOTrainer):

@@ -108,8 +108,18 @@ class TrlTrainer:
             self.sd_pipeline, name
         )
 
+    def _check_values(self):
+        "InputError if a subclass has a method that one of our values has just hidden."
+        for name in vars(self):
+            if name not in _OWN and name in sd.methods(type(self)):
+                raise InputError(
+                    name, f"{type(self).__name__} has a method of this name, and the trainer a value",
+                    f"rename it, to my_{name} say"
+                )
+
     def _check_overrides(self):
         "InputError if something is overridden that these settings would never call."
+        if taken := sd.name_taken(self, _OWN, (*TRAINER_METHODS, "autocast")): raise InputError(*taken)
         for name, remedy in _NEVER_CALLED.items():
             owner = next((o for o in (self, *type(self).__mro__) if name in vars(o)), None)
             if owner is not None and not getattr(owner, "__module__", "").startswith("huggingface_hub"):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['QUESTION', 'png_url', 'chat_request', 'ServerGone', 'Refused', 'retry_after', 'without_thoughts', 'Refusal',
-           'declines', 'read_answer', 'refused_field', 'pause', 'VLMClient', 'WordRecall', 'mean_pooled',
-           'EmbeddingSimilarity', 'bertscore_recall', 'BERTScoreRecall', 'counted', 'VLMAlignment', 'answer_matches',
-           'VLMQuestions', 'vlm_client', 'make_similarity', 'vlm_alignment', 'vlm_questions']
+           'declines', 'read_answer', 'refused_field', 'pause', 'VLMClient', 'append_alone', 'WordRecall',
+           'mean_pooled', 'EmbeddingSimilarity', 'bertscore_recall', 'BERTScoreRecall', 'counted', 'VLMAlignment',
+           'answer_matches', 'VLMQuestions', 'vlm_client', 'make_similarity', 'vlm_alignment', 'vlm_questions']
 
 # %% ../nbs/05c_vlm.ipynb #32179f43
 import base64, io, json, logging, os, queue, random, re, socket
@@ -27,7 +27,9 @@ from PIL import Image
 from torch import Tensor
 from .prompts import InputError
 from .redact import address_secrets, hide, hide_address, keep_secret
-from .rewards import Stopped, stopping, to_uint8
+from .rewards import Stopped, reward_name, stopping, to_uint8
+try: import fcntl
+except ImportError: fcntl = None  # Windows
 
 # %% ../nbs/05c_vlm.ipynb #ff60f684
 QUESTION = "what is happening in this image?"  # Black et al. 2023, sec. 5.3
@@ -386,7 +388,7 @@ class VLMClient:
             timeout, retries, concurrency, backoff, patience
         )
         self.max_tokens, self.options, self.answers = (
-            max_tokens, dict(options or {}), None if answers is None else Path(answers)
+            max_tokens, dict(options or {}), None if answers is None else Path(answers).expanduser()
         )
         self.key = _Key((os.environ.get("OPENAI_API_KEY", "") if api_key is None else api_key).strip())
         self.requests = self.retried = 0  # sent; of these, sent again
@@ -519,6 +521,31 @@ def _name(self: VLMClient, pixels, question) -> str:
     settings = json.dumps([self.model, self.max_tokens, self.options, question, pixels.shape], sort_keys=True)
     return sha256(settings.encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
+def append_alone(path: Path, line: str):
+    """Add a line to a file that other processes add lines to: all of it in one write, and on a line of its
+    own even if somebody has left half a line. OSError if that cannot be done."""
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        if fcntl:
+            try: fcntl.flock(handle, fcntl.LOCK_EX)  # until it is closed
+            except OSError: pass  # this file system has none, and appends are whole on all but NFS
+        whole = os.lseek(handle, 0, os.SEEK_END) == 0 or (
+            os.lseek(handle, -1, os.SEEK_END), os.read(handle, 1)
+        )[1] == b"\n"
+        data = (b"" if whole else b"\n") + line.encode() + b"\n"
+        while data: data = data[os.write(handle, data):]
+    finally: os.close(handle)
+
+@contextmanager
+def _answers_file(path):
+    "InputError if the file that keeps the answers cannot be used."
+    try: yield
+    except OSError as e:
+        raise InputError(
+            "DDPO_VLM_ANSWERS", f"answers cannot be kept in {str(path)!r} ({e.strerror})",
+            "name a file that you may write to, on a disk with room"
+        ) from None
+
 @patch
 def _remember(self: VLMClient, name, answer, question="", write=True):
     line = dict(name=name, question=question, answer=answer)
@@ -528,16 +555,18 @@ def _remember(self: VLMClient, name, answer, question="", write=True):
         self._memory.move_to_end(name)
         while len(self._memory) > self._remembered: self._memory.popitem(last=False)
         if write and self.answers:
-            self.answers.parent.mkdir(parents=True, exist_ok=True)
-            with self.answers.open("a", encoding="utf-8") as f:
-                f.write(json.dumps(line, ensure_ascii=False) + "\n")
+            with _answers_file(self.answers):
+                self.answers.parent.mkdir(parents=True, exist_ok=True)
+                append_alone(self.answers, json.dumps(line, ensure_ascii=False))
 
 @patch
 def _recall(self: VLMClient):
     """Take up the answers of earlier processes. A line that was cut off is no answer; the next begins on
     its own."""
-    if not self.answers.exists(): return
-    text = self.answers.read_text(encoding="utf-8", errors="replace")
+    with _answers_file(self.answers):
+        if not self.answers.exists(): return
+        if not self.answers.is_file(): raise IsADirectoryError(0, "it is no file")
+        text = self.answers.read_text(encoding="utf-8", errors="replace")
     for line in text.split("\n"):
         try: found = json.loads(line); name, said = str(found["name"]), found["answer"] + ""
         except (ValueError, TypeError, KeyError, RecursionError): continue
@@ -545,8 +574,6 @@ def _recall(self: VLMClient):
         if said and not answer: continue
         kind = Refusal if found.get("refused") or declines(answer) else str
         self._remember(name, kind(answer), write=False)
-    if text and not text.endswith("\n"):
-        with self.answers.open("a", encoding="utf-8") as f: f.write("\n")
 
 _differ = {"temperature": "takes no temperature of 0: its answers may differ from one time to the next",
            "png": "takes no PNG: pictures are sent as JPEG, which loses a little"}
@@ -696,15 +723,18 @@ def _text_model(name: str):
             "give a transformers text encoder with safetensors weights, its folder, or words",
         ),
     ):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
+        place = os.path.expanduser(name)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        model = AutoModel.from_pretrained(place, use_safetensors=True, trust_remote_code=False)
     return tokenizer, model.eval()
 
 @torch.no_grad()
 def _states(tokenizer, model, texts: list, layer: int|None = None):
     """Hidden states (N, L, D) of a layer, or the model's output, and two masks (N, L): tokens, and tokens
     that are not special."""
+    from ddpo_nb.loading import warn_cut
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
+    warn_cut(model, tokenizer, texts, longest, "the similarity", what="prompts and answers")
     tokens = tokenizer(
         texts, padding=True, truncation=True, max_length=longest, return_tensors="pt",
         return_special_tokens_mask=True
@@ -817,6 +847,14 @@ def counted(answers: list) -> dict:
     share = lambda ok: [sum(map(ok, a)) / max(len(a), 1) for a in answers]
     return dict(refused=share(refused), silent=share(lambda a: not a.strip() and not refused(a)))
 
+def _known_by(reward, client, *others) -> dict:
+    """What a run knows such a reward by when it goes on: the model, how long it may answer, and a digest of
+    all that decides its answers."""
+    settings = [client.model, client.max_tokens, client.options, *others]
+    digest = sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    said = ", ".join(map(str, [hide(client.model), f"{client.max_tokens} tokens", *others[:1]]))
+    return dict(name=type(reward).__name__, digest=f"{_line(said)}, settings {digest}")
+
 class VLMAlignment:
     "Reward: how similar a VLM's description of the picture is to the prompt (Black et al. 2023, sec. 5.3)."
     __name__ = "vlm_alignment"
@@ -825,6 +863,12 @@ class VLMAlignment:
         similarity=None,           # a callable (answers, prompts) -> numbers; None: `WordRecall`
         question: str = QUESTION,
     ): self.client, self.similarity, self.question = client, similarity or WordRecall(), question
+
+    @property
+    def identity(self) -> dict:
+        "What a checkpoint knows it by: name, and a digest that begins with the model's."
+        similarity = getattr(self.similarity, "name", reward_name(self.similarity))
+        return _known_by(self, self.client, similarity, self.question)
 
     def __call__(self, images: Tensor, prompts: list, metadata: list) -> tuple:
         "Rewards (N,) and the answers, from images (N, 3, H, W) in [0, 1]."
@@ -891,6 +935,11 @@ class VLMQuestions:
         matches=answer_matches,  # (said, expected) -> bool
     ): self.client, self.matches = client, matches
 
+    @property
+    def identity(self) -> dict:
+        "What a checkpoint knows it by: name, and a digest that begins with the model's."
+        return _known_by(self, self.client, reward_name(self.matches))
+
     def __call__(self, images: Tensor, prompts: list, metadata: list) -> tuple:
         "Rewards (N,) and the answers, a list for each image, from images (N, 3, H, W) in [0, 1]."
         quizzes = [_quiz(i, m) for i, m in enumerate(metadata)]
@@ -944,15 +993,17 @@ def make_similarity(
     # before it for other ways than mean pooling
     name: str,
 ):              # a callable (answers, prompts) -> numbers
-    "A way to compare answers with prompts by its name."
-    if name == "words": return WordRecall()
-    if name == "emoji-clip" or name.startswith("clip:"):
+    "A way to compare answers with prompts by its name, which it keeps as `name`."
+    if name == "words": found = WordRecall()
+    elif name == "emoji-clip" or name.startswith("clip:"):
         from ddpo_nb.clip import load_embedder
-        return EmbeddingSimilarity(
+        found = EmbeddingSimilarity(
             load_embedder(name.removeprefix("clip:"), argument="--vlm-similarity").texts
         )
-    if name.startswith("bertscore:"): return BERTScoreRecall(name.removeprefix("bertscore:"))
-    return EmbeddingSimilarity(name)
+    elif name.startswith("bertscore:"): found = BERTScoreRecall(name.removeprefix("bertscore:"))
+    else: found = EmbeddingSimilarity(name)
+    found.name = name
+    return found
 
 _ENGLISH = "sentence-transformers/all-MiniLM-L6-v2"
 

@@ -64,6 +64,7 @@ def test_padding_is_no_part_of_a_text(embedder):
         bare = getattr(bare, "pooler_output", bare)
         torch.testing.assert_close(bare / bare.norm(), embedder.texts([text]), atol=1e-5, rtol=0)
 
+@pytest.mark.filterwarnings("ignore:. of . prompts are longer")
 def test_long_texts_are_cut_off(embedder):
     torch.testing.assert_close(embedder.texts(["a fox " * 40]), embedder.texts(["a fox " * 60]))
 
@@ -100,6 +101,7 @@ def test_alignment_is_transformers_own_logit_without_its_temperature():
     np.testing.assert_allclose(rewards, expected.diagonal().numpy(), atol=2e-5)
     assert info == {} and rewards.dtype == np.float64 and abs(rewards).max() <= 1
 
+@pytest.mark.filterwarnings("ignore:. of . prompts are longer")
 def test_clip_score_is_its_formula(embedder):
     x, p = images(12, seed=3), [prompts[i % 5] for i in range(12)]
     cosine = CLIPAlignment(embedder)(x, ["A photo depicts " + o for o in p], [{}]*12)[0]
@@ -139,6 +141,7 @@ def test_it_scores_on_the_gpu():
     before = reward(images(), prompts, [{}]*5)[0]
     np.testing.assert_allclose(reward.to("cuda")(images().cuda(), prompts, [{}]*5)[0], before, atol=1e-3)
 
+@pytest.mark.filterwarnings("ignore:. of . prompts are longer")
 def test_by_name(embedder):
     for name, own in (("clip_alignment", clip_alignment), ("clip_score", clip_score)):
         assert (get_reward(name)(images(), prompts, [{}]*5)[0] == own()(images(), prompts, [{}]*5)[0]).all()
@@ -301,3 +304,24 @@ def test_no_loader_is_left_to_ask_whether_it_may_run_code():
                 ours = file.name == "emoji_sd.py"  # the package's own files
                 assert given.get("trust_remote_code") is False or ours, f"{file.name}:{n.lineno}"
     assert seen >= 6
+
+LONG = "a very large and very friendly brown bear that is standing in the middle of a green meadow"
+
+@pytest.mark.parametrize("name", ["clip_alignment", "clip_score", "prompt_alignment"])
+def test_a_reward_that_reads_less_than_the_prompt_says_so_once(name):
+    reward, x = get_reward(name), torch.rand(5, 3, 64, 64)
+    prompts = ["a bear", LONG, LONG + " at night", LONG, "a cat"]
+    with pytest.warns(UserWarning) as w: rewards, _ = reward(x, prompts, [{}] * 5)
+    said = str(w[0].message)
+    assert len(w) == 1 and "2 of 4 prompts are longer than the 16 tokens that" in said and "\n" not in said
+    assert "1 cannot be told from another then, such as" in said
+    reader = "prompt_alignment reads" if name == "prompt_alignment" else "emoji-clip reads"
+    assert reader in said
+    # told already; and what was cut makes no difference
+    assert np.allclose(reward(x[[1]], [prompts[2]], [{}])[0], rewards[1], atol=1e-5)
+
+def test_an_embedder_says_it_too():
+    e = load_embedder()
+    assert e.texts(["a bear", "a cat"]).shape[0] == 2
+    with pytest.warns(UserWarning, match="^1 of 2 prompts are longer"): e.texts(["a bear", LONG])
+    e.texts([LONG])

@@ -421,7 +421,7 @@ def test_what_nobody_announced_is_told_when_it_is_first_encoded(caplog):
 
 def test_a_cut_prompt_is_read_as_the_pipeline_reads_it():
     "What counts as the same is what the text encoder is given"
-    from ddpo_nb.policy import _read_part
+    from ddpo_nb.loading import _read_part
     tokenizer = load_pipeline().tokenizer
     texts = ["", "a bear", LONG, LONG + " at night", "bear " * 200]
     parts, cut = _read_part(tokenizer, texts, tokenizer.model_max_length)

@@ -293,7 +293,10 @@ def test_image_reward_reads_the_prompt_and_looks_at_the_picture(reader):
     assert abs(by_prompt[0] - by_prompt[1]) > 1e-3 and abs(by_picture[0] - by_picture[1]) > 1e-3
     long = "a frog and a whale " * 30
     # cut off, without an error
-    assert reader(x[:1], [long], [{}])[0] == pytest.approx(reader(x[:1], [long + "bee"], [{}])[0])
+    reader.told_cut = False
+    with pytest.warns(UserWarning, match="^1 of 1 prompts .* the 35 tokens that ImageReward reads"):
+        cut = reader(x[:1], [long], [{}])[0]
+    assert cut == pytest.approx(reader(x[:1], [long + "bee"], [{}])[0])
 
 def test_image_reward_does_not_score_broken_pictures(reader):
     x = images(2)

@@ -6,7 +6,7 @@ import pytest, torch
 from safetensors.torch import load_file
 
 SCRIPT = '''
-import sys, torch
+import os, signal, sys, threading, time, torch
 from pathlib import Path
 from safetensors.torch import save_file
 from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
@@ -14,6 +14,8 @@ from ddpo_nb.prompts import PromptSource
 from ddpo_nb.rewards import jpeg_compressibility
 from ddpo_nb.rollout import sample_generator
 from ddpo_nb.trainer import make_config, make_trainer
+sys.path.insert(0, os.environ["TESTS"])
+from tiny_sd import tiny_sd
 
 out, size = Path(sys.argv[1]), int(sys.argv[2])
 c = make_config(
@@ -32,9 +34,60 @@ if not c.resume_from:
     first = dict(images=work.trajectories.images.contiguous(), advantages=work.advantages, gradient=gradient)
     save_file(first, out/f"first-{n}-{rank}.safetensors")
     t.optimizer.zero_grad(); t.queries = 0; t.tracker.rewards.clear(); t.prompt_function.rng.seed(0)
+def draws_of_their_own(examples, first, shape):
+    "The noise and level of a sample's k-th draw, wherever it is drawn; trainers have generators of their own"
+    count = {}
+    for i, s in enumerate((first + examples["sample"]).tolist()):
+        g = torch.Generator().manual_seed(1000 * s + count.setdefault(s, 0))
+        count[s] += 1
+        examples["noise"][i] = torch.randn(shape, generator=g)
+        examples["timestep"][i] = torch.randint(1000, (), generator=g)
+    return examples
+
+def rwr(algorithm, **kw):
+    "The first epoch's weights and gradient, and the adapters after two."
+    c = make_config(
+        algorithm, sample_num_steps=2, sample_batch_size=size, sample_num_batches_per_epoch=1,
+        train_batch_size=size, train_num_inner_epochs=1, rwr_draws=2, samples_per_prompt=1, num_epochs=2,
+        logdir="", **kw)
+    torch.manual_seed(0)
+    policy = StableDiffusionPolicy(tiny_sd())
+    prompts = PromptSource(["cat", "dog", "bear"], 1)
+    t = make_trainer(c, lambda images, prompts, _: (images.mean((1, 2, 3)) * 30, {}), prompts, policy)
+    work, first = t.collect(), rank * size
+    examples = t.objective.examples(t.policy, work.trajectories, work.advantages, sample_generator(0, 0, 0))
+    draws_of_their_own(examples, first, work.trajectories.latents.shape[2:])
+    t.gradient(work.trajectories, examples)
+    flat = lambda of: torch.cat([of(p).detach().flatten() for p in t.policy.trainable_parameters()])
+    found = dict(weights=work.advantages, gradient=flat(lambda p: p.grad))
+    t.optimizer.zero_grad(); t.queries = 0; t.tracker.rewards.clear(); prompts.rng.seed(1)
+    t.train(progress=False)
+    return {f"{algorithm}-{k}": v for k, v in (found | dict(trained=flat(lambda p: p))).items()}
+
+def stopped():
+    "Seconds from a signal, which comes while the reward is waited for, to the run's end."
+    began = []
+    def kill():
+        began.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+    def reward(images, prompts, metadata):
+        threading.Timer(0.2, kill).start()
+        time.sleep(60)
+    c = make_config("ddpo-is", sample_num_steps=2, sample_batch_size=size, train_batch_size=size,
+                    sample_num_batches_per_epoch=1, num_epochs=2, logdir=str(out/"stopped"))
+    t = make_trainer(c, reward, PromptSource(["cat"], 0), StableDiffusionPolicy(tiny_sd()))
+    try: t.train(progress=False)
+    except SystemExit as e: return torch.tensor([e.code, time.monotonic() - began[0]])
+
 t.train(progress=False)
 weights = torch.cat([p.detach().flatten() for p in t.policy.trainable_parameters()])
 save_file(dict(weights=weights), out/f"last-{n}-{rank}.safetensors")
+if not c.resume_from:
+    more = rwr("rwr", rwr_normalizer="prompt", rwr_rewards="raw", rwr_beta=1.0,
+               per_prompt_stat_tracking=False)
+    more |= rwr("rwr-sparse", rwr_fraction=0.4)
+    if n > 1: more["stopped"] = stopped()
+    save_file(more, out/f"more-{n}-{rank}.safetensors")
 '''
 
 def launch(n, *args, timeout=300):
@@ -46,7 +99,9 @@ def launch(n, *args, timeout=300):
     ]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout,
-        env=os.environ | dict(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true"),
+        env=os.environ | dict(
+            OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", TESTS=str(Path(__file__).parent)
+        ),
     )
 
 def free_port():
@@ -98,6 +153,26 @@ def test_trap_5_checkpoints_are_written_by_all_and_resume(runs):
         load_file(home / "again/last-2-0.safetensors")["weights"],
         load_file(home / "2/last-2-0.safetensors")["weights"]
     )
+
+@pytest.mark.parametrize("algorithm", ["rwr", "rwr-sparse"])
+def test_rwr_is_the_same_in_two_processes(runs, algorithm):
+    "Weights compare the samples of a prompt, wherever they were drawn; the gradient is that of all."
+    home, *_ = runs
+    one, *two = (load_file(home/f"{n}/more-{n}-{r}.safetensors") for n, r in ((1, 0), (2, 0), (2, 1)))
+    weights, gradient, trained = (f"{algorithm}-{o}" for o in ("weights", "gradient", "trained"))
+    joined = torch.cat([o[weights] for o in two])
+    assert (joined - one[weights]).abs().max() < 1e-4 and one[weights].std() > 0.1
+    assert torch.equal(two[0][gradient], two[1][gradient])
+    assert (two[0][gradient] - one[gradient]).norm() < 1e-4 * one[gradient].norm() > 0
+    assert torch.equal(two[0][trained], two[1][trained])
+
+def test_a_stop_does_not_wait_for_a_reward(runs):
+    "SIGTERM, as torchrun passes it on, in the middle of a reward that takes a minute: all leave at once."
+    home, *_ = runs
+    for r in (0, 1):
+        code, seconds = load_file(home/f"2/more-2-{r}.safetensors")["stopped"].tolist()
+        assert code == 143 and seconds < 5
+    assert (home/"2/stopped/checkpoints/checkpoint_0/files.json").is_file()
 
 def test_another_number_of_processes_is_refused(runs):
     home, *_ = runs

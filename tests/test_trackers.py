@@ -4,15 +4,15 @@ import json, sqlite3
 import numpy as np, pytest, torch
 from PIL import Image
 from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
-from ddpo_nb.prompts import PromptSource
+from ddpo_nb.prompts import InputError, PromptSource
 from ddpo_nb.rewards import jpeg_compressibility
-from ddpo_nb.trainer import make_config, make_trainer
+from ddpo_nb.trainer import DDPOConfig, make_config, make_trainer
 
 pytestmark = pytest.mark.usefixtures("small_unet")  # what the network draws is not looked at here
 
 PROMPTS = ["a cat on a blue background", "dog"]
 
-def trainer(home, **kw):
+def trainer(home, reward=jpeg_compressibility, prompts=PROMPTS, **kw):
     c = make_config(
         "ddpo-is",
         **(
@@ -25,7 +25,7 @@ def trainer(home, **kw):
     )
     torch.manual_seed(0)
     return make_trainer(
-        c, jpeg_compressibility, PromptSource(PROMPTS), StableDiffusionPolicy(load_pipeline())
+        c, reward, PromptSource(prompts), StableDiffusionPolicy(load_pipeline())
     )
 
 class Diary:
@@ -58,6 +58,50 @@ def test_without_a_hook_some_pictures_go_to_the_trackers(tmp_path):
     assert [(step, v["reward_mean"]) for step, v in diary.numbers] == [
         (1, t.rows[0]["reward_mean"]), (2, t.rows[1]["reward_mean"])
     ]
+
+@pytest.mark.parametrize("setting", ["run_name", "tracker_project_name"])
+def test_names_that_become_folders(setting, tmp_path):
+    make = lambda name, **kw: DDPOConfig(mixed_precision="no", logdir=str(tmp_path), **{setting: name} | kw)
+    for name in ("", "first", "<script>alert(1)</script>", "猫", "a b"):
+        assert getattr(make(name), setting) == name
+    for name, says in {
+        "../x": "leads out of", "a/../../x": "leads out of", "/x": "leads out of", "a\nb": "line break",
+        "a\x1b[31m": "cannot be printed", "x" * 300: "more than 200 bytes", "猫" * 90: "more than 200 bytes"
+    }.items():
+        with pytest.raises(InputError, match=f"^{setting}: .*{says}") as e: make(name)
+        assert "\n" not in str(e.value) and len(str(e.value)) < 250
+
+def test_projects_that_wandb_does_not_take(monkeypatch):
+    monkeypatch.setattr("ddpo_nb.trainer.get_available_trackers", lambda: ["wandb"])
+    make = lambda name: DDPOConfig(mixed_precision="no", log_with="wandb", tracker_project_name=name)
+    make("tidy <b>")
+    for name in ("a/b", "50%", "a#b", "x" * 129):
+        with pytest.raises(InputError, match="^tracker_project_name: wandb does not take '"): make(name)
+
+@pytest.mark.filterwarnings("ignore:2 of 8 prompts are longer")
+def test_texts_of_users_become_keys_that_lead_nowhere_and_stay_apart(tmp_path):
+    long = "a cat " * 50
+    prompts = ["../../x", "a/b", "a\nb", "a b", "<script>", long + "one", long + "two", ".."]
+    def reward(images, prompts, metadata):
+        zeros = [0.0] * len(prompts)
+        return zeros, {"<b>": zeros, "../../up": zeros, "reward/clip": zeros}
+    pytest.importorskip("tensorboard")
+    t = trainer(
+        tmp_path, reward, prompts, num_epochs=1, sample_batch_size=8, train_batch_size=8,
+        log_with="tensorboard", per_prompt_stat_tracking=False
+    )
+    t.prompt_function = iter([(p, {}) for p in prompts]).__next__  # each once
+    t.accelerator.trackers.append(diary := Diary())
+    t.train(progress=False)
+    keys = [k for _, values in diary.numbers for k in values] + [k for _, k, *_ in diary.images]
+    assert all(k.isprintable() and len(k) < 150 and not {"..", ""} & {*k.split("/")} for k in keys)
+    of_prompts = [k for k in keys if k.startswith("reward/")]
+    assert len(of_prompts) == len(prompts) and {"reward/a b", "reward/<script>"} <= {*of_prompts}
+    assert all(k.count("/") == 1 for k in of_prompts) and "reward_info/reward/clip" in keys
+    assert len({k for _, k, *_ in diary.images}) == 8
+    assert {*t.rows[0]["reward_by_prompt"]} == {*prompts}  # the run's own files have them as they are
+    files = [o for o in tmp_path.parent.rglob("events.out*")]
+    assert files and all(o.is_relative_to(tmp_path / "first/tidy") for o in files)
 
 def test_wandb(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")

@@ -7,7 +7,7 @@ import numpy as np, pytest, torch
 from hypothesis import given, strategies as st
 from ddpo_nb import DDPOConfig, RWRConfig
 from ddpo_nb.prompts import InputError
-from ddpo_nb.trainer import make_config
+from ddpo_nb.trainer import idle_notes, make_config
 
 @dataclass
 class ScriptArguments:
@@ -139,3 +139,24 @@ def test_paths_switches_and_dictionaries():
 def test_no_guidance_and_no_noise():
     assert DDPOConfig(sample_guidance_scale=0).sample_guidance_scale == 0
     assert [RWRConfig(algorithm=a, sample_eta=0).sample_eta for a in ("rwr", "rwr-sparse")] == [0, 0]
+
+def test_accelerates_own_limit_of_checkpoints_is_ours():
+    make = lambda **kw: DDPOConfig(mixed_precision="no", **kw)
+    assert make(project_kwargs=dict(total_limit=2)).num_checkpoint_limit == 2
+    assert make(project_kwargs=dict(total_limit=2), num_checkpoint_limit=2).num_checkpoint_limit == 2
+    assert make(project_kwargs=dict(total_limit=None), num_checkpoint_limit=3).num_checkpoint_limit == 3
+    with pytest.raises(InputError, match=r"^project_kwargs\['total_limit'\]: it is 2, .*set num_"):
+        make(project_kwargs=dict(total_limit=2), num_checkpoint_limit=3)
+    for limit in (0, -1, "3", 2.5, True):
+        with pytest.raises(InputError, match=r"^project_kwargs\['total_limit'\]: "):
+            make(project_kwargs=dict(total_limit=limit))
+
+@pytest.mark.parametrize("name, value", [("iteration", 3), ("save_on_each_node", True), ("project_dir", 3)])
+def test_what_a_project_configuration_would_do_nothing_with_is_refused(name, value):
+    with pytest.raises(InputError, match=rf"^project_kwargs\['{name}'\]: "):
+        DDPOConfig(mixed_precision="no", project_kwargs={name: value})
+
+def test_what_a_project_configuration_does():
+    usual = dict(iteration=0, save_on_each_node=False, automatic_checkpoint_naming=True, total_limit=None)
+    c = DDPOConfig(mixed_precision="no", project_kwargs=usual | dict(logging_dir="logs"))
+    assert [o for o in idle_notes(c) if "logging_dir" in o] and c.num_checkpoint_limit == 5

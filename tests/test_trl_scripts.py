@@ -5,9 +5,10 @@ import numpy as np, pytest, torch
 from tiny_sd import tiny_sd
 from ddpo_nb import (DDPOConfig, DDPOPipelineOutput, DDPOSchedulerOutput, DDPOStableDiffusionPipeline,
                      DDPOTrainer, DefaultDDPOStableDiffusionPipeline, RWRConfig, RWRTrainer)
-from ddpo_nb.models.modeling_sd_base import pipeline_step, scheduler_step
+from ddpo_nb.models.modeling_sd_base import methods, pipeline_step, scheduler_step
 from ddpo_nb.policy import ModelError, StableDiffusionPolicy
 from ddpo_nb.prompts import InputError
+from ddpo_nb.trl import TRAINER_METHODS
 
 pytestmark = pytest.mark.filterwarnings("ignore:train_learning_rate")
 
@@ -408,6 +409,101 @@ def test_what_a_pipeline_lacks_is_said():
     with pytest.raises(ModelError, match="^Half: it has no scheduler_step; "): make(Half(tiny_sd()))
     with pytest.raises(ModelError, match="^sd_pipeline: a StableDiffusionPipeline is no policy; "):
         make(tiny_sd())
+
+# ---- names that are ours ----
+
+# methods of ours that TRL does not have, as a user's script may well call something of its own
+TAKEN = dict(
+    update=lambda self, batch: None, sample=lambda self, n=4: None, epoch=lambda self: 3,
+    collect=lambda self, folder: None, gradient=lambda self, loss: None, weigh=lambda self, rewards: None,
+    judge=lambda self, images: None, advantages=lambda self, rewards: None, stop=lambda self: None,
+    ask=lambda self, question: None, checked=lambda self: True, figures=lambda self: [],
+    descend=lambda self, x, y: None, overrides=lambda self: [], _log=lambda self, text: None,
+    _draw=lambda self, image: None, save_checkpoint=lambda self, path: None,
+    load_checkpoint=lambda self: None, updates_per_epoch=lambda self: 3
+)
+
+@pytest.mark.parametrize("kind", [DDPOTrainer, RWRTrainer])
+def test_a_method_of_ones_own_that_is_called_as_one_of_ours(pipeline, kind):
+    c = RWRConfig(logdir="", mixed_precision="no") if kind is RWRTrainer else config()
+    for name, method in TAKEN.items():
+        with pytest.raises(InputError, match=f"^{name}: Mine has something of this name") as e:
+            type("Mine", (kind,), {name: method})(c, reward, prompt, pipeline)
+        assert f"rename it, to my_{name.lstrip('_')} say" in str(e.value) and "\n" not in str(e.value)
+
+def test_no_name_of_ours_is_left_out(pipeline):
+    ours = {o for o in methods(DDPOTrainer) if o not in (*TRAINER_METHODS, "autocast")}
+    assert len(ours) > 60 and {*TAKEN} <= ours
+    for name in ours:
+        with pytest.raises(InputError, match=f"^{name}: Mine has "):
+            make(pipeline, type("Mine", (DDPOTrainer,), {name: 3}))
+
+@pytest.mark.parametrize("own", [3, staticmethod(lambda x: x), property(lambda self: 3)])
+def test_other_things_under_the_name_of_a_method(pipeline, own):
+    with pytest.raises(InputError, match="^gradient: Mine has"):
+        make(pipeline, type("Mine", (DDPOTrainer,), dict(gradient=own)))
+
+@pytest.mark.parametrize("own", [3, lambda self: [], property(lambda self: [])])
+def test_other_things_under_the_name_of_a_property(pipeline, own):
+    with pytest.raises(InputError, match="^trainable_layers: Mine has .* own is a property; rename it"):
+        make(pipeline, type("Mine", (DDPOTrainer,), dict(trainable_layers=own)))
+
+@pytest.mark.parametrize("name", ["rows", "best", "reward_function", "work", "queries", "hook", "task"])
+def test_a_method_that_a_value_of_ours_would_hide(pipeline, name):
+    with pytest.raises(InputError, match=f"^{name}: Mine has a method of this name, and the trainer a value"):
+        make(pipeline, type("Mine", (DDPOTrainer,), {name: lambda self: None}))
+
+def test_an_override_that_is_meant(pipeline):
+    "The same arguments under the same names, or a call of super() where there are none."
+    seen = []
+    class Mine(DDPOTrainer):
+        def epoch(self):
+            seen.append("epoch")
+            return super().epoch()
+        def advantages(self, prompts, rewards): return torch.linspace(-1, 1, len(rewards))
+        def sample(self, *args, **kwargs): return DDPOTrainer.sample(self, *args, **kwargs)
+        def stop(self, signum=0, why=""): super().stop(signum)
+        @property
+        def updates_per_epoch(self): return super().updates_per_epoch
+        def my_update(self, batch): raise AssertionError
+    train(make(pipeline, Mine))
+    assert seen == ["epoch"] * 2
+
+def test_a_name_that_is_taken_on_the_object(pipeline):
+    t = make(pipeline)
+    t.gradient = lambda loss: None
+    with pytest.raises(InputError, match="^gradient: DDPOTrainer has something of this name"):
+        t.train(progress=False)
+
+@pytest.mark.parametrize(
+    "name, own",
+    dict(
+        decode=lambda self, latents, output_type: None, encode=lambda self, image: None,
+        predict=lambda self, prompt: None, restore=lambda self: None, step=lambda self: 1,
+        configure=lambda self, lr: None, network=3, timesteps=lambda self: [], freeze=lambda self: None
+    ).items(),
+)
+def test_a_pipelines_method_that_is_called_as_one_of_ours(folder, name, own):
+    mine = type("Mine", (DefaultDDPOStableDiffusionPipeline,), {name: own})
+    with pytest.raises(ModelError, match=f"^{name}: Mine has something of this name.*my_{name} say$"):
+        mine(folder)
+
+def test_a_pipeline_that_goes_on_with_ours(folder):
+    class Mine(DefaultDDPOStableDiffusionPipeline):
+        def freeze(self): super().freeze()
+        def predict(self, latents, t, cond, guidance=True):
+            return super().predict(latents, t, cond, guidance)
+    train(make(Mine(folder)))
+
+def test_gradients_of_ones_own_are_not_called_yet(pipeline, folder):
+    class Mine(DefaultDDPOStableDiffusionPipeline):
+        def rgb_with_grad(self, *args, **kwargs): raise AssertionError
+    with pytest.raises(ModelError, match="^rgb_with_grad: Mine has one of its own, and no trainer"):
+        Mine(folder)
+    class Mine(Own):
+        def rgb_with_grad(self, *args, **kwargs): raise AssertionError
+    with pytest.raises(ModelError, match="^rgb_with_grad: Mine has one of its own, and no trainer"):
+        make(Mine(pipeline.sd_pipeline))
 
 # ---- the rest of the surface ----
 

@@ -1,5 +1,6 @@
 "A server that misbehaves in every way we could think of changes no reward and loses no answer."
-import ast, base64, copy, io, json, os, pickle, random, socket, threading, time, traceback
+import ast, base64, copy, io, json, multiprocessing, os, pickle, random, socket, threading, time, traceback
+import types
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 from pathlib import Path
@@ -9,13 +10,18 @@ from PIL import Image
 from vlm_server import MODEL, Server, background
 from ddpo_nb import vlm as V
 from ddpo_nb.checkpoints import check_whole, newest_whole
+from ddpo_nb.cli import _vlm
+from ddpo_nb.compare import _identity, _join
 from ddpo_nb.emoji_sd import COLOURS
 from ddpo_nb.policy import ModelError, StableDiffusionPolicy, load_pipeline
 from ddpo_nb.prompts import InputError, PromptSource
-from ddpo_nb.trainer import make_config, make_trainer
+from ddpo_nb.reward_files import Guarded
+from ddpo_nb.rewards import WeightedSum
+from ddpo_nb.trainer import _called, _other, make_config, make_trainer
 from ddpo_nb.vlm import (QUESTION, BERTScoreRecall, EmbeddingSimilarity, ServerGone, VLMAlignment, VLMClient,
-                         VLMQuestions, WordRecall, answer_matches, bertscore_recall, chat_request,
-                         make_similarity, pause, png_url, read_answer, retry_after, vlm_alignment, vlm_client,
+                         VLMQuestions, WordRecall, answer_matches, append_alone, bertscore_recall,
+                         chat_request, make_similarity, pause, png_url, read_answer, retry_after,
+                         vlm_alignment, vlm_client,
                          vlm_questions)
 
 ENVIRONMENT = (
@@ -415,6 +421,74 @@ def test_answers_outlive_the_process(server, tmp_path):
     # other settings, other answers
     assert client(server, answers=file, max_tokens=5).ask(pictures(1), ["q"]) and len(server.requests) == 10
 
+def test_two_writers_of_one_file_of_answers(tmp_path):
+    "Long lines from two processes, and half a line that a third has left: each answer is a line of its own."
+    file = tmp_path/"answers.jsonl"
+    file.write_text('{"name": "half')
+    def write(who):
+        for i in range(200):
+            append_alone(file, json.dumps(dict(name=f"{who}{i}", answer=who * 20_000)))
+    writers = [multiprocessing.get_context("fork").Process(target=write, args=(o,)) for o in "ab"]
+    for o in writers: o.start()
+    for o in writers: o.join()
+    half, *lines = file.read_text().splitlines()
+    found = [json.loads(o) for o in lines]
+    assert half == '{"name": "half' and sorted(o["name"] for o in found) == sorted(
+        f"{who}{i}" for who in "ab" for i in range(200)
+    )
+    assert all(o["answer"] == o["name"][0] * 20_000 for o in found)
+
+def test_answers_are_kept_where_the_environment_says(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DDPO_VLM_ANSWERS", "~/kept/answers.jsonl")
+    c = vlm_client(server.url, MODEL)
+    c.ask(pictures(2), ["q"] * 2)
+    assert len((tmp_path/"kept/answers.jsonl").read_text().splitlines()) == 2
+    monkeypatch.setenv("DDPO_VLM_ANSWERS", str(tmp_path))
+    with pytest.raises(InputError, match="^DDPO_VLM_ANSWERS: .*it is no file"): vlm_client(server.url, MODEL)
+    (tmp_path/"file").write_text("")
+    c = vlm_client(server.url, MODEL, answers=tmp_path/"file/answers.jsonl")
+    with pytest.raises(InputError, match="^DDPO_VLM_ANSWERS: answers cannot be kept in"):
+        c.ask(pictures(1), ["q"])
+
+def test_a_run_keeps_answers_in_its_folder_unless_the_environment_says_otherwise(monkeypatch):
+    monkeypatch.delenv("DDPO_VLM_ANSWERS", raising=False)
+    args = types.SimpleNamespace(**dict.fromkeys(
+        ("vlm_url", "vlm_set", "vlm_max_tokens", "vlm_timeout", "vlm_model", "vlm_similarity")
+    ))
+    said = lambda output=None: (_vlm(args, output), os.environ.get("DDPO_VLM_ANSWERS"))[1]
+    assert [said("a"), said("b"), said()] == ["a/vlm_answers.jsonl", "b/vlm_answers.jsonl", None]
+    monkeypatch.setenv("DDPO_VLM_ANSWERS", "~/mine.jsonl")
+    assert [said("a"), said()] == ["~/mine.jsonl"] * 2
+
+@pytest.mark.parametrize("other", [
+    dict(client=dict(vlm_model="other")), dict(client=dict(max_tokens=5)),
+    dict(client=dict(options={"seed": 1})), dict(question="What colour?"),
+    dict(similarity=make_similarity("emoji-clip"))
+])
+def test_a_run_knows_whom_it_asks(server, other):
+    def alignment(client=(), **kw):
+        own = dict(vlm_model="seer", max_tokens=64) | dict(client)
+        return VLMAlignment(vlm_client(server.url, **own), **dict(similarity=make_similarity("words")) | kw)
+    was, now = (_called(Guarded(o, "vlm_alignment")) for o in (alignment(), alignment(**other)))
+    assert was == _called(Guarded(alignment(), "vlm_alignment")) and not _other(was, dict(was))
+    assert _other(was, now) and was["digest"].startswith("seer, 64 tokens, words, settings ")
+    total = _called(WeightedSum(dict(a=(1, alignment()), b=(1, alignment(**other)))))
+    assert was["digest"] in total["digest"] and now["digest"] in total["digest"]
+    assert not _other(dict(name="vlm_alignment", module=None, digest=None), now)  # older checkpoints
+
+def test_a_comparison_goes_on_with_the_model_that_it_began_with(server):
+    def digest(vlm_model="seer"):
+        return Guarded(VLMQuestions(vlm_client(server.url, vlm_model)), "q").identity
+    plan = lambda d: dict(reward_digest=d, configs={}, algorithms=[], seeds=[]) | dict.fromkeys(
+        set(_identity) - {"reward_digest"}
+    )
+    was = plan(digest()["digest"])
+    _join(plan(digest()["digest"]), was)
+    _join(plan(digest()["digest"]), plan(None))  # a folder of an older version
+    with pytest.raises(InputError, match="reward_digest is 'seer, 64 tokens.* there and 'other, 64"):
+        _join(plan(digest(vlm_model="other")["digest"]), was)
+
 def test_concurrency_is_bounded_over_all_threads(server):
     server.pause, found = .02, {}
     c = client(server, concurrency=3)
@@ -576,6 +650,7 @@ def test_bertscore_recall_is_the_papers_formula(o):
 @pytest.fixture(scope="module")
 def pipe(): return load_pipeline()
 
+@pytest.mark.filterwarnings("ignore:. of . prompts and answers are longer")
 def test_bertscore_of_texts(pipe):
     s = BERTScoreRecall((pipe.tokenizer, pipe.text_encoder))
     texts = ["a bear on a blue background", "a fox", "a bear", "two words more than the other one has"]
@@ -608,6 +683,13 @@ def test_bertscore_by_hand(pipe):
     assert BERTScoreRecall((pipe.tokenizer, pipe.text_encoder), layer=1)(
         ["a pink whale"], ["a fox on a pink background"]
     )[0] == pytest.approx(expected, abs=1e-5)
+
+def test_a_similarity_that_reads_less_than_the_texts_says_so_once(pipe):
+    s = BERTScoreRecall((pipe.tokenizer, pipe.text_encoder))
+    pipe.text_encoder.told_cut = False
+    with pytest.warns(UserWarning, match="^1 of 2 prompts and answers .* the similarity reads"):
+        s(["a bear " * 40], ["a bear"])
+    s(["a bear " * 50], ["a bear"])
 
 def test_bertscore_is_rescaled(pipe):
     parts = pipe.tokenizer, pipe.text_encoder

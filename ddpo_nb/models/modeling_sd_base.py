@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PIPELINE_METHODS', 'DDPOSchedulerOutput', 'DDPOPipelineOutput', 'scheduler_step', 'pipeline_step',
            'pipeline_step_with_grad', 'DDPOStableDiffusionPipeline', 'DefaultDDPOStableDiffusionPipeline', 'save_whole',
-           'overridden', 'PipelinePolicy', 'as_policy']
+           'methods', 'name_taken', 'overridden', 'PipelinePolicy', 'as_policy']
 
 # %% ../../nbs/02e_trl_pipeline.ipynb #ee86cb98
-import copy, os, random, shutil, tempfile
+import copy, inspect, os, random, shutil, tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,6 +272,7 @@ class DefaultDDPOStableDiffusionPipeline(StableDiffusionPolicy, DDPOStableDiffus
         lora_rank: int|None = None,               # of new adapters; None: as the trainer's config says
         **kwargs,                                 # how to sample: see `StableDiffusionPolicy.configure`
     ):
+        _check_overrides(self)
         name = str(pretrained_model_name)
         lora = _find_lora(name, pretrained_model_revision)
         self.pretrained_model, self.pretrained_revision = pretrained_model_name, pretrained_model_revision
@@ -354,12 +355,88 @@ def _save_pretrained(self, save_directory: str|Path):
 
 DefaultDDPOStableDiffusionPipeline.save_pretrained = _save_pretrained
 
+# %% ../../nbs/02e_trl_pipeline.ipynb #9e41d2c6
+def _is_method(o): return inspect.isfunction(o) or isinstance(o, (classmethod, staticmethod, property))
+
+def methods(kind) -> dict:
+    "name -> all methods and properties of a class of this library, those that it inherits included."
+    found = {}
+    for parent in reversed(kind.__mro__[:-1]):
+        found |= {k: o for k, o in vars(parent).items() if _is_method(o)}
+    return {k: o for k, o in found.items() if not k.startswith("__")}
+
+def _same_arguments(theirs, own) -> bool:
+    "Can a method be called wherever our own is: by the same names, in the same order, and with nothing more?"
+    try: given, wanted = (inspect.signature(o).parameters.values() for o in (theirs, own))
+    except (TypeError, ValueError): return True  # nobody can tell
+    every = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    open_to_all = {*every} <= {p.kind for p in given}
+    given, wanted = ([p for p in o if p.kind not in every] for o in (given, wanted))
+    needed = [p for p in given if p.default is p.empty]
+    return (
+        all(a.name == b.name for a, b in zip(given, wanted))
+        and (open_to_all or len(given) >= len(wanted))
+        and all(p.name in [o.name for o in wanted if o.default is o.empty] for p in needed)
+    )
+
+def _can_stand_in(theirs, own) -> bool:
+    "Does a function that somebody put on the object take what our own needs?"
+    needed = [p for p in inspect.signature(own).parameters.values() if p.default is p.empty]
+    places = [o for o in needed if o.kind is o.POSITIONAL_OR_KEYWORD]
+    try: inspect.signature(theirs).bind(*places)
+    except TypeError: return False
+    except ValueError: pass  # nobody can tell
+    return True
+
+def _goes_on(function, name):
+    "Does a method name the one that it stands in for, as `super().name()` does?"
+    return name in getattr(getattr(inspect.unwrap(function), "__code__", None), "co_names", ())
+
+def _differs(instance, name, own) -> str|None:
+    "What tells that `instance` means something else by the name of our method; None if nothing does."
+    theirs = inspect.getattr_static(instance, name)
+    if theirs is own: return None
+    if isinstance(own, property):
+        meant = isinstance(theirs, property) and theirs.fget and _goes_on(theirs.fget, name)
+        return None if meant else "the library's own is a property"
+    if not callable(bound := getattr(instance, name)): return "the library's own is a method"
+    mine = own.__get__(instance, type(instance))
+    on_the_object = name in vars(instance)
+    if not (_can_stand_in if on_the_object else _same_arguments)(bound, mine):
+        return f"the library's own takes {inspect.signature(mine)}"
+    if inspect.signature(mine).parameters or on_the_object or _goes_on(bound, name): return None
+    # a method without arguments tells nothing else of what it is
+    return f"it does not call super().{name}()"
+
+def name_taken(instance, ours: dict, free: tuple = ()) -> tuple|None:
+    """The first of our methods (name -> method, as `methods` gives) whose name an instance of a subclass
+    uses for something else, and what is wrong: (name, problem, remedy). None if there is none. `free`: what
+    may be overridden in any way."""
+    for name in (o for o in ours if o not in free):
+        if problem := _differs(instance, name, ours[name]):
+            problem = f"{type(instance).__name__} has something of this name, and {problem}"
+            return name, problem, f"rename it, to my_{name.lstrip('_')} say"
+    return None
+
 # %% ../../nbs/02e_trl_pipeline.ipynb #c548c70d
 _OWN = {name: getattr(DefaultDDPOStableDiffusionPipeline, name) for name in PIPELINE_METHODS}
 
 def overridden(pipeline, name: str) -> bool:
     "Is what `pipeline` calls `name` something else than this library's own?"
     return name in vars(pipeline) or getattr(type(pipeline), name, None) is not _OWN[name]
+
+def _refuse_gradients(pipeline):
+    raise ModelError(
+        f"rgb_with_grad: {type(pipeline).__name__} has one of its own, and no trainer calls it yet;"
+        " leave it out"
+    )
+
+def _check_overrides(pipeline):
+    "ModelError if a subclass of ours overrides what would not be called, or takes a name that is ours."
+    if overridden(pipeline, "rgb_with_grad"): _refuse_gradients(pipeline)
+    ours = methods(DefaultDDPOStableDiffusionPipeline)
+    taken = name_taken(pipeline, ours, (*PIPELINE_METHODS, "sd_pipeline"))
+    if taken: raise ModelError("{}: {}; {}".format(*taken))
 
 def _scored(policy, pipeline, latents, t, cond, prev_sample, generator, guidance):
     "A step whose log-probability is what the pipeline's own `scheduler_step` says."
@@ -407,11 +484,14 @@ def as_policy(pipeline) -> StableDiffusionPolicy:
     """What the trainer trains: the pipeline itself if it is a policy, or a policy around it. ModelError
     if it is neither that nor a `DDPOStableDiffusionPipeline`."""
     if isinstance(pipeline, DefaultDDPOStableDiffusionPipeline):
+        _check_overrides(pipeline)
         for name in ("vae", "tokenizer", "text_encoder", "unet"):
             if overridden(pipeline, name) and getattr(pipeline, name) is not getattr(pipeline.pipeline, name):
                 setattr(pipeline.pipeline, name, getattr(pipeline, name))
         return pipeline
     if isinstance(pipeline, DDPOStableDiffusionPipeline):
+        if hasattr(pipeline, "rgb_with_grad"):
+            _refuse_gradients(pipeline)
         lacking = [
             o
             for o in (
