@@ -25,15 +25,15 @@ from .checkpoints import (CheckpointError, FolderLock, append_line, check_free, 
                                  checkpoints, complaints, flush_tree, is_trace, newest_whole, read_lines,
                                  write_atomic)
 from .dashboard import write
-from .policy import EMOJI_SD, ModelError, load_pipeline
-from .sd import StableDiffusionPolicy
+from .loading import EMOJI_SD, ModelError, family_of, load_pipeline, network_name
+from .policy import load_policy
 from .prompts import PROMPT_SETS, InputError, PromptSource, prompt_source
 from .redact import hide, keep_secret, named_secrets, redact
 from .reward_files import Guarded, RewardError, check_signature, guarded_file
 from .rewards import PromptAlignment, answer, check_rewards, get_reward, reward_name, to_uint8
 from .rollout import rollout, sample_generator
 from .trainer import (ALGORITHMS, RESULT_FREE, STATE_FILES, DDPOConfig, _plain, check_launcher,
-                             check_repeats, make_config, make_trainer, policy_settings, processes, takes,
+                             check_repeats, make_config, make_trainer, configure_policy, processes, takes,
                              usable_precision, weighed_by_temperature)
 
 # %% ../nbs/10_compare.ipynb #3843789d
@@ -130,15 +130,11 @@ def exam_sets(
 def latent_spread(
     images: torch.Tensor, # (P·K, 3, H, W) in [0, 1]: K pictures of the first prompt, then K of the next, …
     copies: int,          # K, at least 2
-    vae,                  # an `AutoencoderKL` that was not trained
+    encode,               # images to latents: a policy's `latents_of`
     batch_size: int = 64,
 ) -> list:                # P numbers
     """Mean root-mean-square distance between the latents of every two pictures of a prompt, per latent
     dimension."""
-    encode = (
-        lambda x: vae.encode((2 * x - 1).to(vae.device, vae.dtype)).latent_dist.mode().float()
-        * vae.config.scaling_factor
-    )
     z = torch.cat([encode(x) for x in images.split(batch_size)]).flatten(1)
     return [float((torch.pdist(group) / group.shape[1]**0.5).mean()) for group in z.split(copies)]
 
@@ -217,7 +213,7 @@ def __call__(self:Examiner, policy, name: str, seed: int, on_step=None) -> Evalu
     diversity = dict(
         zip(
             [p for p, _ in self.varied],
-            latent_spread(images, self.copies, self.base.pipeline.vae, self.batch_size),
+            latent_spread(images, self.copies, self.base.latents_of, self.batch_size),
         )
     )
     if device.type != "cpu": self.base.pipeline.to("cpu")  # training needs the room
@@ -1063,7 +1059,11 @@ def _digest(items): return hashlib.sha256(json.dumps(items, default=str).encode(
 def _base(model, init_lora):
     "The pipeline that training begins from."
     pipe = load_pipeline(model, init_lora)
-    if getattr(pipe.text_encoder, "peft_config", None):
+    if any(
+        getattr(o, "peft_config", None)
+        for name, o in pipe.components.items()
+        if name.startswith("text_encoder")
+    ):
         raise InputError(
             "init_lora",
             f"{init_lora!r} has a part for the text encoder, which stays fixed in training",
@@ -1073,7 +1073,7 @@ def _base(model, init_lora):
 
 def _with_its_rank(configs, init_lora, pipe, settings, overrides):
     "The configs with the rank of the LoRA that goes on training; InputError if another was asked for."
-    rank = next(iter(pipe.unet.peft_config.values())).r
+    rank = next(iter(getattr(pipe, network_name(pipe)).peft_config.values())).r
     for a, c in configs.items():
         if "lora_rank" in settings | (overrides or {}).get(a, {}) and c.lora_rank != rank:
             raise InputError(
@@ -1103,8 +1103,8 @@ def _trainer(self:Comparison, name, seed, make_prompts, reward):
         seed=seed,
     )
     set_seed(seed)  # of the adapters
-    policy = StableDiffusionPolicy(
-        load_pipeline(s["model"], s.get("init_lora")), use_lora=s["lora"], lora_rank=config.lora_rank
+    policy = load_policy(
+        s["model"], s.get("init_lora"), use_lora=s["lora"], lora_rank=config.lora_rank
     )
     policy.told_cut = self.told_cut
     return make_trainer(config, reward, make_prompts(seed), policy)
@@ -1260,14 +1260,14 @@ def compare(
                    keep_checkpoints=keep_checkpoints)
     if c.folder is not None: check_output(c.folder)
     first = next(iter(configs.values()))
-    base = StableDiffusionPolicy(base, use_lora=False)
+    base = family_of(base)(base, use_lora=False)
     if first.sample_num_steps > base.most_steps:
         raise InputError(
             "sample_num_steps",
             f"{first.sample_num_steps} is more than the model's {base.most_steps}",
             "give fewer",
         )
-    base.configure(**policy_settings(first, base) | dict(reduction="mean"))
+    configure_policy(replace(first, log_prob_reduction="mean"), base)
     base.warn_cut([*(p for p, _ in items), first.negative_prompts])
     c.told_cut = base.told_cut
     examiner = Examiner(

@@ -224,6 +224,11 @@ def target(self: FlowProcess, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return noise - x0
 
 @patch
+def predicted_noise(self: FlowProcess, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    "The noise that a velocity amounts to: x̂₁ = x + (1 - σ) v."
+    return x + (1 - _share(self, x, t)) * output
+
+@patch
 def draw_levels(self: FlowProcess, n: int, generator: torch.Generator|None = None) -> Tensor:
     "Times at which to train a denoising loss, (n,): logit-normal and shifted, as SD3 was trained; never 0."
     levels, total = copy.deepcopy(self.scheduler), self.scheduler.config.num_train_timesteps

@@ -184,6 +184,11 @@ class DDIMProcess:
             else x0 if kind == "sample" else self.scheduler.get_velocity(x0, noise, t)
         )
 
+    def predicted_noise(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        "ε̂ (N, C, H, W) from what the network says of x_t."
+        a = self.scheduler.alphas_cumprod.to(x.device)[t].reshape(-1, *[1] * (x.ndim - 1))
+        return _predictions(self.scheduler, output, x, a)[1]
+
     def draw_levels(self, n: int, generator: torch.Generator) -> Tensor:
         "n timesteps, each equally likely, as in pretraining; (n,)."
         return torch.randint(self.scheduler.config.num_train_timesteps, (n,), generator=generator)

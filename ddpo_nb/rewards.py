@@ -443,23 +443,13 @@ def submit(self: ParallelReward, images: Tensor, prompts: list, metadata: list):
         return found
     return wait
 
-# %% ../nbs/05_rewards.ipynb #8d9d333c
-def _predicted_noise(scheduler, output, x, t):
-    "ε̂ (N, C, H, W) from what the network says about x_t."
-    a = scheduler.alphas_cumprod.to(x.device)[t]
-    kind = scheduler.config.prediction_type
-    if kind == "epsilon": return output
-    if kind == "sample": return (x - a**0.5 * output) / (1 - a)**0.5
-    if kind == "v_prediction": return a**0.5 * output + (1 - a)**0.5 * x
-    raise ValueError(f"prediction_type must be epsilon, sample or v_prediction, not {kind!r}")
-
 # %% ../nbs/05_rewards.ipynb #ee03d5f6
 class PromptAlignment:
     """Reward: how much better a pretrained model finds the noise in an image once it is told the prompt (Li
-    et al. 2023), per latent dimension. Deterministic, independent of the batch; 2·num_levels UNet passes an
-    image. Give it a pipeline of its own: one that is being trained would judge itself."""
+    et al. 2023), per latent dimension. Deterministic, independent of the batch; 2·num_levels rows of its
+    network an image. Give it a pipeline of its own: one that is being trained would judge itself."""
     def __init__(self,
-        pipeline,              # a `StableDiffusionPipeline` that stays as it is
+        pipeline,              # of any family that can be trained; it stays as it is
         num_levels: int = 4,   # K, noise levels
         seed: int = 0,         # of the noise
         batch_size: int = 64,  # images scored together: memory and speed, never the result
@@ -469,20 +459,18 @@ class PromptAlignment:
                 f"num_levels and batch_size must be at least 1, not {num_levels} and {batch_size}"
             )
         self.pipeline, self.seed, self.batch_size = pipeline, seed, batch_size
-        total = pipeline.scheduler.config.num_train_timesteps
+        from ddpo_nb.loading import family_of
+        self.judge = family_of(pipeline).view(pipeline)
         # the middle of each of K equal parts
-        self.levels = [int((k + 0.5) * total / num_levels) for k in range(num_levels)]
+        self.levels = [int((k + 0.5) * self.judge.most_steps / num_levels) for k in range(num_levels)]
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list, metadata: list) -> tuple:
         "Rewards (N,) and an empty dictionary, from images (N, 3, H, W) in [0, 1]."
-        if getattr(self.pipeline.unet, "peft_config", None):
+        if getattr(self.judge.trained, "peft_config", None):
             raise ValueError("PromptAlignment's pipeline has a LoRA: give it a pipeline of its own")
-        from ddpo_nb.loading import warn_cut, _quiet
-        size, tokenizer = self.batch_size, self.pipeline.tokenizer
-        # a textual inversion's word may stand for several
-        with _quiet(): texts = self.pipeline.maybe_convert_prompt(list(prompts), tokenizer)
-        warn_cut(self, tokenizer, texts, tokenizer.model_max_length, "prompt_alignment", stacklevel=3)
+        size = self.batch_size
+        self.judge.warn_cut(prompts, "prompt_alignment")
         return (
             np.concatenate(
                 [self.score(images[i : i + size], prompts[i : i + size]) for i in range(0, len(images), size)]
@@ -491,38 +479,23 @@ class PromptAlignment:
         )
 
 # %% ../nbs/05_rewards.ipynb #ca6351ae
-def _embeddings(pipeline, prompts):
-    "Text embeddings (N, L, D); each distinct prompt is encoded once."
-    distinct = sorted(set(prompts))
-    # a textual inversion's word may stand for several
-    texts = pipeline.maybe_convert_prompt(distinct, pipeline.tokenizer)
-    tokens = pipeline.tokenizer(
-        texts, padding="max_length", truncation=True, max_length=pipeline.tokenizer.model_max_length,
-        return_tensors="pt"
-    )
-    states = pipeline.text_encoder(tokens.input_ids.to(pipeline.text_encoder.device))[0]
-    return states[[distinct.index(p) for p in prompts]]
-
 @patch
 @torch.no_grad()
 def errors(self: PromptAlignment, images: Tensor, prompts: list) -> Tensor:
     """Mean squared error of the predicted noise, (N, num_levels), for images (N, 3, H, W) in [0, 1] and a
-    prompt each."""
-    pipe, unet, scheduler = self.pipeline, self.pipeline.unet, self.pipeline.scheduler
-    x0 = (
-        pipe.vae.encode((images.to(pipe.vae.device, pipe.vae.dtype) * 2 - 1)).latent_dist.mode().float()
-        * pipe.vae.config.scaling_factor
-    )
-    text, generator, columns = (
-        _embeddings(pipe, prompts).to(unet.dtype), torch.Generator().manual_seed(self.seed), []
-    )
+    prompt each; an empty one is no prompt, whatever the family takes for that."""
+    judge, columns = self.judge, []
+    x0, cond, generator = judge.latents_of(images).to(judge.device), judge.encode(prompts), torch.Generator()
+    generator.manual_seed(self.seed)
+    from ddpo_nb.policy import by_tensor
+    empty = torch.tensor([not o for o in prompts], device=x0.device)
+    rows = lambda p, n: torch.where(empty.reshape(-1, *[1] * (p.ndim - 1)), n, p)
+    given = by_tensor(rows, cond.prompt, cond.negative)
     for level in self.levels:
         noise = torch.randn(1, *x0.shape[1:], generator=generator).to(x0.device)  # one draw for all images
         t = torch.full((len(x0),), level, device=x0.device)
-        x = scheduler.add_noise(x0, noise.expand_as(x0), t)
-        found = _predicted_noise(
-            scheduler, unet(x.to(unet.dtype), t, text, return_dict=False)[0].float(), x, level
-        )
+        x = judge.process.noised(x0, noise.expand_as(x0), t)
+        found = judge.process.predicted_noise(judge.network(x, t, given), x, t)
         columns.append((found - noise).square().flatten(1).mean(1))
     return torch.stack(columns, 1)
 
@@ -540,10 +513,10 @@ def score(self: PromptAlignment, images: Tensor, prompts: list) -> np.ndarray:
 # %% ../nbs/05_rewards.ipynb #fc60d881
 def prompt_alignment(model: str = "emoji-sd") -> PromptAlignment:
     "`PromptAlignment` by the pretrained `model` itself, loaded once more."
-    from ddpo_nb.policy import load_pipeline
+    from ddpo_nb.loading import load_pipeline
     return PromptAlignment(load_pipeline(model))
 
 @patch
 def to(self: PromptAlignment, device):
-    for part in (self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.unet): part.to(device)
+    for part in self.judge.parts: part.to(device)
     return self

@@ -17,6 +17,7 @@ class SD3Policy(FlowPolicy):
     "Stable Diffusion 3 or 3.5 as a policy over denoising steps, with or without T5."
     pipeline_class = StableDiffusion3Pipeline
     part_names = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer")
+    lora_targets = (*FlowPolicy.lora_targets, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     text_window = 256  # T5's tokens, or the zeros in their place: the pipeline's default
 
     @classmethod

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['ALGORITHMS', 'RESULT_FREE', 'STATE_FILES', 'EMOJI_SETTINGS', 'PAPER_SETTINGS', 'DDPOConfig', 'RWRConfig',
            'check_config', 'takes', 'idle_notes', 'check_repeats', 'make_objective', 'processes', 'usable_precision',
-           'check_launcher', 'policy_settings', 'DDPOTrainer', 'denoised_together', 'split_updates', 'Work',
-           'find_checkpoint', 'weighed_by_temperature', 'RWRTrainer', 'make_trainer', 'make_config']
+           'check_launcher', 'policy_settings', 'check_family', 'configure_policy', 'DDPOTrainer', 'denoised_together',
+           'split_updates', 'Work', 'find_checkpoint', 'weighed_by_temperature', 'RWRTrainer', 'make_trainer',
+           'make_config']
 
 # %% ../nbs/09_trainer.ipynb #8222ca9a
 import atexit, hashlib, inspect, json, math, os, resource, shutil, sys, tempfile, threading, time, warnings
@@ -31,6 +32,7 @@ from .checkpoints import (CheckpointError, FolderLock, append_line, check_free, 
                                  check_writable, checkpoints, complaints, load_state, newest_whole, publish,
                                  read_lines, rng_state, save_state, set_rng_state, stop_signals, write_atomic)
 from .ddpo import DDPO, DDPOSF, STEP_WEIGHTINGS
+from .flow import KINDS
 from .mdp import Trajectories
 from .loading import _shown
 from .policy import EMOJI_SD, ModelError, load_pipeline
@@ -74,6 +76,14 @@ class DDPOConfig:
     sample_num_steps: int = 50             # T, denoising steps
     # share of DDPM's noise in a DDIM step, in (0, 1]; 0 for RWR alone, whose loss needs no noise
     sample_eta: float = 1.0
+    # of a flow's steps: "flow-sde", "dance-sde" or "cps"; "ode" for RWR alone (notebook 01a)
+    sample_sde: str = "flow-sde"
+    sample_noise_level: float = 0.7        # how much noise a flow's stochastic step draws
+    # so many of a flow's steps are stochastic, the others Euler's; 0: all
+    sample_window: int = 0
+    sample_window_start: int = 0           # the first of them, 0 the noisiest
+    sample_window_every: int = 0           # epochs until the window moves on by a step; 0: it stays
+    sample_resolution: int = 0             # pixels a side; 0: the model's own
     sample_guidance_scale: float = 5.0     # classifier-free guidance; 0 or 1 switches it off
     sample_batch_size: int = 1             # images denoised together, per process
     sample_num_batches_per_epoch: int = 2  # such batches in an epoch
@@ -180,6 +190,7 @@ _positive = (
 _shares = ("train_timestep_fraction", "rwr_fraction")
 _betas = ("train_adam_beta1", "train_adam_beta2")
 _not_negative = (
+    "sample_noise_level", "sample_window", "sample_window_start", "sample_window_every", "sample_resolution",
     "seed", "micro_batch_size", "train_adam_weight_decay", "lr_warmup_updates", "kl_coef", "stop_patience",
     "advantage_min_std", "sample_guidance_scale"
 )
@@ -187,6 +198,7 @@ _choices = dict(
     algorithm=ALGORITHMS, mixed_precision=("no", "fp16", "bf16"), log_prob_reduction=("mean", "sum"),
     reward_pool=ParallelReward.kinds, step_weighting=STEP_WEIGHTINGS, baseline=tuple(BASELINES),
     rwr_normalizer=NORMALIZERS, rwr_rewards=REWARDS, log_with=(None, *(str(o) for o in LoggerType)),
+    sample_sde=KINDS,
     lr_scheduler=tuple(o.value for o in SchedulerType if o.value != "piecewise_constant"),
 )
 
@@ -636,8 +648,42 @@ def policy_settings(c, policy) -> dict:
     own = {name: getattr(c, setting) for name, setting in policy.process_settings.items()}
     return dict(
         num_steps=c.sample_num_steps, guidance_scale=c.sample_guidance_scale,
-        negative_prompt=c.negative_prompts, reduction=c.log_prob_reduction, **own
+        negative_prompt=c.negative_prompts, reduction=c.log_prob_reduction, resolution=c.sample_resolution,
+        **own
     )
+
+_OF_PROCESSES = (
+    "sample_eta", "sample_sde", "sample_noise_level", "sample_window", "sample_window_start",
+    "sample_window_every"
+)
+
+def check_family(c, policy):
+    "InputError for settings that the model's family does nothing with, or cannot work with."
+    family, own = type(policy).__name__, getattr(policy, "process_settings", {}).values()
+    if not own: return  # a policy of another kind knows its own
+    for name in _OF_PROCESSES:
+        if name not in own and getattr(c, name) != type(c).__dataclass_fields__[name].default:
+            raise InputError(
+                name, f"{family} does nothing with it", f"leave it out; it heeds {', '.join(own)}"
+            )
+    if c.mixed_precision not in ("no", *policy.half_precisions):
+        raise InputError("mixed_precision", f"{family}'s network overflows in {c.mixed_precision}",
+                         f"choose from no, {', '.join(policy.half_precisions)}")
+    if not policy.two_passes and not c.train_cfg:
+        raise InputError(
+            "train_cfg", f"{family} is told its guidance in one pass, in training too", "leave it on"
+        )
+    if not policy.two_passes and c.negative_prompts:
+        raise InputError(
+            "negative_prompts", f"{family} has no unconditional half to steer away from", "leave it empty"
+        )
+
+def configure_policy(c, policy):
+    "Let a policy sample as the config says. InputError for what its family cannot do."
+    check_family(c, policy)
+    try: policy.configure(**policy_settings(c, policy))
+    except ValueError as e:
+        raise InputError("config", str(e), "change the setting that it names") from None
 
 def _check_steps(c, policy):
     "InputError if the model was not trained with so many steps."
@@ -722,7 +768,7 @@ class DDPOTrainer(TrlTrainer):
         if not fine: raise InputError("config", why.rstrip("."), "change the settings that it names")
         for note in idle_notes(config): self.accelerator.print(note, file=sys.stderr)
         set_seed(config.seed)     # for prompt and reward functions that draw from the global generators
-        self.policy.configure(**policy_settings(config, self.policy))
+        configure_policy(config, self.policy)
         known = getattr(prompt_function, "prompts", None)
         if isinstance(known, list) and hasattr(self.policy, "warn_cut"):
             self.policy.warn_cut([*known, config.negative_prompts])
@@ -1277,6 +1323,7 @@ def epoch(self:DDPOTrainer) -> dict:
     """Sample, score, weigh, update; returns the epoch's row of metrics. Goes on where a checkpoint was
     made in the middle."""
     if self.work is None:
+        if hasattr(self.policy, "begin_epoch"): self.policy.begin_epoch(self.epochs_done)
         if self.before is None: self.before = self._surroundings()
         else: self._restore_surroundings(self.before)  # the sampling was broken off
         self.work = self.collect()
@@ -1656,7 +1703,9 @@ def _take_up(self:DDPOTrainer, folder, state, own):
     )
     self.recent, self.best = state["recent"], state["best"]
     self.rows = _rows_until(folder, self.epochs_done)
-    if own["work"]: self.work = self._resumed_work(**own["work"])
+    if own["work"]:
+        if hasattr(self.policy, "begin_epoch"): self.policy.begin_epoch(self.epochs_done)
+        self.work = self._resumed_work(**own["work"])
     self._restore_surroundings(own["outside"])
 
 @patch

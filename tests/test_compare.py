@@ -15,7 +15,7 @@ from ddpo_nb import compare as C
 from ddpo_nb.compare import (BASE, Comparison, Evaluation, RewardError, Table, compare, exam_generators,
                              exam_sets, fit_budget, latent_spread, load_reward, mean_interval, pm, spread,
                              t_quantile, write_atomic)
-from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
+from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline, load_policy
 from ddpo_nb.prompts import InputError, prompt_source
 from ddpo_nb.rewards import jpeg_compressibility
 from ddpo_nb.rollout import rollout
@@ -112,7 +112,8 @@ def test_a_small_budget_cuts_repeats_too_and_says_so():
     )
 
 def test_latent_spread_is_the_mean_pairwise_distance():
-    vae, x = load_pipeline().vae, torch.rand(6, 3, 64, 64, generator=torch.manual_seed(0))
+    policy = load_policy()
+    vae, x = policy.pipeline.vae, torch.rand(6, 3, 64, 64, generator=torch.manual_seed(0))
     with torch.no_grad():
         z = (vae.encode(2 * x - 1).latent_dist.mode() * vae.config.scaling_factor).flatten(1)
     by_hand = [
@@ -125,8 +126,8 @@ def test_latent_spread_is_the_mean_pairwise_distance():
         )
         for a in (0, 3)
     ]
-    assert latent_spread(x, 3, vae, batch_size=4) == pytest.approx(by_hand, rel=1e-4)
-    assert latent_spread(x[:1].repeat(3, 1, 1, 1), 3, vae) == pytest.approx([0], abs=1e-3)
+    assert latent_spread(x, 3, policy.latents_of, batch_size=4) == pytest.approx(by_hand, rel=1e-4)
+    assert latent_spread(x[:1].repeat(3, 1, 1, 1), 3, policy.latents_of) == pytest.approx([0], abs=1e-3)
 
 # A run directory
 

@@ -12,7 +12,7 @@ from ddpo_nb.cli import main
 from ddpo_nb.loading import check_pipeline
 from ddpo_nb import DefaultDDPOStableDiffusionPipeline
 from ddpo_nb.policy import ModelError, StableDiffusionPolicy, load_pipeline
-from ddpo_nb.rewards import PromptAlignment, _embeddings
+from ddpo_nb.rewards import PromptAlignment
 from tiny_sd import NOISE, checkpoint, tiny_sd
 
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -263,7 +263,7 @@ def test_textual_inversion(inverted):
     torch.testing.assert_close(policy.encode(["a <it>"]).prompt[0], want)
     judge = PromptAlignment(load_pipeline(pipe.config._name_or_path))
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(_embeddings(judge.pipeline, ["a <it>"])[0], want)
+    torch.testing.assert_close(judge.judge.encode(["a <it>"]).prompt[0], want)
     assert (judge(images, ["a <it>"] * 2, [{}] * 2)[0] != judge(images, ["a"] * 2, [{}] * 2)[0]).any()
 
 # the command line

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image, JpegImagePlugin
 from ddpo_nb.prompts import InputError
-from ddpo_nb.rewards import (REWARDS, PromptAlignment, WeightedSum, _predicted_noise, check_rewards,
+from ddpo_nb.rewards import (REWARDS, PromptAlignment, WeightedSum, check_rewards,
                              get_reward, jpeg_compressibility, jpeg_incompressibility, jpeg_size, parse_sum,
                              reward, to_uint8)
 
@@ -120,14 +120,12 @@ def test_alignment_by_its_formula(pipe):
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 def test_alignment_finds_the_noise_for_every_prediction_type(kind):
     from diffusers import DDIMScheduler
-    s = DDIMScheduler(prediction_type=kind)
-    x0, noise, t = (
-        images(2, 8, 1), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
-        torch.tensor([300, 300])
-    )
-    x = s.add_noise(x0, noise, t)
-    perfect = dict(epsilon=noise, sample=x0, v_prediction=s.get_velocity(x0, noise, t))[kind]
-    torch.testing.assert_close(_predicted_noise(s, perfect, x, 300), noise, atol=1e-5, rtol=1e-5)
+    from ddpo_nb.mdp import DDIMProcess
+    process = DDIMProcess(DDIMScheduler(prediction_type=kind, clip_sample=False), 10)
+    x0, t = images(2, 8, 1), torch.tensor([300, 300])
+    noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    x, perfect = process.noised(x0, noise, t), process.target(x0, noise, t)
+    torch.testing.assert_close(process.predicted_noise(perfect, x, t), noise, atol=1e-5, rtol=1e-5)
 
 def test_alignment_refuses_the_policys_own_pipeline():
     from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
