@@ -249,6 +249,7 @@ class Comparison:
     given: dict = field(default_factory=dict, repr=False)       # model, init_lora and configs, not redacted
     keep_checkpoints: bool = field(default=False, repr=False)   # of finished runs too
     told_cut: bool = field(default=False, repr=False)           # that some prompts are too long
+    saved: tuple|None = field(default=None, repr=False)         # how much there was when it was last saved
 
     @property
     # with a finished run
@@ -793,11 +794,17 @@ def report(self:Comparison, path: str|Path) -> Path:
     return path
 
 @patch
-def save(self:Comparison):
-    "Write config.json, metrics.jsonl, the report and the two figures to the folder."
+def write_plan(self:Comparison):
+    "config.json, and metrics.jsonl in whole."
     if self.folder is None: return
     write_atomic(self.folder/"config.json", _json(self.settings))
     self.write_rows()
+
+@patch
+def save(self:Comparison):
+    "Write config.json, metrics.jsonl, the report and the two figures to the folder."
+    if self.folder is None: return
+    self.write_plan()
     self.report(self.folder/"report.html")
     for name, draw in dict(curves=self.plot, before_after=self.gallery).items():
         if not self.evaluations: continue
@@ -1297,9 +1304,9 @@ def _race(self:Comparison, examiner, base, make_prompts, reward, progress):
         for seed in self.settings["seeds"]:
             if (BASE, seed) not in self.evaluations: self._examine(examiner, base, BASE, seed, progress)
         for i, (name, seed) in enumerate(todo := self.missing):
-            if i == 0: self.save()
+            if i == 0: self.write_plan()
             self._run(name, seed, make_prompts, reward, examiner, f"{i + 1} of {len(todo)}", progress)
-            self.save()
+            self._save_some()
     except KeyboardInterrupt: self.interrupted = True
     except BaseException:
         # what ends the run is said, and not what follows from it
@@ -1310,4 +1317,8 @@ def _race(self:Comparison, examiner, base, make_prompts, reward, progress):
 
 @patch
 def _save_some(self:Comparison):
-    if any(n == BASE for n, _ in self.evaluations): self.save()
+    "Save what there is to show, unless nothing has come since: drawing takes a second."
+    now = len(self.rows), len(self.evaluations)
+    if self.saved == now or not any(n == BASE for n, _ in self.evaluations): return
+    self.save()
+    self.saved = now

@@ -87,7 +87,7 @@ def test_texts_of_users_become_keys_that_lead_nowhere_and_stay_apart(tmp_path):
         return zeros, {"<b>": zeros, "../../up": zeros, "reward/clip": zeros}
     pytest.importorskip("tensorboard")
     t = trainer(
-        tmp_path, reward, prompts, num_epochs=1, sample_batch_size=8, train_batch_size=8,
+        tmp_path/"a", reward, prompts, num_epochs=1, sample_batch_size=8, train_batch_size=8,
         log_with="tensorboard", per_prompt_stat_tracking=False
     )
     t.prompt_function = iter([(p, {}) for p in prompts]).__next__  # each once
@@ -100,8 +100,8 @@ def test_texts_of_users_become_keys_that_lead_nowhere_and_stay_apart(tmp_path):
     assert all(k.count("/") == 1 for k in of_prompts) and "reward_info/reward/clip" in keys
     assert len({k for _, k, *_ in diary.images}) == 8
     assert {*t.rows[0]["reward_by_prompt"]} == {*prompts}  # the run's own files have them as they are
-    files = [o for o in tmp_path.parent.rglob("events.out*")]
-    assert files and all(o.is_relative_to(tmp_path / "first/tidy") for o in files)
+    files = [*tmp_path.rglob("events.out*")]
+    assert files and all(o.is_relative_to(tmp_path / "a/first/tidy") for o in files)
 
 def test_wandb(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
