@@ -24,7 +24,7 @@ scenes = st.one_of(
     st.builds(Scene, pairs, st.just(1), st.sampled_from([None, *RELATIONS]), grounds))
 
 def truth(scene, seed):
-    "A picture of the scene with everything drawn by lot that it leaves open, and what there is to read in it."
+    "A picture of the scene, what it leaves open drawn by lot, and what there is to read in it."
     rng = np.random.default_rng(seed)
     whole = completed(scene, rng)
     picture, boxes = draw(whole, rng)
@@ -169,8 +169,8 @@ def test_the_command_trains_saves_and_examines(tmp_path, capsys, monkeypatch):
     vae.register_to_config(shift_factor=0., scaling_factor=1.)
     vae.save_pretrained(tmp_path/"vae")
     monkeypatch.setattr(scene_reader, "examine", lambda *args, **settings: dict(scenes=0.))
-    arguments = ["--output", str(tmp_path/"o"), "--vae", str(tmp_path/"vae"), "--steps", "2", "--device", "cpu"]
-    assert scene_reader.main(arguments) == 0 and "scenes" in capsys.readouterr().out
+    arguments = ["--output", str(tmp_path/"o"), "--vae", str(tmp_path/"vae"), "--steps", "2"]
+    assert scene_reader.main([*arguments, "--device", "cpu"]) == 0 and "scenes" in capsys.readouterr().out
     assert sum(f.stat().st_size for f in (tmp_path/"o/reader").iterdir()) < 3e6
     reader, threshold = reader_from(tmp_path/"o/reader")
     saved = load_file(tmp_path/"o/reader/model.safetensors")
