@@ -43,7 +43,7 @@ def main():
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--each", type=int, default=40, help="pictures of each kind")
-    parser.add_argument("--tokens", type=int, default=1, help="of the silent T5 (the pipeline's default: 256)")
+    parser.add_argument("--tokens", type=int, default=1, help="of the silent T5 (pipeline's default: 256)")
     parser.add_argument("--shift", type=float, help="of the scheduler (default: the model's own)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--gallery", type=Path, help="file for the first pictures of each kind")
