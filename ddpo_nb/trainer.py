@@ -1275,14 +1275,15 @@ def _per_image(scored):
     return found
 
 def _means(found):
-    "Means over all processes."
+    "Means over all processes; of a picture of which it says NaN, it says nothing."
     parts = gather_object([found])
+    told = {
+        k: [v for p in parts for v in p.get(k, []) if not np.isnan(v)]
+        for k in sorted({k for p in parts for k in p})
+    }
     # a reward may say infinity of a picture, and less than that of another
     with np.errstate(invalid="ignore", over="ignore"):
-        return {
-            k: float(np.mean([v for p in parts for v in p.get(k, [])]))
-            for k in sorted({k for p in parts for k in p})
-        }
+        return {k: float(np.mean(values)) if values else float("nan") for k, values in told.items()}
 
 def _diversity(latents):
     "Root mean square distance of latents (n, ...) from their mean, over all processes and dimensions."

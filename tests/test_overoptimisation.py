@@ -146,6 +146,15 @@ def test_only_numbers_of_each_picture_are_averaged():
         )
     assert trainer(function=told).epoch()["reward_info"] == dict(a=1.5, e=1.)
 
+def test_what_is_not_a_number_is_left_out_of_the_average():
+    "So that a reward can report each kind of prompt by itself."
+    def told(images, prompts, metadata):
+        some = torch.ones(len(images))
+        some[0] = torch.nan
+        return [1.0] * len(images), dict(some=some, none=some * torch.nan, up=some * torch.inf)
+    found = trainer(function=told).epoch()["reward_info"]
+    assert found["some"] == 1 and found["up"] == float("inf") and found["none"] != found["none"]
+
 class Falling:
     "A watched reward that climbs for four epochs and falls from then on."
     def __init__(self, best=4): self.calls, self.best = 0, best
