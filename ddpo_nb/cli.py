@@ -203,7 +203,10 @@ def _add_sampling(p):
         help="classifier-free guidance (3 for emoji-sd, else 5); 0 or 1: none",
     )
     p.add_argument(
-        "--eta", type=_not_negative, default=1.0, help="share of DDPM's noise in a step, in [0, 1] (1)"
+        "--eta", type=_not_negative, help="share of DDPM's noise in a step, in [0, 1] (1; a flow has none)"
+    )
+    p.add_argument(
+        "--resolution", type=_count, metavar="PIXELS", help="a side of the picture (the model's own)"
     )
     p.add_argument("--batch-size", type=_count, default=16, help="pictures drawn together (16)")
 
@@ -736,7 +739,8 @@ def _train(args):
 def _policy(args):
     "The model that the arguments name, ready to draw."
     _check_model(args.model)
-    if args.eta > 1: raise InputError("--eta", f"{args.eta} is out of range", "give a number in [0, 1]")
+    if args.eta and args.eta > 1:
+        raise InputError("--eta", f"{args.eta} is out of range", "give a number in [0, 1]")
     _check_lora("--lora", args.lora)
     if args.network and not Path(args.network).expanduser().exists():
         raise InputError(
@@ -758,10 +762,14 @@ def _policy(args):
         raise InputError(
             "--steps", f"{args.steps} is more than the model's {policy.most_steps}", "give fewer"
         )
-    policy.configure(
-        args.steps or usual.sample_num_steps,
-        usual.sample_guidance_scale if args.guidance is None else args.guidance, eta=args.eta,
-    )
+    if args.eta is not None and "eta" not in policy.process_settings:
+        raise InputError("--eta", f"{type(policy).__name__} draws by its flow's own steps", "leave it out")
+    try:
+        policy.configure(
+            args.steps or usual.sample_num_steps,
+            usual.sample_guidance_scale if args.guidance is None else args.guidance,
+            resolution=args.resolution or 0, **policy.drawing({} if args.eta is None else dict(eta=args.eta)))
+    except ValueError as e: raise InputError("--resolution", str(e), "give another") from None
     return policy
 
 def _sample(args):

@@ -225,6 +225,11 @@ def own_latent_shape(self: DiffusionPolicy) -> tuple:
     return c.in_channels, *((c.sample_size,) * 2 if isinstance(c.sample_size, int) else c.sample_size)
 
 @patch
+def drawing(self: DiffusionPolicy, asked: dict) -> dict:
+    "The process's settings for pictures that are only looked at: `asked`, and else the family's usual ones."
+    return asked
+
+@patch
 def begin_epoch(self: DiffusionPolicy, epoch: int):
     "Called with the number of epochs done, before one is sampled."
 
@@ -531,6 +536,10 @@ class FlowPolicy(DiffusionPolicy):
             tokens, c.get("base_image_seq_len", 256), c.get("max_image_seq_len", 4096),
             c.get("base_shift", 0.5), c.get("max_shift", 1.15)
         )
+
+    def drawing(self, asked: dict) -> dict:
+        "By the ODE, as users draw."
+        return dict(kind="ode") | asked
 
     def levels(self, num_steps: int):
         "The noise levels that the family's pipeline hands to the scheduler; None: the scheduler's own."

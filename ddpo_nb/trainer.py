@@ -685,6 +685,18 @@ def configure_policy(c, policy):
     except ValueError as e:
         raise InputError("config", str(e), "change the setting that it names") from None
 
+def _check_stochastic(c, policy):
+    "InputError if no step draws noise: there would be no likelihood to learn from."
+    if policy.stochastic.any(): return
+    own = [*getattr(policy, "process_settings", {}).values()]
+    name = (
+        "sample_noise_level"
+        if "sample_noise_level" in own and not c.sample_noise_level
+        else (own or ["sample_num_steps"])[0]
+    )
+    raise InputError(name, "no step is stochastic: there is no likelihood, and no policy gradient",
+                     "give steps noise, or choose RWR, which needs none")
+
 def _check_steps(c, policy):
     "InputError if the model was not trained with so many steps."
     most = getattr(policy, "most_steps", c.sample_num_steps)
@@ -761,6 +773,7 @@ class DDPOTrainer(TrlTrainer):
         self._lock_home()
         if config.compile: _check_compiler()
         _check_steps(config, self.policy)
+        check_family(config, self.policy)
         self.hub_model_id = self._repository() if config.push_to_hub else None
         self.accelerator = _accelerator(config, self.home)
         check_repeats(config, self.accelerator.num_processes)
@@ -769,6 +782,8 @@ class DDPOTrainer(TrlTrainer):
         for note in idle_notes(config): self.accelerator.print(note, file=sys.stderr)
         set_seed(config.seed)     # for prompt and reward functions that draw from the global generators
         configure_policy(config, self.policy)
+        if isinstance(self.objective, DDPO) and hasattr(self.policy, "process"):
+            _check_stochastic(config, self.policy)
         known = getattr(prompt_function, "prompts", None)
         if isinstance(known, list) and hasattr(self.policy, "warn_cut"):
             self.policy.warn_cut([*known, config.negative_prompts])
