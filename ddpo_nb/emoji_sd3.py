@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'sized', 'centres', 'paint', 'draw', 'completed', 'base_scene', 'told', 'build_text_encoder', 'build_vae',
            'build_transformer', 'build_scheduler', 'build_silent_t5', 'assemble', 'load', 'save', 'fit', 'crowd',
-           'train_vae', 'numbered_scene', 'encode_scenes', 'velocity_loss', 'sheet', 'train_transformer',
-           'check_counts', 'main']
+           'train_vae', 'numbered_scene', 'encode_scenes', 'SingleAttention', 'velocity_loss', 'sheet',
+           'train_transformer', 'check_counts', 'main']
 
-# %% ../nbs/12b_emoji_sd3.ipynb #4cb4fd96
+# %% ../nbs/12b_emoji_sd3.ipynb #d9aaa2ea
 import argparse, json, sys, time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from importlib import resources
@@ -20,6 +21,8 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, get_wsd_schedule
@@ -276,13 +279,24 @@ def encode_scenes(folder: Path, vae, n: int, device: str = "cpu", font: str = FO
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
-# %% ../nbs/12b_emoji_sd3.ipynb #d0de980d
+# %% ../nbs/12b_emoji_sd3.ipynb #2275ad9d
+def _single(value): return value.float() if torch.is_tensor(value) and value.is_floating_point() else value
+
+class SingleAttention(TorchFunctionMode):
+    "Within it, attention is computed in single precision, whatever the autocast of the CPU."
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is not F.scaled_dot_product_attention: return function(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            return function(*map(_single, args), **{k: _single(v) for k, v in kwargs.items()})
+
 def velocity_loss(pipe, latents, prompts: list, zeros: int = 1) -> torch.Tensor:
     "Mean squared error of the velocity at a random time for each of the latents (N, 4, 16, 16)."
     device, n = latents.device, len(latents)
     noise, sigma = torch.randn(latents.shape).to(device), torch.randn(n).sigmoid().to(device)
     mixed = torch.lerp(latents, noise, sigma.view(-1, 1, 1, 1))
-    with torch.autocast(device.type, torch.bfloat16):
+    attention = SingleAttention() if device.type == "cpu" else nullcontext()
+    with torch.autocast(device.type, torch.bfloat16), attention:
         context, _, pooled, _ = pipe.encode_prompt(
             prompts, None, None, device, do_classifier_free_guidance=False, max_sequence_length=zeros)
         velocity = pipe.transformer(mixed, encoder_hidden_states=context, pooled_projections=pooled,

@@ -162,6 +162,14 @@ def test_without_weights_it_says_how_to_make_them(monkeypatch):
     monkeypatch.setattr(emoji_sd3, "WEIGHTS", "weights/of-nobody")
     with pytest.raises(InputError, match="python -m ddpo_nb.emoji_sd3"): emoji_sd3.load()
 
+def test_attention_alone_is_in_single_precision():
+    q, w = torch.randn(1, 2, 4, 8), torch.randn(8, 8)
+    with torch.autocast("cpu", torch.bfloat16), emoji_sd3.SingleAttention():
+        out = torch.nn.functional.scaled_dot_product_attention(q.bfloat16(), q.bfloat16(), value=q.bfloat16())
+        assert (q @ w).dtype == torch.bfloat16 and out.dtype == torch.float32
+    expected = torch.nn.functional.scaled_dot_product_attention(*[q.bfloat16().float()] * 3)
+    assert torch.equal(out, expected)
+
 class Stop(Exception): pass
 
 def test_a_stopped_training_goes_on_as_if_never_stopped(monkeypatch, tmp_path, pipe):
