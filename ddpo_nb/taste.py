@@ -98,6 +98,14 @@ def gap(self: BradleyTerry, a, b) -> tuple:
     return _gaussian(self.difference(a, b), self.mean, self.cov)
 
 @patch
+def gaps(self: BradleyTerry, u, pairs) -> tuple:
+    "`gap` of many pairs (M, 2) of a pool's embeddings (N, D): mean and standard deviation (M,)."
+    rows, (a, b) = self.difference(u, self.centre), np.asarray(pairs).T
+    mean, cov = rows @ self.mean, rows @ self.cov @ rows.T
+    own = cov.diagonal()
+    return mean[a] - mean[b], np.sqrt(np.maximum(own[a] + own[b] - 2 * cov[a, b], 0))
+
+@patch
 def probability(self: BradleyTerry, a, b) -> np.ndarray:
     "P(a ≻ b), (N,), of embeddings (N, D), averaged over what is not known (MacKay 1992)."
     m, s = self.gap(a, b)
@@ -150,7 +158,7 @@ def next_pair(
 ) -> tuple:            # two indices
     "The pair that teaches most, of a random subset of pairs."
     pairs = random_pairs(len(u), most, rng, groups)
-    gain = information(*head.gap(u[pairs[:, 0]], u[pairs[:, 1]]))
+    gain = information(*head.gaps(u, pairs))
     known = {frozenset(map(int, o)) for o in asked}
     if known: gain[[frozenset(o) in known for o in pairs.tolist()]] -= 2  # below every other, still in order
     return tuple(pairs[gain.argmax()].tolist())

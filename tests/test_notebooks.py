@@ -154,6 +154,36 @@ def test_notebook_needs_only_the_package(name):
     )
     assert not trains or [o for t in trees for o in pictures_left_on_the_gpu(t)] == []
 
+def shows(source) -> bool:
+    "Does a lesson's cell end in something to be looked at, or print, outside of what it only defines?"
+    lines = [re.sub(r"\S.*", "pass", o) if re.match(r"\s*[%!]", o) else o for o in source.splitlines()]
+    tree = ast.parse("\n".join(lines))
+    made = [o for o in ast.walk(tree) if isinstance(o, (ast.FunctionDef, ast.Lambda, ast.ClassDef))]
+    defined = {id(o) for f in made for o in ast.walk(f)}
+    called = lambda o: getattr(o.func, "id", getattr(o.func, "attr", ""))
+    calls = {called(o) for o in ast.walk(tree) if isinstance(o, ast.Call) and id(o) not in defined}
+    if {"print"} & calls or "plt.show()" in source and "show" in calls: return True
+    last = tree.body[-1] if tree.body else None
+    if not isinstance(last, ast.Expr) or source.rstrip().endswith(";"): return False
+    nothing = ("chdir", "configure", "expect_fail")  # what these return is None
+    name = called(last.value) if isinstance(last.value, ast.Call) else ""
+    return not name.startswith("test_") and name not in nothing
+
+# cells whose code is not a lesson's, or does not run
+SILENT = re.compile(r"(?m)^#\|\s*(export|hide|default_exp|eval: false)")
+
+@pytest.mark.parametrize("name", names)
+def test_what_a_lesson_shows_is_kept(name):
+    "Whoever reads a notebook on the web sees what it shows without running it"
+    nb = json.loads((root/"nbs"/f"{name}.ipynb").read_text(encoding="utf-8"))
+    silent = [(i, "".join(c["source"])) for i, c in enumerate(nb["cells"]) if c.get("outputs") == []]
+    assert [i for i, source in silent if not SILENT.search(source) and shows(source)] == []
+
+def test_the_check_of_outputs_finds_what_it_looks_for():
+    seen = ["1 + 1", "x = 3\nx", "for x in (1, 2):\n    print(x)", "ax.plot(x)\nplt.show()", "f(2)"]
+    unseen = ["x = 3", "test_eq(1, 1)", "def f():\n    print(3)", "os.chdir('x')", "ax.plot(y);", "%pip x"]
+    assert [*map(shows, seen)] == [True] * len(seen) and [*map(shows, unseen)] == [False] * len(unseen)
+
 def test_the_check_of_notebooks_finds_what_it_looks_for():
     tree = ast.parse("Path('images/curves.png').read_bytes(); open('runs/x.json'); a = rollout(p, q).images\n"
                      "b = rollout(p, q, keep_on='cpu').images; c = rollout(p).images.float().cpu()")
