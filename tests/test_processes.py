@@ -9,7 +9,7 @@ SCRIPT = '''
 import os, signal, sys, threading, time, torch
 from pathlib import Path
 from safetensors.torch import save_file
-from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
+from ddpo_nb.policy import StableDiffusionPolicy
 from ddpo_nb.prompts import PromptSource
 from ddpo_nb.rewards import jpeg_compressibility
 from ddpo_nb.rollout import sample_generator
@@ -23,7 +23,7 @@ c = make_config(
     train_learning_rate=1e-2, micro_batch_size=5, num_epochs=3, num_checkpoint_limit=9, logdir=str(out),
     resume_from=sys.argv[3] if len(sys.argv) > 3 else "")
 torch.manual_seed(0)
-policy = StableDiffusionPolicy(load_pipeline())
+policy = StableDiffusionPolicy(tiny_sd())
 t = make_trainer(c, jpeg_compressibility, PromptSource(["cat", "dog", "bear"], 0), policy)
 rank, n = t.accelerator.process_index, t.accelerator.num_processes
 if not c.resume_from:
@@ -93,12 +93,11 @@ if not c.resume_from:
 def launch(n, *args, timeout=300):
     """Run a script with `n` processes; torchrun is what `accelerate launch` uses for several, and on a
     CPU it talks by gloo"""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n), "--master_port",
-        str(free_port()), *map(str, args)
+    torchrun = [
+        "-m", "torch.distributed.run", "--nproc_per_node", str(n), "--master_port", str(free_port())
     ]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout,
+        [sys.executable, *(torchrun if n > 1 else []), *map(str, args)], capture_output=True, text=True, timeout=timeout,
         env=os.environ | dict(
             OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", TESTS=str(Path(__file__).parent)
         ),

@@ -133,6 +133,12 @@ def test_pairs():
     for bad in (dict(n=1), dict(n=3, groups=list("abc"))):
         with pytest.raises(InputError, match="no pair"): random_pairs(most=5, rng=rng, **bad)
 
+def test_gaps_of_a_pools_pairs_are_the_gaps_of_each():
+    u, head = rows(9), blank().fit(rows(12, seed=1), rows(12, seed=2))
+    pairs = random_pairs(9, 30, np.random.default_rng(0))
+    for a, b in zip(head.gaps(u, pairs), head.gap(u[pairs[:, 0]], u[pairs[:, 1]])):
+        np.testing.assert_allclose(a, b, atol=1e-9)
+
 def test_the_next_pair_is_the_most_informative_and_is_not_asked_twice():
     u = rows(8)
     head = BradleyTerry.of(u).fit(u[:3], u[3:6])
