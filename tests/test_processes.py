@@ -97,7 +97,8 @@ def launch(n, *args, timeout=300):
         "-m", "torch.distributed.run", "--nproc_per_node", str(n), "--master_port", str(free_port())
     ]
     return subprocess.run(
-        [sys.executable, *(torchrun if n > 1 else []), *map(str, args)], capture_output=True, text=True, timeout=timeout,
+        [sys.executable, *(torchrun if n > 1 else []), *map(str, args)], capture_output=True, text=True,
+        timeout=timeout,
         env=os.environ | dict(
             OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", TESTS=str(Path(__file__).parent)
         ),

@@ -297,10 +297,6 @@ def killed(tmp_path, moments):
     p = start(tmp_path/"run", "--resume")
     assert p.wait(300) == 0, p.stderr.read()
 
-def test_killed_and_resumed_is_the_same_run(tmp_path, whole):
-    killed(tmp_path, [(3, 0.13)])
-    same(tmp_path/"run", whole)
-
 @pytest.mark.slow
 def test_killed_at_ten_random_moments_and_resumed_is_the_same_run(tmp_path, whole):
     import random
@@ -308,20 +304,32 @@ def test_killed_at_ten_random_moments_and_resumed_is_the_same_run(tmp_path, whol
     killed(tmp_path, [(k, rng.random() * 0.5) for k in range(1, 11)])
     same(tmp_path/"run", whole)
 
-@pytest.mark.parametrize(
-    "signum,status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
-)
-def test_signals_save_and_say_how_to_go_on(tmp_path, whole, signum, status):
-    p = start(tmp_path/"run")
-    wait_for_epochs(tmp_path/"run", 2)
+def stopped(p, signum, status):
+    "The command that a run which got a signal says to go on with"
     p.send_signal(signum)
     out, err = p.communicate(timeout=120)
     assert p.returncode == status and "Traceback" not in err, err
     command = err.strip().splitlines()[-1].strip()
     assert command.startswith("ddpo-nb train") and command.endswith("--resume")
-    again = subprocess.run(
-        [sys.executable, "-m", "ddpo_nb", *shlex.split(command)[1:]], capture_output=True, text=True,
-        env=os.environ | dict(OMP_NUM_THREADS="1")
+    return command
+
+def go_on(command):
+    return subprocess.Popen(
+        [sys.executable, "-m", "ddpo_nb", *shlex.split(command)[1:]], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env=os.environ | dict(OMP_NUM_THREADS="1")
     )
-    assert again.returncode == 0, again.stderr
+
+def test_killed_interrupted_terminated_and_resumed_is_the_same_run(tmp_path, whole):
+    "One after the other: SIGKILL, then SIGINT and SIGTERM, which save and say how to go on."
+    p = start(tmp_path/"run")
+    wait_for_epochs(tmp_path/"run", 2)
+    time.sleep(0.13)
+    p.kill(); p.wait()
+    p = start(tmp_path/"run", "--resume")
+    wait_for_epochs(tmp_path/"run", 4)
+    p = go_on(stopped(p, signal.SIGINT, 130))
+    wait_for_epochs(tmp_path/"run", 6)
+    p = go_on(stopped(p, signal.SIGTERM, 143))
+    out, err = p.communicate(timeout=300)
+    assert p.returncode == 0, err
     same(tmp_path/"run", whole)
