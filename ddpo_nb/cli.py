@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from functools import cache, partial
 from importlib import resources
 from pathlib import Path
+from .objectives import objective_modules, settings_by_reading
 from .prompts import PROMPT_SETS, InputError, prompt_flaw, prompt_source
 from .redact import SECRET_NAME, address_secrets, hide, hide_address, keep_secret, without_secrets
 
@@ -33,20 +34,14 @@ def config_fields() -> tuple:
     body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "DDPOConfig")
     kinds = {"int": int, "float": float, "bool": bool, "str": str, "str | None": str, "dict": dict}
     literal = lambda node: ast.literal_eval(node) if isinstance(node, ast.Constant) else None
-    return tuple(
-        (n.target.id, kinds[ast.unparse(n.annotation)], literal(n.value), _comment(lines, n.lineno - 1))
-        for n in body
-        if isinstance(n, ast.AnnAssign)
-    )
+    own = [(n.target.id, ast.unparse(n.annotation), literal(n.value), n.lineno - 1, lines) for n in body
+           if isinstance(n, ast.AnnAssign)]
+    return tuple((name, kinds[kind], default, _comment(source, line))
+                 for name, kind, default, line, source in (*own, *settings_by_reading()))
 
-@cache
 def algorithms() -> tuple:
-    "The trainer's `ALGORITHMS`, without importing it."
-    return next(
-        ast.literal_eval(n.value)
-        for n in ast.parse(_trainer_source()).body
-        if isinstance(n, ast.Assign) and n.targets[0].id == "ALGORITHMS"
-    )
+    "The names of all objectives, without importing them."
+    return tuple(objective_modules())
 
 # %% ../nbs/11_cli.ipynb #63b88f97
 def _dashes(word):
@@ -863,7 +858,6 @@ def _train_aesthetic_in(output, args):
     for name, value in report["metrics"].items(): print(f"  {name:9}{value:7.4f}")
     print(f"head: {report['head']}")
     return 0
-
 
 # %% ../nbs/11_cli.ipynb #db9c8ffa
 _simple = str.maketrans(

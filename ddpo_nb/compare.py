@@ -26,6 +26,7 @@ from .checkpoints import (CheckpointError, FolderLock, append_line, check_free, 
                                  write_atomic)
 from .dashboard import write
 from .loading import EMOJI_SD, ModelError, family_of, load_pipeline, network_name
+from .objectives import get_objective, takes
 from .policy import load_policy
 from .prompts import PROMPT_SETS, InputError, PromptSource, prompt_source
 from .redact import hide, keep_secret, named_secrets, redact
@@ -33,7 +34,7 @@ from .reward_files import Guarded, RewardError, check_signature, guarded_file
 from .rewards import PromptAlignment, answer, check_rewards, get_reward, reward_name, to_uint8
 from .rollout import rollout, sample_generator
 from .trainer import (ALGORITHMS, RESULT_FREE, STATE_FILES, DDPOConfig, _plain, check_launcher,
-                             check_repeats, make_config, make_trainer, configure_policy, processes, takes,
+                             check_repeats, make_config, make_trainer, configure_policy, processes,
                              usable_precision, weighed_by_temperature)
 
 # %% ../nbs/10_compare.ipynb #3843789d
@@ -221,14 +222,8 @@ def __call__(self:Examiner, policy, name: str, seed: int, on_step=None) -> Evalu
 
 # %% ../nbs/10_compare.ipynb #59ccda3a
 BASE = "base"
-_labels = {BASE: "base", "ddpo-is": "DDPO-IS", "ddpo-sf": "DDPO-SF", "rwr": "RWR", "rwr-sparse": "RWR-sparse"}
-_colours = {
-    BASE: "#8a8f98",
-    "ddpo-is": "#3d85c6",
-    "ddpo-sf": "#2a9d8f",
-    "rwr": "#e07b39",
-    "rwr-sparse": "#b065c8",
-}
+_labels = {BASE: "base"} | {o: get_objective(o).label for o in ALGORITHMS}
+_colours = {BASE: "#8a8f98"} | {o: get_objective(o).colour for o in ALGORITHMS}
 _units = dict.fromkeys(("jpeg_compressibility", "jpeg_incompressibility"), " (kB)")
 _set_labels = dict(
     seen="training prompts", unseen_animals="unseen animals", everyday_objects="everyday objects"

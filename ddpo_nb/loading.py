@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['EMOJI_SD', 'BUNDLED', 'FAMILIES', 'LORA_FILES', 'ModelError', 'warn_cut', 'is_hub_id', 'lora_file', 'LoraLayer',
            'read_lora', 'adapter_tensors', 'load_lora', 'fuse_lora', 'check_pipeline', 'check_noise', 'config_beside',
-           'family_of', 'network_name', 'load_pipeline']
+           'family_of', 'pipeline_kind', 'network_name', 'load_pipeline']
 
 # %% ../nbs/01b_loading.ipynb #dace5226
 import json, math, re, warnings
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 import torch
@@ -566,7 +567,10 @@ def _from_folder(path):
 
 def _kind_on_hub(model, revision):
     "Which pipeline a hub's model is; Stable Diffusion, if that is not to be known."
-    try: kind = DiffusionPipeline.load_config(model, revision=revision).get("_class_name")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # diffusers calls the hub's library in an old way
+            kind = DiffusionPipeline.load_config(model, revision=revision).get("_class_name")
     except Exception: kind = None
     kind = _OTHER_TASKS.get(kind, kind) or "StableDiffusionPipeline"
     if kind not in FAMILIES:
@@ -665,6 +669,30 @@ def family_of(
         raise ModelError(f"{names[0]} is of no family that can be trained; those are {', '.join(FAMILIES)}")
     module, name = found.split(":")
     return getattr(import_module(module), name)
+
+# what models are that people name most, so that nobody has to be asked
+_KNOWN_KINDS = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "StableDiffusionPipeline",
+    "CompVis/stable-diffusion-v1-4": "StableDiffusionPipeline",
+    "stabilityai/stable-diffusion-2-1": "StableDiffusionPipeline",
+    "stabilityai/stable-diffusion-2-1-base": "StableDiffusionPipeline",
+    "stabilityai/stable-diffusion-xl-base-1.0": "StableDiffusionXLPipeline",
+    "stabilityai/stable-diffusion-3-medium-diffusers": "StableDiffusion3Pipeline",
+    "stabilityai/stable-diffusion-3.5-medium": "StableDiffusion3Pipeline",
+    "stabilityai/stable-diffusion-3.5-large": "StableDiffusion3Pipeline",
+    "black-forest-labs/FLUX.1-dev": "FluxPipeline", "black-forest-labs/FLUX.1-schnell": "FluxPipeline",
+}
+
+@cache
+def pipeline_kind(model: str) -> str:
+    "Which of `FAMILIES` a model is; Stable Diffusion if that is not to be known before it is loaded."
+    if model in _KNOWN_KINDS: return _KNOWN_KINDS[model]
+    path = Path(model).expanduser()
+    place = path if path.is_dir() else config_beside(path) if path.is_file() else None
+    try:
+        if place is not None: return _index(place)[1]
+        return _kind_on_hub(model, None) if is_hub_id(model) else "StableDiffusionPipeline"
+    except (ValueError, OSError): return "StableDiffusionPipeline"
 
 def network_name(pipe) -> str:
     "Which part of a pipeline is its network: unet or transformer."

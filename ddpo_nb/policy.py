@@ -37,6 +37,7 @@ class DiffusionPolicy:
     half_precisions = ("fp16", "bf16")  # that the network does not overflow in
     process_settings = {}       # make_process's own arguments -> the config's fields for them
     most_steps = 1000           # that the model was trained with
+    settings_kind = "paper"     # which of an objective's defaults are for this family
     memory_format = torch.contiguous_format
     patch = 1                   # the network takes the latent in squares of so many a side
     in_training = False         # set by the trainer
@@ -510,6 +511,7 @@ class FlowPolicy(DiffusionPolicy):
     """What the families share that were trained by flow matching: a transformer, and the process of
     notebook 01a."""
     network_name, part_names = "transformer", ("vae", "text_encoder", "text_encoder_2", "transformer")
+    settings_kind = "flow"
     process_settings = dict(
         kind="sample_sde", noise_level="sample_noise_level", window="sample_window",
         window_start="sample_window_start", window_every="sample_window_every")

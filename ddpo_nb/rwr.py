@@ -16,6 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from fastcore.basics import patch
 from .advantages import _groups
 from .mdp import Step, Trajectories, ddim_step, step_std
+from .objectives import EMOJI, FLOW, PAPER, Objective, objective
 from .prompts import InputError
 
 # %% ../nbs/07_rwr.ipynb #676834a7
@@ -68,8 +69,9 @@ def rwr_sparse_weights(
 NORMALIZERS, REWARDS = ("prompt", "batch"), ("raw", "normalized")
 NOTHING = 1e-30  # a weight that is not 0, and does nothing
 
+@objective("rwr", label="RWR", colour="#e07b39")
 @dataclass
-class RWR:
+class RWR(Objective):
     """Reward-weighted regression: the denoising loss on the policy's own samples, each weighted by its
     reward. InputError for bad settings."""
     beta: float = 0.2           # inverse temperature of the weights
@@ -77,7 +79,40 @@ class RWR:
     guidance: bool = True       # classifier-free guidance in the loss, as when sampling
     normalizer: str = "prompt"  # what samples compete with: those of their own "prompt", or the whole "batch"
     rewards: str = "raw"        # what is weighed: "raw" rewards, or "normalized" ones, the advantages
-    on_policy = False           # may take several updates on one batch of samples
+
+    likelihoods = False         # finished latents are enough
+    refuses = ("kl_coef",)
+    settings = {
+        "beta": "rwr_beta", "draws": "rwr_draws", "guidance": "train_cfg", "normalizer": "rwr_normalizer",
+        "rewards": "rwr_rewards"}
+    _emoji = EMOJI | dict(
+        sample_num_batches_per_epoch=2, train_batch_size=64, train_num_inner_epochs=2,
+        train_learning_rate=3e-3, train_cfg=False, lora_rank=4, rwr_rewards="normalized",
+        rwr_normalizer="batch", train_fresh_optimizer=False
+    )
+    _fitted = dict(
+        train_batch_size=128, train_num_inner_epochs=5, train_fresh_optimizer=True, rwr_beta=0.2,
+        rwr_normalizer="prompt", rwr_rewards="raw")
+    _paper = PAPER | _fitted | dict(sample_num_batches_per_epoch=1280)
+    _flow = FLOW | _fitted | dict(sample_num_batches_per_epoch=1280, samples_per_prompt=8)
+    defaults = {
+        "emoji-sd": _emoji | dict(rwr_draws=2, rwr_beta=5.0), "paper": _paper | dict(rwr_draws=1),
+        "flow": _flow | dict(rwr_draws=1)}
+
+    @classmethod
+    def check(cls, c):
+        "InputError for a price on leaving, and for a normalisation that raw rewards leave out."
+        if c.kl_coef:
+            raise InputError(
+                "kl_coef", "RWR's loss has no steps to compare", "leave it at 0, or choose ddpo-is or ddpo-sf"
+            )
+        if c.rwr_rewards != "raw": return
+        usual = dict(baseline="normalize", per_prompt_stat_tracking=False, advantage_min_std=0)
+        for name, unset in usual.items():
+            if getattr(c, name) != unset:
+                raise InputError(
+                    name, "it normalises rewards, and rwr_rewards is 'raw'",
+                    "set rwr_rewards to normalized, or leave it")
 
     def __post_init__(self):
         if self.draws < 1:
@@ -94,10 +129,24 @@ class RWR:
         "One weight a sample, with mean 1; (N,)."
         return rwr_weights(rewards, self.beta, prompts)
 
+@objective("rwr-sparse", label="RWR-sparse", colour="#b065c8")
 @dataclass
 class RWRSparse(RWR):
     "RWR on the best `fraction` of the samples only, all weighted alike."
     fraction: float = 0.1       # share of the samples that is kept, in (0, 1]
+
+    settings = RWR.settings | {"fraction": "rwr_fraction"}
+    defaults = {
+        "emoji-sd": (
+            RWR._emoji
+            | dict(
+                rwr_draws=8, train_learning_rate=1e-3, rwr_rewards="raw", rwr_normalizer="prompt",
+                samples_per_prompt=8, per_prompt_stat_tracking=False
+            )
+        ),
+        "paper": RWR._paper | dict(rwr_fraction=0.1, rwr_draws=10),
+        "flow": RWR._flow | dict(rwr_fraction=0.1, rwr_draws=10, samples_per_prompt=10, sample_batch_size=10),
+    }
 
     def weights(self, rewards: Tensor, prompts: list|None = None) -> Tensor:
         "The same weight for the kept samples, 0 for the rest, with mean 1; (N,)."

@@ -280,6 +280,10 @@ WEIGHED = COMMON | dict(
 PAPER = {  # settings; samples an epoch, samples an update, updates an epoch
     "ddpo-is": (TRACKED, 256, 64, 4),
     "ddpo-sf": (TRACKED, 256, 256, 1),
+    "flow-grpo": (
+        COMMON | dict(baseline="group", kl_coef=0.04, samples_per_prompt=8, per_prompt_stat_tracking=False),
+        256, 64, 4
+    ),
     "rwr": (WEIGHED | dict(rwr_draws=1, train_num_inner_epochs=5), 10_240, 128, 400),
     "rwr-sparse": (
         WEIGHED | dict(rwr_fraction=0.1, rwr_draws=10, train_num_inner_epochs=5),
@@ -445,7 +449,7 @@ def test_a_setting_that_would_fail_later_or_do_nothing_is_refused_at_once(settin
     assert "\n" not in str(e.value)
 
 def test_no_algorithms_own_settings_do_nothing():
-    from ddpo_nb.trainer import PAPER_SETTINGS, idle_notes
+    from ddpo_nb.trainer import idle_notes
     for a in ALGORITHMS:
         for c in (
             make_config(a), make_config(a, "another/model"), make_config(a, lora=False),
