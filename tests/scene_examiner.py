@@ -65,8 +65,7 @@ def train_examiner(folder, vae, steps, batch=32):
     examiner = Examiner()
     def loss_of(step):
         images, objects, grounds = batch_of_lessons(batch, np.random.default_rng((11, step)), vae)
-        with torch.autocast("cpu", torch.bfloat16): outputs = examiner(images)
-        return examiner_loss(outputs, objects, grounds)
+        return examiner_loss(examiner(images), objects, grounds)  # in bfloat16 attention would take longer
     fit(folder, "examiner", steps, dict(examiner=examiner), loss_of, 1e-3)
     return examiner.eval()
 
