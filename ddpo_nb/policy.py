@@ -112,6 +112,8 @@ class DiffusionPolicy:
         adapters = getattr(self.trained, "peft_config", None) or {}
         if len(adapters) > 1:
             raise ModelError("the pipeline has several LoRAs: fuse all but the one to train")
+        if not hasattr(self.trained, "add_adapter"):
+            raise ModelError(f"diffusers knows no LoRA for {type(self.trained).__name__}: train it whole")
         if not adapters:  # a LoRA that was loaded goes on training
             targets = list(self.lora_targets)
             self.trained.add_adapter(
