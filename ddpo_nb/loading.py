@@ -409,7 +409,8 @@ def quantized_parts(
 ) -> tuple:
     "The parts that are worth it: the network that is trained, and T5."
     name = lambda of: of if isinstance(of, str) else of.__name__
-    return tuple(o for o, of in classes.items() if o in ("unet", "transformer") or name(of).startswith("T5"))
+    t5 = lambda of: name(of).startswith("T5") and name(of).endswith("Model")  # and not its tokenizer
+    return tuple(o for o, of in classes.items() if o in ("unet", "transformer") or t5(of))
 
 def check_quantize(kind: str, model: str, lora: str|None = None):
     "ModelError unless a model can be loaded with its matrices in that form, here and now."

@@ -8,7 +8,6 @@ __all__ = ['RECIPES', 'CARDS', 'Recipe', 'get_recipe', 'list_recipes', 'ModelNum
 
 # %% ../nbs/10a_recipes.ipynb #e1737869
 import difflib, inspect, math, os, weakref
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import resources
@@ -33,8 +32,8 @@ from .loading import (BUNDLED, QUANTIZED, config_beside, family_of, is_hub_id, q
                              _index, _parts_of, _quiet, _said)
 from .policy import EMOJI_SD, Conditioning
 from .prompts import InputError
-from .trainer import (DDPOConfig, check_repeats, denoised_together, make_config, make_objective,
-                             policy_settings)
+from .trainer import (DDPOConfig, check_repeats, configure_policy, denoised_together, make_config,
+                             make_objective, policy_settings, _check_steps)
 
 # %% ../nbs/10a_recipes.ipynb #76612bbc
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ class Recipe:
     model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     algorithm: str = "ddpo-is"            # one of `ALGORITHMS`
     lora: bool = True                     # train adapters; False: the whole network
+    source: str = ""                      # where the settings come from, and how far they were followed
     # fields of `DDPOConfig`, where they differ from the model's defaults
     settings: dict = field(default_factory=dict)
 
@@ -75,6 +75,14 @@ _tracked = dict(mixed_precision="fp16", micro_batch_size=4, per_prompt_stat_trac
                 per_prompt_stat_tracking_buffer_size=16)
 _harder = _tracked | dict(train_batch_size=128, per_prompt_stat_tracking_buffer_size=32)
 _emoji = dict(model=EMOJI_SD, needs="a CPU, minutes", settings=dict(mixed_precision="no"))
+# what fits a large network on one card: speed and memory, never the result
+_large = dict(gradient_checkpointing=True, vae_slicing=True, offload_trajectories=True, micro_batch_size=4)
+# flow_grpo's: 48 groups of 24 pictures an epoch, two updates; 32 GPUs there, one here
+_groups = _large | dict(
+    sample_resolution=512, sample_sde="flow-sde", sample_batch_size=8, sample_num_batches_per_epoch=144,
+    train_batch_size=576, baseline="group", samples_per_prompt=24, train_timestep_fraction=0.99,
+    train_clip_range=1e-4, train_learning_rate=3e-4
+)
 _quick = _emoji | dict(settings=dict(mixed_precision="no", baseline="leave-one-out", samples_per_prompt=4))
 
 RECIPES = {
@@ -102,6 +110,33 @@ RECIPES = {
         "animals that do what the prompt says, in the eyes of a vision-language model",
         "vlm_alignment", "one GPU, 24 GB, and one for the vision-language model", 200, "animal_activities",
         settings=_harder | dict(sample_num_batches_per_epoch=36, train_batch_size=144),
+    ),
+    "sdxl-aesthetic-lora": Recipe(
+        "prettier animals at 1024 pixels: the paper's task on Stable Diffusion XL", "aesthetic",
+        "one GPU, 16 GB (estimated, unmeasured)", 200,
+        model="stabilityai/stable-diffusion-xl-base-1.0",
+        source="the paper's aesthetic task, by ddpo-pytorch's settings; nobody has published any for XL",
+        settings=_harder | _large | dict(mixed_precision="bf16", micro_batch_size=1),
+    ),
+    "sd35-medium-flow-grpo": Recipe(
+        "the right number of animals, in the eyes of a vision-language model: Flow-GRPO", "vlm_questions",
+        "one GPU, 24 GB (estimated, unmeasured), and one for the vision-language model", 500, "counting",
+        model="stabilityai/stable-diffusion-3.5-medium",
+        source="yifan123/flow_grpo, config/grpo.py, geneval_sd3",
+        settings=_groups | dict(
+            mixed_precision="fp16", sample_num_steps=10, sample_guidance_scale=4.5, sample_noise_level=0.7,
+            kl_coef=0.04, lora_rank=32
+        ),
+    ),
+    "flux-flow-grpo": Recipe(
+        "animals that people would prefer, in the eyes of PickScore: Flow-GRPO on FLUX.1", "pickscore",
+        "one GPU, 80 GB (estimated, unmeasured)", 500, "imagenet_animals",
+        model="black-forest-labs/FLUX.1-dev",
+        source="yifan123/flow_grpo, config/grpo.py, pickscore_flux",
+        settings=_groups | dict(
+            mixed_precision="bf16", sample_num_steps=6, sample_guidance_scale=3.5, sample_noise_level=0.9,
+            lora_rank=64, micro_batch_size=1
+        ),
     ),
     "emoji-compressibility": Recipe(
         "emoji that make small JPEG files", "jpeg_compressibility", epochs=16, **_quick
@@ -426,39 +461,20 @@ class _LikeCuda(TorchFunctionMode):
 # %% ../nbs/10a_recipes.ipynb #eb7e7a87
 _dtypes = dict(no=None, fp16=torch.float16, bf16=torch.bfloat16)
 
-def _settings(c, policy):
-    "The run's way of sampling, as the policy takes it; InputError if the model has not that many steps."
-    if c.sample_num_steps > policy.most_steps:
-        raise InputError(
-            "sample_num_steps", f"{c.sample_num_steps} is more than the model's {policy.most_steps}",
-            "give fewer"
-        )
-    return policy_settings(c, policy)
-
-@contextmanager
-def _as_settings(policy):
-    "What a family says about its own arguments, as an InputError about the run's."
-    names = dict(resolution="sample_resolution", negative_prompt="negative_prompts") | policy.process_settings
-    try: yield
-    except InputError: raise
-    except ValueError as e:
-        first, _, rest = str(e).partition(" ")
-        raise InputError(names.get(first, first), rest, "change it for this model") from None
+def _asked(c, numbers):
+    "The numbers' own view of the model, set to sample as the run does; InputError if it cannot."
+    _check_steps(c, numbers.view)
+    configure_policy(c, numbers.view)
+    return numbers.view
 
 def _skeleton(c, numbers, lora, mode):
     "The policy of a run, on `meta`."
-    family = family_of(numbers.kind)
-    with _as_settings(numbers.view):
-        policy = family(numbers.pipeline(), lora, c.lora_rank, **_settings(c, numbers.view))
+    view = _asked(c, numbers)
+    policy = type(view)(numbers.pipeline(), lora, c.lora_rank, **policy_settings(c, view))
     policy.place(torch.device("meta"), mode.half)
     if c.gradient_checkpointing: policy.trained.enable_gradient_checkpointing(mode.checkpoint)
     policy.spare_memory(slicing=c.vae_slicing)
     return policy
-
-def _asked(c, numbers):
-    "The numbers' own view of the model, set to sample as the run does."
-    with _as_settings(numbers.view): numbers.view.configure(**_settings(c, numbers.view))
-    return numbers.view
 
 def _meta(*shape, dtype=torch.float32): return torch.zeros(shape, dtype=dtype, device="meta")
 
@@ -645,36 +661,53 @@ def _training_peak(c, numbers, policy, mode):
     return peak_bytes(run)
 
 @torch.no_grad()
-def _sampling_peaks(c, policy, mode):
+def _sampling_peak(c, policy, mode):
+    "Of a denoising step, and the bytes that autocast holds until the epoch is sampled."
     n = denoised_together(c, c.micro_batch_size)
     cond = _conditioning(policy, n, policy.text_encoders[0].dtype)
     x, t = _meta(n, *policy.latent_shape), _meta(n, dtype=policy.process.times.dtype)
-    with mode:
-        step, held, decoding = (
-            peak_bytes(lambda: policy.step(x, t, cond)), _bytes(mode.copies.values()),
-            peak_bytes(lambda: policy.decode(x[: c.sample_batch_size]))
-        )
+    with mode: step, held = peak_bytes(lambda: policy.step(x, t, cond)), _bytes(mode.copies.values())
     mode.copies.clear()
-    # autocast holds its copies of trained weights until the epoch is sampled
-    return step, held + decoding, held
+    return step, held
+
+@torch.no_grad()
+def _decoding_peak(c, policy, mode):
+    x = _meta(min(c.sample_batch_size, denoised_together(c, c.micro_batch_size)), *policy.latent_shape)
+    with mode: return peak_bytes(lambda: policy.decode(x))
 
 @dataclass(frozen=True)
 class _Passes:
     "A run's policy on `meta`, and the peaks of its passes."
     policy: object
     sampling: int
-    decoding: int
     held: int
+    decoding: int
     activations: int
 
+# fields of a config that make no difference to what is counted
+_HARMLESS = {"train_use_8bit_adam", "offload_trajectories", "seed", "num_epochs", "logdir"}
+_SPARE = _HARMLESS | {"vae_slicing", "gradient_checkpointing", "micro_batch_size"}
+
 def _passes(c, numbers, lora):
-    "Counted once for a run that is asked about twice."
-    known, asked = numbers.__dict__.get("last_passes", (None, None)), (lora, repr(c))
-    if known[0] == asked: return known[1]
-    policy = _skeleton(c, numbers, lora, mode := _LikeCuda(_dtypes[c.mixed_precision]))
-    found = _Passes(policy, *_sampling_peaks(c, policy, mode), _training_peak(c, numbers, policy, mode))
-    numbers.__dict__["last_passes"] = asked, found
-    return found
+    "Each pass is counted once for a model; another setting asks for those that it changes."
+    counted, made = numbers.__dict__.setdefault("counted", {}), []
+    def policy():
+        if not made:
+            mode = _LikeCuda(_dtypes[c.mixed_precision])
+            made.extend((_skeleton(c, numbers, lora, mode), mode))
+        return made
+    def once(what, but, count):
+        asked = what, lora, repr([(k, v) for k, v in sorted(vars(c).items()) if k not in but])
+        if asked not in counted: counted[asked] = count(*policy())
+        return counted[asked]
+    together = denoised_together(c, c.micro_batch_size)
+    step = once(f"step of {together}", _SPARE, lambda *o: _sampling_peak(c, *o))
+    decoding = once(
+        f"decoding of {together}", _SPARE - {"vae_slicing"}, lambda *o: _decoding_peak(c, *o))
+    training = once("training", _HARMLESS | {"vae_slicing"}, lambda *o: _training_peak(c, numbers, *o))
+    kept, key = numbers.__dict__.get("skeleton", (None, None)), (lora, c.mixed_precision, c.lora_rank)
+    if kept[0] != key or made: kept = numbers.__dict__["skeleton"] = key, policy()[0]
+    return _Passes(kept[1], *step, decoding, training)
 
 def _sum_up(c, numbers, passes, processes=1, base=False, text_encoders_off=False, quantize=""):
     "The memory of a run whose passes are known."
@@ -696,7 +729,7 @@ def _sum_up(c, numbers, passes, processes=1, base=False, text_encoders_off=False
         (4 * sum(numbers.parts.values()) if base else 0)
         + (4 * numbers.parts[policy.network_name] if c.kl_coef and whole_network else 0),
         _bytes(trained) * (1 if processes == 1 else 2), passes.activations,
-        0 if eight_bit else _bytes(trained), passes.sampling, passes.decoding,
+        0 if eight_bit else _bytes(trained), passes.sampling, passes.held + passes.decoding,
         passes.held + (0 if offload else whole), whole if offload else 0, texts if text_encoders_off else 0,
         largest
     )
@@ -725,7 +758,8 @@ _OWN = 10**9            # of a card, for what CUDA and its libraries take
 # what is said, and fields of the config or options of the estimate; each comes on top of those above it
 _LEVERS = (
     ("bf16 for what is frozen", dict(mixed_precision="bf16"), {}),
-    ("one example at a time, images decoded singly", dict(micro_batch_size=1, vae_slicing=True), {}),
+    ("one example at a time", dict(micro_batch_size=1), {}),
+    ("images decoded one by one", dict(vae_slicing=True), {}),
     ("gradient checkpointing", dict(gradient_checkpointing=True), {}),
     ("trajectories in main memory", dict(offload_trajectories=True), {}),
     ("8-bit AdamW", dict(train_use_8bit_adam=True), {}),
@@ -733,7 +767,16 @@ _LEVERS = (
     ("frozen matrices in int8", {}, dict(quantize="int8")),
     ("frozen matrices in NF4 instead", {}, dict(quantize="nf4")),
 )
-_OF_PASSES = {"mixed_precision", "micro_batch_size", "vae_slicing", "gradient_checkpointing"}
+
+def _size(n):
+    "Bytes in words: three digits and a unit."
+    for unit in ("B", "kB", "MB"):
+        if n < 999.5: break
+        n /= 1000
+    else: unit = "GB"
+    return (
+        f"{n:.0f} {unit}" if unit == "B" or n >= 100 else f"{n:.1f} {unit}" if n >= 10 else f"{n:.2f} {unit}"
+    )
 
 def what_fits(
     config: DDPOConfig,
@@ -743,18 +786,29 @@ def what_fits(
     base: bool = False,   # an untouched model is kept beside the trained one
 ) -> Table:
     """Which cards a run fits on as it is set, and as one lever after another is pulled, each on top of
-    those before it; one that gives less than a hundredth is left alone."""
-    c, options, passes, rows = _sized(config, numbers, lora), {}, None, []
-    for name, settings, more in (("as they are", {}, {}), *_LEVERS):
+    those before it. Levers that give less than a hundredth anywhere are left alone; those that show only
+    once another is pulled stand on its line."""
+    c, options, rows, waiting = _sized(config, numbers, lora), {}, [], []
+    def ask(c, options):
+        return _sum_up(c, numbers, _passes(c, numbers, lora), processes, base, **options)
+    def add(name, peak):
+        cards = {f"{o} GB": "yes" if peak + _OWN <= o * 10**9 else "no" for o in CARDS}
+        rows.append(dict(settings=name, peak=_size(peak)) | cards)
+    memory = ask(c, options)
+    add("as they are", lowest := memory.peak)
+    for name, settings, more in _LEVERS:
         half = c.mixed_precision != "no" and "mixed_precision" in settings
         if half or "quantize" in more and not lora: continue
-        changed = replace(c, **settings)
-        found = passes if passes and not _OF_PASSES & {*settings} else _passes(changed, numbers, lora)
-        peak = _sum_up(changed, numbers, found, processes, base, **options | more).peak
-        if rows and peak > 0.99 * lowest: continue
-        c, options, passes, lowest = changed, options | more, found, peak
-        cards = {f"{o} GB": "yes" if peak + _OWN <= o * 10**9 else "no" for o in CARDS}
-        rows.append(dict(settings="+ " * bool(rows) + name, peak=_size(peak)) | cards)
+        changed, wider = replace(c, **settings), options | more
+        found = ask(changed, wider)
+        gains = [memory.resident - found.resident]
+        gains += [memory.phases[o] - found.phases[o] for o in memory.phases]
+        if max(gains) < lowest / 100: continue
+        c, options, memory = changed, wider, found
+        waiting.append(name)
+        if found.peak <= 0.99 * lowest:
+            add("+ " + ", ".join(waiting), lowest := found.peak)
+            waiting = []
     return Table(rows)
 
 # %% ../nbs/10a_recipes.ipynb #c4b6225a
@@ -808,16 +862,6 @@ def plan(
     )
 
 # %% ../nbs/10a_recipes.ipynb #ae0b6ffc
-def _size(n):
-    "Bytes in words: three digits and a unit."
-    for unit in ("B", "kB", "MB"):
-        if n < 999.5: break
-        n /= 1000
-    else: unit = "GB"
-    return (
-        f"{n:.0f} {unit}" if unit == "B" or n >= 100 else f"{n:.1f} {unit}" if n >= 10 else f"{n:.2f} {unit}"
-    )
-
 def _align(rows):
     left, right = max(len(k) for k, _ in rows), max(len(v) for _, v in rows)
     return "\n".join(f"  {k:<{left}}  {v:>{right}}" for k, v in rows)

@@ -14,14 +14,18 @@ from hypothesis import given, settings, strategies as st
 
 from ddpo_nb import recipes as R, trainer as T
 from ddpo_nb.batches import saved_bytes
+from ddpo_nb.loading import family_of, quantized_parts
 from ddpo_nb.mdp import Trajectories
 from ddpo_nb.policy import EMOJI_SD, StableDiffusionPolicy, load_pipeline
 from ddpo_nb.speed import SmallLora
 from ddpo_nb.prompts import PROMPT_SETS, InputError, PromptSource
 from ddpo_nb.recipes import (RECIPES, estimate_memory, get_recipe, list_recipes, model_numbers, peak_bytes,
-                             plan)
+                             plan, what_fits)
+from ddpo_nb.rewards import REWARDS
 from ddpo_nb.rwr import NORMALIZERS, rwr_sparse_weights
-from ddpo_nb.trainer import ALGORITHMS, DDPOConfig, RWRConfig, make_config, make_objective, make_trainer
+from ddpo_nb.tiny import TINY, tiny_pipeline
+from ddpo_nb.trainer import (ALGORITHMS, DDPOConfig, RWRConfig, configure_policy, make_config, make_objective,
+                             make_trainer)
 
 SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
@@ -37,6 +41,34 @@ def with_(config, **switches):
 
 # Recipes
 
+LARGE = ("sdxl-aesthetic-lora", "sd35-medium-flow-grpo", "flux-flow-grpo")  # half a minute each
+
+@pytest.mark.parametrize("name", LARGE)
+def test_recipes_of_large_models_count_as_they_were_published(name, monkeypatch):
+    monkeypatch.setattr(R, "estimate_memory", lambda *a: None)
+    r = RECIPES[name]
+    c, p = r.config(), plan(r.config(), model_numbers(r.model))
+    assert "unmeasured" in r.needs and r.source
+    if name == "sdxl-aesthetic-lora":
+        assert (p.samples_per_epoch, p.updates_per_epoch, c.sample_num_steps) == (256, 2, 50)
+        return
+    # flow_grpo's config/grpo.py: 48 groups of 24 pictures, two updates, the last of the steps left out
+    assert (p.samples_per_epoch, p.updates_per_epoch, c.samples_per_prompt, c.sample_resolution) == (
+        1152, 2, 24, 512)
+    assert (c.sample_sde, c.train_clip_range, c.train_learning_rate, c.baseline) == (
+        "flow-sde", 1e-4, 3e-4, "group")
+    steps, passes = (10, 2) if "sd35" in name else (6, 1)
+    assert p.sampling_rows == 1152 * steps * passes and p.training_rows == 1152 * (steps - 1) * passes
+    own = (c.sample_guidance_scale, c.sample_noise_level, c.kl_coef, c.lora_rank)
+    assert own == ((4.5, 0.7, 0.04, 32) if "sd35" in name else (3.5, 0.9, 0, 64))
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name,card", [*zip(LARGE, (16, 24, 80))])
+def test_recipes_of_large_models_fit_on_the_card_that_they_name(name, card):
+    r = RECIPES[name]
+    p = plan(r.config(), model_numbers(r.model))
+    assert f"{card} GB" in r.needs and p.fits[0][f"{card} GB"] == "yes" and f"{card} GB" in str(p)
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_builds_and_plans(name, sd, emoji):
     r = get_recipe(name)
@@ -44,9 +76,10 @@ def test_recipe_builds_and_plans(name, sd, emoji):
         r is RECIPES[name] and r.prompts in PROMPT_SETS and r.algorithm in ALGORITHMS and "\n" not in r.about
     )
     assert {*r.settings} <= {f.name for f in fields(DDPOConfig)} - {"algorithm", "num_epochs", "seed"}
-    assert r.reward in ("jpeg_compressibility", "jpeg_incompressibility", "aesthetic", "vlm_alignment")
+    assert r.reward in REWARDS
     c = r.config()
     assert c == make_config(r.algorithm, r.model, num_epochs=r.epochs, **r.settings)
+    if name in LARGE: return
     p = plan(c, emoji if r.model == EMOJI_SD else sd, r.lora)
     assert p.queries == c.samples_per_epoch * r.epochs and p.updates == p.updates_per_epoch * r.epochs
     limit = dict(a100=40e9, emoji=1e9).get(name.partition("-")[0], 24e9)
@@ -202,6 +235,164 @@ def test_models_that_cannot_be_read(folder):
     config = json.loads((folder/"unet/config.json").read_text())
     (folder/"unet/config.json").write_text(json.dumps(config | dict(addition_embed_type="text_time")))
     with pytest.raises(InputError, match="1.x or 2.x family"): model_numbers(str(folder))
+
+# parameters as published, in millions: of the papers, of the model cards, or of the files' own sizes
+PUBLISHED = {
+    "stabilityai/stable-diffusion-xl-base-1.0": dict(
+        unet=2567, vae=83.7, text_encoder=123, text_encoder_2=695),
+    "stabilityai/stable-diffusion-3-medium-diffusers": dict(
+        transformer=2085, vae=83.8, text_encoder=124, text_encoder_2=695, text_encoder_3=4762),
+    "stabilityai/stable-diffusion-3.5-medium": dict(transformer=2470, text_encoder_3=4762),
+    "stabilityai/stable-diffusion-3.5-large": dict(transformer=8146, text_encoder_3=4762),
+    "black-forest-labs/FLUX.1-dev": dict(transformer=11901, vae=83.8, text_encoder=123, text_encoder_2=4762),
+    "black-forest-labs/FLUX.1-schnell": dict(transformer=11891, text_encoder_2=4762),
+}
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_published_sizes(model):
+    n = model_numbers(model)
+    for part, millions in PUBLISHED[model].items():
+        assert getattr(n, part) / 1e6 == pytest.approx(millions, rel=0.01), part
+    channels = 4 if "xl" in model else 16
+    assert n.latent == (channels, 128, 128) and n.image == (3, 1024, 1024)
+    words, width = (77, 2048) if "xl" in model else (512, 4096) if "FLUX" in model else (333, 4096)
+    assert n.text["text"] == (words, width)
+    assert not hasattr(n, "unet" if "transformer" in n.parts else "transformer")
+
+def test_tables_of_positions_are_counted_apart_from_what_is_trained():
+    "SD3.5-medium's 2.24 billion parameters and a fixed table of 384 x 384 positions are its 2.47 billion"
+    n = model_numbers("stabilityai/stable-diffusion-3.5-medium")
+    weights = sum(p.numel() for p in n.view.trained.parameters())
+    assert weights == pytest.approx(2.24e9, rel=0.01) and n.transformer == weights + 384**2 * 1536
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    "A folder of a tiny pipeline, by its name"
+    made = {}
+    def folder(kind):
+        if kind not in made:
+            torch.manual_seed(0)
+            made[kind] = str(tmp_path_factory.mktemp(kind))
+            tiny_pipeline(kind).save_pretrained(made[kind])
+        return made[kind]
+    return folder
+
+# 16 rows or more: a CPU computes no fewer (02_policy)
+SMALL = dict(mixed_precision="no", micro_batch_size=16, sample_batch_size=16, sample_num_batches_per_epoch=1,
+             train_batch_size=16, sample_num_steps=4, lora_rank=4, sample_resolution=16)
+
+def small(algorithm="ddpo-is", **more): return make_config(algorithm, "tiny", **SMALL | more)
+
+@pytest.mark.parametrize("kind", TINY)
+def test_a_folder_of_every_family_is_counted_as_it_is(kind, families):
+    n, pipe = model_numbers(families(kind)), tiny_pipeline(kind)
+    policy = family_of(pipe)(pipe)
+    held = lambda m: sum(o.numel() for o in (*m.parameters(), *m.buffers()) if o.is_floating_point())
+    own = {o: held(getattr(tiny_pipeline(kind), o)) for o in n.parts}
+    assert n.parts == own and len(own) == len(policy.parts) and n.latent == policy.latent_shape
+    text = policy.encode(["a cat"]).prompt
+    assert n.text == (tuple(text.shape[1:]) if isinstance(text, torch.Tensor) else
+                      {k: tuple(v.shape[1:]) for k, v in text.items()})
+
+@pytest.mark.parametrize("algorithm,kl", [("ddpo-is", 0.1), ("rwr", 0.0)])
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "sd3-without-t5", "flux"])
+def test_saved_bytes_of_every_family_are_a_real_network_s(kind, algorithm, kl, families):
+    n, c = model_numbers(families(kind)), small(algorithm, **dict(kl_coef=kl) if kl else {})
+    mode, objective = R._LikeCuda(), make_objective(c)
+    ghost, batch = R._skeleton(c, n, True, mode), R._micro_batch(c, n, torch.float32)
+    def imagined():
+        with mode: return objective.loss(ghost, *batch)[0].sum()
+    pipe = load_pipeline(families(kind))
+    real = family_of(pipe)(pipe, lora_rank=c.lora_rank)
+    configure_policy(c, real)
+    m, steps = R._micro(c, n), real.stochastic.nonzero().flatten()
+    draw, latent = torch.arange(m), real.latent_shape
+    t = Trajectories(
+        torch.randn(2, 5, *latent), real.timesteps, torch.zeros(2, 4), real.stochastic,
+        real.encode(["a cat", "an owl"]), ["a cat", "an owl"], [{}] * 2)
+    e = dict(sample=draw % 2, step=steps[draw % len(steps)], advantage=torch.ones(m), weight=torch.ones(m),
+             timestep=real.draw_levels(m, torch.Generator().manual_seed(0)), noise=torch.randn(m, *latent))
+    seen = saved_bytes(lambda: objective.loss(real, t, e)[0].sum(), real.trained.parameters())
+    assert seen > 1e6 and saved_bytes(imagined, ghost.trained.parameters()) == pytest.approx(seen, rel=0.02)
+
+@pytest.mark.parametrize("kind", TINY)
+def test_a_plan_of_every_family(kind, families):
+    n, precision = model_numbers(families(kind)), "bf16"
+    p = plan(small(mixed_precision=precision, micro_batch_size=1), n)
+    text, passes = str(p), 1 if "flux" in kind else 2
+    assert p.sampling_rows == 16 * 4 * passes and p.fits is None
+    assert ("transformer rows" if "transformer" in n.parts else "UNet rows") in text
+    for part, count in n.parts.items():
+        assert f"{count:,}" in text and (part.replace("_", " ") in text or part in ("unet", "vae"))
+    encoders = [o for o in n.parts if "text" in o]
+    assert p.memory.text_encoder == 2 * sum(n.parts[o] for o in encoders)
+    assert ("text encoders " in text) == (len(encoders) > 1)
+
+def test_settings_that_a_family_cannot_work_with_are_refused_in_a_plan(families):
+    flux, sdxl = model_numbers(families("flux")), model_numbers(families("sdxl"))
+    for numbers, settings, name in (
+        (flux, dict(sample_eta=0.5), "sample_eta"), (flux, dict(mixed_precision="fp16"), "mixed_precision"),
+        (sdxl, dict(sample_sde="cps"), "sample_sde"), (flux, dict(sample_resolution=18), "resolution"),
+        (flux, dict(sample_num_steps=1001), "sample_num_steps"),
+    ):
+        with pytest.raises(InputError, match=name): plan(small(**settings), numbers)
+
+def test_a_model_index_cannot_name_any_class(families, tmp_path):
+    copytree(families("sd3"), tmp_path/"m", ignore=ignore_patterns("*.safetensors"))
+    index = json.loads((tmp_path/"m/model_index.json").read_text())
+    for library, name in (("os", "system"), ("transformers", "pipeline"), ("diffusers", "os")):
+        changed = index | dict(transformer=[library, name])
+        (tmp_path/"m/model_index.json").write_text(json.dumps(changed))
+        with pytest.raises(InputError, match="--model.*no network") as e: model_numbers(str(tmp_path/"m"))
+        assert "\n" not in str(e.value)
+
+# Levers, and cards
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_levers_are_the_estimate_s_own(lora, families):
+    n, c = model_numbers(families("sd3")), small()
+    plain = estimate_memory(c, n, lora)
+    off = estimate_memory(c, n, lora, text_encoders_off=True)
+    assert plain.encoding == off.text_encoder == 0 and off.encoding == plain.text_encoder
+    assert off.resident == plain.resident - plain.text_encoder and off.phases["encoding"] == off.encoding
+    if not lora:
+        with pytest.raises(InputError, match="quantize: a network that is trained whole"):
+            estimate_memory(c, n, False, quantize="nf4")
+        return
+    eight, four = (estimate_memory(c, n, quantize=o) for o in ("int8", "nf4"))
+    assert four.frozen < eight.frozen < plain.frozen and four.unpacking == eight.unpacking > 0
+    assert (four.activations, four.trainable) == (plain.activations, plain.trainable)
+    with pytest.raises(InputError, match="there is no 'int3'"): estimate_memory(c, n, quantize="int3")
+
+def test_quantized_sizes_by_hand():
+    "FLUX's 57 blocks in NF4: half a byte a weight, and a little for the scales; T5's embedding stays"
+    n = model_numbers("black-forest-labs/FLUX.1-dev")
+    assert quantized_parts(n.classes) == ("transformer", "text_encoder_2")
+    network, t5 = (getattr(n.pipeline(), o) for o in ("transformer", "text_encoder_2"))
+    for o in (network, t5): o.to(torch.bfloat16).requires_grad_(False)
+    assert R._weights(network, "int8") == pytest.approx(11.9e9, rel=0.01)
+    assert R._weights(network, "nf4") == pytest.approx(11.9e9 * (0.5 + 1 / 64 + 4 / 64 / 256), rel=0.01)
+    table = 32128 * 4096
+    assert R._weights(t5, "nf4") == pytest.approx((4.762e9 - table) * 0.516 + 2 * table, rel=0.01)
+    assert R._weights(network) == 2 * n.transformer
+
+def test_what_fits_is_what_the_estimate_says(families, monkeypatch):
+    n, c = model_numbers(families("sd3")), small(sample_num_steps=6)
+    monkeypatch.setattr(R, "_OWN", 0)
+    rows = what_fits(c, n)
+    assert rows[0]["settings"] == "as they are" and rows[0]["peak"] == R._size(estimate_memory(c, n).peak)
+    assert [*rows[0]][2:] == ["16 GB", "24 GB", "40 GB", "80 GB"]
+    half, one = (with_(small(sample_num_steps=6, **o), mixed_precision="bf16")
+                 for o in ({}, dict(micro_batch_size=1)))
+    assert rows[1] == rows[1] | dict(settings="+ bf16 for what is frozen",
+                                     peak=R._size(estimate_memory(half, n).peak))
+    assert rows[2] == rows[2] | dict(settings="+ one example at a time",
+                                     peak=R._size(estimate_memory(one, n).peak))
+    for own, fits in ((0, "yes"), (16 * 10**9, "no")):
+        monkeypatch.setattr(R, "_OWN", own)
+        found = what_fits(c, n, lora=False)
+        assert {o["16 GB"] for o in found} == {fits} and {o["24 GB"] for o in found} == {"yes"}
+        assert not [o for o in found if "int8" in o["settings"] or "NF4" in o["settings"]]
 
 # Counting, against the trainer itself
 
