@@ -735,7 +735,7 @@ def pipeline_kind(model: str) -> str:
     place = path if path.is_dir() else config_beside(path) if path.is_file() else None
     try:
         if place is not None: return _index(place)[1]
-        return _kind_on_hub(model, None) if is_hub_id(model) else "StableDiffusionPipeline"
+        return _index_on_hub(model, None)[0] if is_hub_id(model) else "StableDiffusionPipeline"
     except (ValueError, OSError): return "StableDiffusionPipeline"
 
 def network_name(pipe) -> str:

@@ -121,7 +121,7 @@ RECIPES = {
     "sd35-medium-flow-grpo": Recipe(
         "the right number of animals, in the eyes of a vision-language model: Flow-GRPO", "vlm_questions",
         "one GPU, 24 GB (estimated, unmeasured), and one for the vision-language model", 500, "counting",
-        model="stabilityai/stable-diffusion-3.5-medium",
+        model="stabilityai/stable-diffusion-3.5-medium", algorithm="flow-grpo",
         source="yifan123/flow_grpo, config/grpo.py, geneval_sd3",
         settings=_groups | dict(
             mixed_precision="fp16", sample_num_steps=10, sample_guidance_scale=4.5, sample_noise_level=0.7,
@@ -131,11 +131,11 @@ RECIPES = {
     "flux-flow-grpo": Recipe(
         "animals that people would prefer, in the eyes of PickScore: Flow-GRPO on FLUX.1", "pickscore",
         "one GPU, 80 GB (estimated, unmeasured)", 500, "imagenet_animals",
-        model="black-forest-labs/FLUX.1-dev",
+        model="black-forest-labs/FLUX.1-dev", algorithm="flow-grpo",
         source="yifan123/flow_grpo, config/grpo.py, pickscore_flux",
         settings=_groups | dict(
             mixed_precision="bf16", sample_num_steps=6, sample_guidance_scale=3.5, sample_noise_level=0.9,
-            lora_rank=64, micro_batch_size=1
+            kl_coef=0.0, lora_rank=64, micro_batch_size=1
         ),
     ),
     "emoji-compressibility": Recipe(
