@@ -64,6 +64,22 @@ def rwr(algorithm, **kw):
     t.train(progress=False)
     return {f"{algorithm}-{k}": v for k, v in (found | dict(trained=flat(lambda p: p))).items()}
 
+def family(kind):
+    "The adapters of another family's policy after two epochs."
+    from ddpo_nb.loading import family_of
+    from ddpo_nb.tiny import tiny_pipeline
+    torch.manual_seed(0)
+    pipe = tiny_pipeline(kind)
+    of = family_of(pipe)
+    of.text_window = 16
+    c = make_config("ddpo-is", sample_num_steps=3, sample_batch_size=size, sample_num_batches_per_epoch=1,
+                    train_batch_size=size, train_timestep_fraction=1.0, num_epochs=2, logdir="", lora_rank=4,
+                    sample_resolution=16)
+    reward = lambda images, prompts, _: (images.mean((1, 2, 3)) * 30, {})
+    t = make_trainer(c, reward, PromptSource(["a cat", "a dog", "a fox"], 1), of(pipe))
+    t.train(progress=False)
+    return torch.cat([p.detach().flatten() for p in t.policy.trainable_parameters()])
+
 def stopped():
     "Seconds from a signal, which comes while the reward is waited for, to the run's end."
     began = []
@@ -86,6 +102,7 @@ if not c.resume_from:
     more = rwr("rwr", rwr_normalizer="prompt", rwr_rewards="raw", rwr_beta=1.0,
                per_prompt_stat_tracking=False)
     more |= rwr("rwr-sparse", rwr_fraction=0.4)
+    more |= {f"family-{kind}": family(kind) for kind in ("sdxl", "sd3-without-t5", "flux")}
     if n > 1: more["stopped"] = stopped()
     save_file(more, out/f"more-{n}-{rank}.safetensors")
 '''
@@ -135,6 +152,16 @@ def test_trap_5_gradients_are_synchronised(runs):
     _, one, two = runs
     assert torch.equal(two[0]["gradient"], two[1]["gradient"])
     assert (two[0]["gradient"] - one["gradient"]).norm() < 1e-6 * one["gradient"].norm()
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd3-without-t5", "flux"])
+def test_every_family_is_the_same_in_two_processes(runs, kind):
+    home, *_ = runs
+    one, *two = (
+        load_file(home / f"{n}/more-{n}-{r}.safetensors")[f"family-{kind}"]
+        for n, r in ((1, 0), (2, 0), (2, 1))
+    )
+    assert torch.equal(*two)
+    torch.testing.assert_close(two[0], one, atol=1e-4, rtol=1e-3)
 
 def test_weights_stay_alike(runs):
     home, *_ = runs
