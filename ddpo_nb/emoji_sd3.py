@@ -181,7 +181,7 @@ def load(dtype: torch.dtype = torch.float32) -> StableDiffusion3Pipeline:
     if not (folder / "model_index.json").is_file():
         raise InputError("model", "this package holds no weights of emoji-sd3",
                          "train them: python -m ddpo_nb.emoji_sd3 --output DIR")
-    pipe = StableDiffusion3Pipeline.from_pretrained(str(folder), dtype=dtype)
+    pipe = StableDiffusion3Pipeline.from_pretrained(str(folder), dtype=dtype, trust_remote_code=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -62,7 +62,9 @@ def test_pm():
 # Budget
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 5000), st.sets(st.sampled_from(ALGORITHMS), min_size=1), st.integers(1, 3))
+NO_GROUPS = [o for o in ALGORITHMS if o != "flow-grpo"]  # which wants two pictures of each prompt
+
+@given(st.integers(1, 5000), st.sets(st.sampled_from(NO_GROUPS), min_size=1), st.integers(1, 3))
 def test_every_algorithm_gets_the_same_number_of_queries(queries, algorithms, processes):
     configs = {a: make_config(a) for a in sorted(algorithms)}
     if queries < processes:
@@ -75,6 +77,12 @@ def test_every_algorithm_gets_the_same_number_of_queries(queries, algorithms, pr
         fitted[a].samples_per_epoch != c.samples_per_epoch for a, c in configs.items()
     )
     assert changed == bool(notes)  # nothing is changed silently
+
+def test_a_budget_too_small_for_groups_is_refused():
+    configs = {a: make_config(a) for a in ("flow-grpo", "rwr")}
+    fitted, budget, _ = fit_budget(configs, 1024)
+    assert budget == 1024 and fitted["flow-grpo"].samples_per_prompt == 8
+    with pytest.raises(InputError, match="samples_per_prompt"): fit_budget(configs, 1)
 
 # Examination
 
