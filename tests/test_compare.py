@@ -21,6 +21,8 @@ from ddpo_nb.rewards import jpeg_compressibility
 from ddpo_nb.rollout import rollout
 from ddpo_nb.trainer import ALGORITHMS, make_config
 
+NO_GROUPS = [o for o in ALGORITHMS if o != "flow-grpo"]  # which wants two pictures of each prompt
+
 pytestmark = pytest.mark.usefixtures("small_unet")  # what the network draws is not looked at here
 
 tiny = dict(
@@ -62,8 +64,6 @@ def test_pm():
 # Budget
 
 @settings(max_examples=40, deadline=None)
-NO_GROUPS = [o for o in ALGORITHMS if o != "flow-grpo"]  # which wants two pictures of each prompt
-
 @given(st.integers(1, 5000), st.sets(st.sampled_from(NO_GROUPS), min_size=1), st.integers(1, 3))
 def test_every_algorithm_gets_the_same_number_of_queries(queries, algorithms, processes):
     configs = {a: make_config(a) for a in sorted(algorithms)}
