@@ -17,7 +17,7 @@ from .redact import SECRET_NAME, address_secrets, hide, hide_address, keep_secre
 
 # %% ../nbs/11_cli.ipynb #1d48d93f
 @cache
-def _trainer_source(): return resources.files("ddpo_nb").joinpath("trainer.py").read_text(encoding="utf-8")
+def _config_source(): return resources.files("ddpo_nb").joinpath("config.py").read_text(encoding="utf-8")
 
 def _comment(lines, number):
     "What is said of the field in line `number`, behind it or in the lines above."
@@ -30,7 +30,7 @@ def _comment(lines, number):
 @cache
 def config_fields() -> tuple:
     "(name, type, default, comment) of each field of `DDPOConfig`, without importing the trainer."
-    lines, tree = _trainer_source().splitlines(), ast.parse(_trainer_source())
+    lines, tree = _config_source().splitlines(), ast.parse(_config_source())
     body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "DDPOConfig")
     kinds = {"int": int, "float": float, "bool": bool, "str": str, "str | None": str, "dict": dict}
     literal = lambda node: ast.literal_eval(node) if isinstance(node, ast.Constant) else None

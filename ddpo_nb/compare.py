@@ -25,7 +25,8 @@ from .checkpoints import (CheckpointError, FolderLock, append_line, check_free, 
                                  checkpoints, complaints, flush_tree, is_trace, newest_whole, read_lines,
                                  write_atomic)
 from .dashboard import write
-from .loading import EMOJI_SD, ModelError, family_of, load_pipeline, network_name
+from .config import ALGORITHMS, DDPOConfig, check_repeats, make_config
+from .loading import EMOJI_SD, family_of, load_pipeline, network_name
 from .objectives import get_objective, takes
 from .policy import load_policy
 from .prompts import PROMPT_SETS, InputError, PromptSource, prompt_source
@@ -33,9 +34,8 @@ from .redact import hide, keep_secret, named_secrets, redact
 from .reward_files import Guarded, RewardError, check_signature, guarded_file
 from .rewards import PromptAlignment, answer, check_rewards, get_reward, reward_name, to_uint8
 from .rollout import rollout, sample_generator
-from .trainer import (ALGORITHMS, RESULT_FREE, STATE_FILES, DDPOConfig, _plain, check_launcher,
-                             check_repeats, make_config, make_trainer, configure_policy, processes,
-                             usable_precision, weighed_by_temperature)
+from .resume import RESULT_FREE, STATE_FILES, weighed_by_temperature, _plain
+from .trainer import check_launcher, configure_policy, make_trainer, processes, usable_precision
 
 # %% ../nbs/10_compare.ipynb #3843789d
 def t_quantile(

@@ -28,7 +28,8 @@ def test_a_checkpoint_keeps_numbers_that_json_has_not(tmp_path, value):
 def test_a_reward_that_says_infinity_leaves_metrics_that_can_be_read(tmp_path):
     "In metrics.jsonl and in the checkpoint; nothing but the words it said of its pictures is lost"
     from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
-    from ddpo_nb.trainer import _plain, make_config, make_trainer
+    from ddpo_nb.resume import _plain
+    from ddpo_nb.trainer import make_config, make_trainer
     def reward(images, prompts, metadata):
         n = len(images)
         return images.mean((1, 2, 3)), dict(

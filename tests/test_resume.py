@@ -4,7 +4,7 @@ import json, os, shlex, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file
-from ddpo_nb import trainer as T
+from ddpo_nb import resume as T
 from ddpo_nb.checkpoints import CheckpointError, checkpoints, load_state, save_state, seal
 from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
 from ddpo_nb.prompts import InputError, PromptSource

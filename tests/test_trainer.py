@@ -3,7 +3,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 import numpy as np, pytest, torch
 from hypothesis import given, strategies as st
-from ddpo_nb import trainer as T
+from ddpo_nb import resume as T
 from ddpo_nb.advantages import BASELINES
 from ddpo_nb.policy import EMOJI_SD, StableDiffusionPolicy, load_pipeline
 from ddpo_nb.prompts import InputError, PromptSource

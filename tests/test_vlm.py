@@ -17,7 +17,8 @@ from ddpo_nb.policy import ModelError, StableDiffusionPolicy, load_pipeline
 from ddpo_nb.prompts import InputError, PromptSource
 from ddpo_nb.reward_files import Guarded
 from ddpo_nb.rewards import WeightedSum
-from ddpo_nb.trainer import _called, _other, make_config, make_trainer
+from ddpo_nb.resume import _called, _other
+from ddpo_nb.trainer import make_config, make_trainer
 from ddpo_nb.vlm import (QUESTION, BERTScoreRecall, EmbeddingSimilarity, ServerGone, VLMAlignment, VLMClient,
                          VLMQuestions, WordRecall, answer_matches, append_alone, bertscore_recall,
                          chat_request, make_similarity, pause, png_url, read_answer, retry_after,
