@@ -32,7 +32,8 @@ from .policy import load_policy
 from .prompts import PROMPT_SETS, InputError, PromptSource, prompt_source
 from .redact import hide, keep_secret, named_secrets, redact
 from .reward_files import Guarded, RewardError, check_signature, guarded_file
-from .rewards import PromptAlignment, answer, check_rewards, get_reward, reward_name, to_uint8
+from .rewards import (PromptAlignment, answer, check_rewards, get_reward, parse_sum, reward_name,
+                             to_uint8)
 from .rollout import rollout, sample_generator
 from .resume import RESULT_FREE, STATE_FILES, weighed_by_temperature, _plain
 from .trainer import check_launcher, configure_policy, make_trainer, processes, usable_precision
@@ -924,7 +925,8 @@ def load_reward(reward, model: str = EMOJI_SD) -> tuple:
         guarded = Guarded(reward, name)
         return guarded, name, f"{getattr(reward, '__module__', '')}.{name}", guarded.identity["digest"]
     path, _, function = str(reward).rpartition(":")
-    if not path.endswith(".py"):
+    summed = len(parse_sum(str(reward))) > 1 and not Path(path).expanduser().is_file()
+    if summed or not path.endswith(".py"):
         if str(reward).endswith(".py"):
             raise InputError("--reward", f"{reward!r} names no function", f"write {reward}:function")
         guarded = Guarded(get_reward(reward, model), reward)

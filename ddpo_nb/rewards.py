@@ -13,6 +13,7 @@ from copy import copy, deepcopy
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
+from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
@@ -84,15 +85,26 @@ REWARDS = {  # name -> reward, or where the function stands that makes it for a 
     "vlm_questions": "ddpo_nb.vlm:vlm_questions",
 }
 
+def _reward_file(name):
+    "The file of `path/to/file.py:function`; None if it is none."
+    path, _, function = name.rpartition(":")
+    return Path(path).expanduser() if function and path.endswith(".py") else None
+
 def check_name(
-    # a name from `REWARDS`, or a weighted sum: "clip_alignment - 0.1*jpeg_incompressibility"
+    # a name from `REWARDS`, path/to/file.py:function, or a weighted sum of such:
+    # "clip_alignment - 0.1*jpeg_incompressibility"
     name: str,
     argument: str = "--reward",  # what the user calls this setting
 ) -> dict:                       # name -> weight; empty if it is a single name
     "What `name` is made of; InputError lists the names if there is no such reward."
-    weights = {} if name in REWARDS else parse_sum(name, argument)
+    own = _reward_file(name)
+    single = name in REWARDS or own is not None and own.is_file()
+    weights = {} if single else parse_sum(name, argument)
     for part in weights or [name]:
-        if part not in REWARDS:
+        path = _reward_file(part)
+        if path is not None and not path.is_file():
+            raise InputError(argument, f"there is no file {str(path)!r}", "give path/to/file.py:function")
+        if path is None and part not in REWARDS:
             raise InputError(
                 argument, f"there is no reward named {part!r}",
                 f"use one of {', '.join(REWARDS)}, or a sum such as clip_alignment+0.5*jpeg_compressibility",
@@ -108,6 +120,9 @@ def get_reward(
     "The reward of that name, or the weighted sum; InputError lists the names if there is none."
     if weights := check_name(name):
         return WeightedSum({part: (w, get_reward(part, model)) for part, w in weights.items()})
+    if (path := _reward_file(name)) is not None:
+        from ddpo_nb.reward_files import guarded_file
+        return guarded_file(path, name.rpartition(":")[2])
     found = REWARDS[name]
     if not isinstance(found, str): return found
     module, function = found.split(":")
@@ -223,7 +238,8 @@ def answer(reward, images: Tensor, prompts: list, metadata: list, name: str|None
                      "return a pair: rewards, one finite number an image, and a dictionary")
 
 # %% ../nbs/05_rewards.ipynb #9a3356d2
-_term = re.compile(r"\s*([+-]?)\s*(?:(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+)\s*\*\s*)?([A-Za-z_]\w*)\s*")
+_term = re.compile(
+    r"\s*([+-]?)\s*(?:(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+)\s*\*\s*)?([^\s*+]+?\.py:[\w.]+|[A-Za-z_]\w*)\s*")
 
 def parse_sum(
     text: str,                   # such as "clip_alignment - 0.1*jpeg_incompressibility"

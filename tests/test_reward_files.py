@@ -336,3 +336,48 @@ def test_a_run_whose_reward_exits_has_failed(tmp_path, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert status == 1 and "SystemExit" in err and "sys.exit(0)" in err and "ddpo_nb/" not in err, err
     assert newest_whole(Path("out/runs/ddpo-is-seed0/checkpoints")) and Path("out/report.html").is_file()
+
+# wherever a built-in reward may stand
+
+FILE = '''
+def warmth(images, prompts, metadata):
+    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2)), {}
+'''
+
+def small(**kw):
+    from ddpo_nb.trainer import DDPOConfig
+    few = dict(mixed_precision="no", sample_num_steps=2, sample_batch_size=2, sample_num_batches_per_epoch=2,
+               train_batch_size=4, num_epochs=1, logdir="")
+    return DDPOConfig(**few | kw)
+
+def run_small(reward, **kw):
+    from ddpo_nb.policy import load_policy
+    from ddpo_nb.prompts import PromptSource
+    from ddpo_nb.trainer import make_trainer
+    return make_trainer(small(**kw), reward, PromptSource(["cat", "dog"], 0), load_policy()).train(progress=False)[0]
+
+@pytest.mark.usefixtures("small_unet")
+def test_a_reward_of_ones_own_is_watched_summed_and_asked_in_processes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"my-own.py").write_text(FILE)
+    from ddpo_nb.compare import load_reward
+    from ddpo_nb.rewards import check_name, get_reward, jpeg_compressibility
+    own, images = get_reward("my-own.py:warmth"), torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    want = (images[:, 0] - images[:, 2]).mean((1, 2))
+    asked = images, ["a"] * 3, [{}] * 3
+    np.testing.assert_allclose(np.asarray(own(*asked)[0]), want, rtol=1e-5)
+    sum_ = "2*my-own.py:warmth + 0.5*jpeg_compressibility"
+    assert check_name(sum_) == {"my-own.py:warmth": 2.0, "jpeg_compressibility": 0.5}
+    values, info = load_reward(sum_)[0](*asked)
+    np.testing.assert_allclose(values, 2 * want + 0.5 * jpeg_compressibility(*asked)[0], rtol=1e-4)
+    assert "reward/my-own.py:warmth" in info
+    row = run_small(jpeg_compressibility, watch_reward="my-own.py:warmth")
+    assert abs(row["watch_mean"]) < 1
+    apart = run_small(load_reward(sum_)[0], async_reward_computation=True, reward_pool="process")
+    assert apart["reward_mean"] == pytest.approx(run_small(load_reward(sum_)[0])["reward_mean"], rel=1e-6)
+
+def test_a_file_that_is_not_there_is_no_reward():
+    with pytest.raises(InputError, match="^watch_reward: there is no file 'nowhere.py'"):
+        small(watch_reward="nowhere.py:warmth")
+    with pytest.raises(InputError, match="there is no file 'nowhere.py'"):
+        small(watch_reward="jpeg_compressibility + nowhere.py:warmth")
