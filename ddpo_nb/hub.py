@@ -6,8 +6,9 @@
 __all__ = ['PROJECT', 'check_repo_id', 'public', 'model_card', 'HubError', 'check_access', 'owned', 'push']
 
 # %% ../nbs/10b_hub.ipynb #e165b4db
-import json, math, re, shlex, traceback
+import inspect, json, math, re, shlex, traceback
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.errors import OfflineModeIsEnabled
@@ -58,63 +59,73 @@ def public(
 # %% ../nbs/10b_hub.ipynb #51b2d77f
 PROJECT = "https://github.com/ddpo-nb/ddpo_nb"
 
-def _on_hub(base_model):
-    return (
-        bool(re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", base_model))
-        and base_model != "emoji-sd"
-        and not Path(base_model).exists()
-    )
+def _bundled(base_model): return base_model.startswith("emoji-sd") and "/" not in base_model
 
-def _loading(base_model, repo_id, lora, prompt, config):
-    "Python lines that draw a picture with the uploaded weights."
-    emoji, parts = base_model == "emoji-sd", [] if lora else ["UNet2DConditionModel"]
-    base = base_model if _on_hub(base_model) else f"path/to/{Path(base_model).name}"
-    lines = (
-        []
-        if emoji and lora
-        else [
-            "from diffusers import"
-            f" {', '.join(parts if emoji else ['DDIMScheduler', 'StableDiffusionPipeline', *parts])}"
-        ]
-    )
-    if emoji:
-        lines += [f"from ddpo_nb import emoji_sd  # pip install git+{PROJECT}", "", "pipe = emoji_sd.load()"]
-    else:
-        kind = "single_file" if base.endswith(".safetensors") else "pretrained"
-        lines += [
-            "",
-            f"pipe = StableDiffusionPipeline.from_{kind}({base!r})",
-            "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)",
-        ]
-    lines.append(
-        f"pipe.load_lora_weights({repo_id!r})"
-        if lora
-        else f"pipe.unet = UNet2DConditionModel.from_pretrained({repo_id!r}, subfolder='unet')"
-    )
-    given = dict(
-        num_inference_steps="sample_num_steps", guidance_scale="sample_guidance_scale", eta="sample_eta"
-    )
-    options = "".join(
+def _on_hub(base_model):
+    named = bool(re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", base_model))
+    return named and not _bundled(base_model) and not Path(base_model).exists()
+
+@dataclass(frozen=True)
+class _Family:
+    "What a card says about a kind of model."
+    pipeline: str    # its class in diffusers
+    network: str     # the trained part of it
+    made_by: str     # that part's class
+    resamples: bool  # was it sampled by another scheduler than its own: DDIM
+
+    @property
+    def said(self): return dict(unet="UNet").get(self.network, self.network)
+    @property
+    def tag(self):
+        words = re.sub(r"(?<=[a-z])(?=[A-Z0-9])", "-", self.pipeline.removesuffix("Pipeline"))
+        return words.lower()
+
+def _family(given, base_model):
+    "Of a policy's class, of a pipeline's name, or of a model that nobody has said more about."
+    from ddpo_nb.loading import family_of, pipeline_kind
+    from ddpo_nb.policy import FlowPolicy
+    of = given if isinstance(given, type) else family_of(given or pipeline_kind(base_model))
+    kind, name = of.pipeline_class, of.network_name
+    made_by = inspect.get_annotations(kind.__init__, eval_str=True)[name]
+    return _Family(kind.__name__, name, made_by.__name__, not issubclass(of, FlowPolicy))
+
+def _options(family, config):
+    "The settings that a plain pipeline takes as its own."
+    given = dict(num_inference_steps="sample_num_steps", guidance_scale="sample_guidance_scale")
+    if family.resamples: given["eta"] = "sample_eta"
+    if config.get("sample_resolution"): given |= dict.fromkeys(("height", "width"), "sample_resolution")
+    return "".join(
         f", {k}={config[v]!r}" for k, v in given.items() if isinstance(config.get(v), (int, float))
     )
-    return "\n".join([*lines, f"pipe({prompt!r}{options}).images[0]"])
+
+def _loading(base_model, repo_id, lora, prompt, config, family):
+    "Python lines that draw a picture with the uploaded weights."
+    own, parts = _bundled(base_model), [] if lora else [family.made_by]
+    base = base_model if _on_hub(base_model) else f"path/to/{Path(base_model).name}"
+    if not own: parts = [*["DDIMScheduler"] * family.resamples, family.pipeline, *parts]
+    lines = [f"from diffusers import {', '.join(parts)}"] if parts else []
+    if own:
+        module = base_model.replace("-", "_")
+        lines += [f"from ddpo_nb import {module}  # pip install git+{PROJECT}", "", f"pipe = {module}.load()"]
+    else:
+        kind = "single_file" if base.endswith(".safetensors") else "pretrained"
+        lines += ["", f"pipe = {family.pipeline}.from_{kind}({base!r})"]
+        if family.resamples: lines.append("pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)")
+    whole = f"{family.made_by}.from_pretrained({repo_id!r}, subfolder={family.network!r})"
+    lines.append(f"pipe.load_lora_weights({repo_id!r})" if lora else f"pipe.{family.network} = {whole}")
+    return "\n".join([*lines, f"pipe({prompt!r}{_options(family, config)}).images[0]"])
 
 # %% ../nbs/10b_hub.ipynb #272a5ecf
 _LICENCES = {
     "emoji-sd": "apache-2.0", "stable-diffusion-v1": "creativeml-openrail-m",
-    "stable-diffusion-2": "openrail++"
+    "stable-diffusion-2": "openrail++", "stable-diffusion-xl-base": "openrail++",
+    "FLUX.1-schnell": "apache-2.0"
 }
 
 def _licence(base_model, licence):
     "The card's licence fields, and a sentence for the reader."
-    known = licence or next(
-        (
-            v
-            for k, v in _LICENCES.items()
-            if base_model == k or (_on_hub(base_model) and base_model.rpartition("/")[2].startswith(k))
-        ),
-        None,
-    )
+    name = "emoji-sd" if _bundled(base_model) else base_model.rpartition("/")[2] * _on_hub(base_model)
+    known = licence or next((v for k, v in _LICENCES.items() if name.startswith(k)), None)
     fields = dict(license=known) if known else dict(license="other", license_name="that-of-the-base-model")
     if not known and _on_hub(base_model): fields["license_link"] = f"https://huggingface.co/{base_model}"
     return fields, "Weights that are derived from a model follow its licence" + (
@@ -172,7 +183,7 @@ def _cell(value):
 def _table(head, rows):
     return "\n".join(f"| {' | '.join(map(_cell, r))} |" for r in (head, ["---"] * len(head), *rows))
 
-def _training(base_model, algorithm, reward, config, rows, lora):
+def _training(base_model, algorithm, reward, config, rows, lora, family):
     rewards = [r["reward_mean"] for r in rows if r.get("reward_mean") is not None]
     known = dict(
         queries=[r["queries"] for r in rows if "queries" in r][-1:],
@@ -180,7 +191,7 @@ def _training(base_model, algorithm, reward, config, rows, lora):
     )
     facts = [
         ("base model", base_model), ("algorithm", algorithm), ("reward", _md(reward)),
-        ("trained", "LoRA of the UNet's attention layers" if lora else "the whole UNet"),
+        ("trained", f"LoRA of the {family.said}'s attention layers" if lora else f"the whole {family.said}"),
         *((k, v) for k, o in known.items() for v in o if v is not None),
     ]
     if rewards:
@@ -198,20 +209,24 @@ def model_card(
     config: dict,                    # settings of the run; `public` decides what is shown
     rows: list,                      # metrics, one dictionary an epoch, with "queries" and "reward_mean"
     repo_id: str,                    # where the weights go, "USER/NAME"
-    lora: bool = True,               # adapters, or the whole UNet
+    lora: bool = True,               # adapters, or the whole network
     pictures = tuple(_PICTURES),     # names of pictures that are uploaded too
     # the examination: name -> number, text or (mean, half-width); or a table in Markdown
     numbers: dict|str|None = None,
     licence: str|None = None,        # of the weights; None: the base model's, if known
     prompt: str|None = None,         # for the lines that load
+    # a policy's class, or the name of a pipeline's; None: what `base_model` is, as far as that can be known
+    family: type|str|None = None,
 ) -> str:                            # README.md
     "A model card for the hub."
-    base_model, on_hub, kind = str(base_model), _on_hub(str(base_model)), "LoRA" if lora else "UNet"
+    base_model, on_hub, own = str(base_model), _on_hub(str(base_model)), _bundled(str(base_model))
+    family = _family(family, base_model)
+    kind = "LoRA" if lora else family.said
     fields, terms = _licence(base_model, licence)
     base = (
         f"[{base_model}](https://huggingface.co/{base_model})"
         if on_hub
-        else f"[Emoji SD]({PROJECT})" if base_model == "emoji-sd" else _code(Path(base_model).name)
+        else f"[Emoji {base_model[6:].upper()}]({PROJECT})" if own else _code(Path(base_model).name)
     )
     data = ModelCardData(
         **fields, library_name="diffusers", pipeline_tag="text-to-image",
@@ -219,7 +234,7 @@ def model_card(
         base_model_relation=("adapter" if lora else "finetune") if on_hub else None,
         tags=[
             "ddpo_nb", algorithm.partition("-")[0], algorithm, "reinforcement-learning", kind.lower(),
-            "text-to-image", "stable-diffusion", "diffusers"
+            "text-to-image", family.tag, "diffusers"
         ],
     )
     # only the folder's name is anybody's business
@@ -230,18 +245,18 @@ def model_card(
     }
     hint = (
         "The base model was a folder: put your own path to it there."
-        if not on_hub and base_model != "emoji-sd"
+        if not on_hub and not own
         else ""
     )
     code = _loading(
         base_model, repo_id, lora,
-        prompt or ("a bear on a blue background" if base_model == "emoji-sd" else "a bear"),
-        shown,
+        prompt or ("a bear on a blue background" if own else "a bear"),
+        shown, family
     )
     others = (
         f"\n\nFor ComfyUI and A1111: `ddpo-nb export --lora {repo_id} --output"
         f" {repo_id.rpartition('/')[2]}.safetensors`."
-        if lora and base_model != "emoji-sd"
+        if lora and not own and family.network == "unet"  # others they read as they are
         else ""
     )
     parts = [
@@ -253,7 +268,9 @@ def model_card(
         *(f"![{_PICTURES.get(o, o)}]({o})\n\n*{_PICTURES.get(o, o)}.*" for o in pictures),
         f"## How to load\n\n```python\n{code}\n```" + (f"\n\n{hint}" if hint else "") + others,
         "## Training\n\n"
-        + _training(base if on_hub else _md(Path(base_model).name), algorithm, reward, shown, rows, lora),
+        + _training(
+            base if on_hub else _md(Path(base_model).name), algorithm, reward, shown, rows, lora, family
+        ),
     ]
     if numbers:
         parts.append(
@@ -384,7 +401,7 @@ def _contents(weights, card, files):
     } | found
 
 def push(
-    weights: str|Path,             # folder in diffusers' format: LoRA, or the whole UNet as `unet/`
+    weights: str|Path,             # folder in diffusers' format: LoRA, or the whole network's folder
     repo_id: str,                  # "USER/NAME"; made if there is none
     card: str,                     # README.md, see `model_card`
     files: dict|None = None,       # name -> bytes: pictures, metrics.jsonl, config.json

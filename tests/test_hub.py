@@ -21,7 +21,9 @@ from safetensors.torch import load, load_file, save_file
 
 from ddpo_nb import hub
 from ddpo_nb.hub import HubError, check_access, check_repo_id, model_card, public, push, without_secrets
+from ddpo_nb.loading import family_of, load_pipeline
 from ddpo_nb.prompts import InputError
+from ddpo_nb.tiny import tiny_pipeline
 
 pytestmark = pytest.mark.usefixtures("small_unet")  # what the network draws is not looked at here
 
@@ -196,6 +198,64 @@ def test_card_is_whole(base, lora, tmp_path, monkeypatch):
     assert ("emoji_sd.load()" in code) == (base == "emoji-sd") and (f"'{base}'" in code) == on_hub
     settings = json.loads(re.search("```json\n(.+?)\n```", text, re.S)[1])
     assert settings == kept | dict(model="mine" if base.endswith("mine") else base)
+
+FAMILIES = {
+    "sd": ("StableDiffusionPipeline", "unet", "stable-diffusion"),
+    "sdxl": ("StableDiffusionXLPipeline", "unet", "stable-diffusion-xl"),
+    "sd3": ("StableDiffusion3Pipeline", "transformer", "stable-diffusion-3"),
+    "flux": ("FluxPipeline", "transformer", "flux"),
+}
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_card_of_every_family_draws_by_its_own_lines(kind, lora, tmp_path):
+    pipeline, network, tag = FAMILIES[kind]
+    torch.manual_seed(0)
+    base, trained = tmp_path/"base", tmp_path/"trained"
+    tiny_pipeline(kind).save_pretrained(base)
+    pipe = load_pipeline(str(base))
+    policy = family_of(pipe)(pipe, use_lora=lora)
+    for p in policy.trainable_parameters(): p.data += 0.05 * torch.randn_like(p)
+    policy.save_pretrained(trained)
+    config = dict(sample_num_steps=2, sample_guidance_scale=3.0, sample_eta=1.0, sample_resolution=16)
+    about = dict(base_model=str(base), lora=lora, config=config, rows=[])
+    text = card(**about)  # the folder says what it is
+    assert text == card(**about, family=type(policy)) == card(**about, family=pipeline)
+    said = "UNet" if network == "unet" else network
+    assert (f"LoRA of the {said}'s attention layers" if lora else f"the whole {said}") in text
+    assert {tag, "lora" if lora else network} <= {*front(text)["tags"]} and str(tmp_path) not in text
+    assert ("ddpo-nb export" in text) == (lora and network == "unet")
+    code = re.search("```python\n(.+?)\n```", text, re.S)[1]
+    flows = network == "transformer"
+    assert ("DDIMScheduler" in code) != flows and ("eta=" in code) != flows
+    assert f"{pipeline}.from_pretrained('path/to/base')" in code and "height=16, width=16" in code
+    *lines, last = code.replace("path/to/base", str(base)).replace("ada/tidy", str(trained)).splitlines()
+    space = {}
+    exec("\n".join(lines), space)
+    theirs, own = getattr(space["pipe"], network), policy.trained
+    theirs.eval()
+    space["pipe"].set_progress_bar_config(disable=True)
+    assert eval(last, space).size == (16, 16)
+    policy.configure(num_steps=2, resolution=16)
+    x, t = policy.initial_latents([torch.Generator().manual_seed(0)]), policy.timesteps[:1]
+    given = policy.blank(1)
+    with torch.no_grad():
+        seen, wanted = (policy.forward(o, x, t, given) for o in (theirs, own))
+    assert torch.allclose(seen, wanted, atol=1e-5)
+
+def test_what_a_card_cannot_know_is_stable_diffusion():
+    for base, pipeline in (("stabilityai/stable-diffusion-3.5-large", "StableDiffusion3Pipeline"),
+                           ("black-forest-labs/FLUX.1-schnell", "FluxPipeline"),
+                           ("someone/painter", "StableDiffusionPipeline"),
+                           ("emoji-sd", None), ("emoji-sd3", None)):
+        text = card(base_model=base, family="StableDiffusion3Pipeline" if base == "emoji-sd3" else None)
+        code = re.search("```python\n(.+?)\n```", text, re.S)[1]
+        assert f"{pipeline}.from_pretrained({base!r})" in code if pipeline else (
+            f"{base.replace('-', '_')}.load()" in code)
+    assert "[Emoji SD3](" in text and "transformer's attention" in text
+    assert front(card(base_model="black-forest-labs/FLUX.1-schnell"))["license"] == "apache-2.0"
+    assert front(card(base_model="black-forest-labs/FLUX.1-dev"))["license"] == "other"
+    assert front(card(base_model="stabilityai/stable-diffusion-xl-base-1.0"))["license"] == "openrail++"
 
 def test_card_of_little():
     "No rows, no pictures, no evaluation, RWR, values that JSON lacks, and texts that would break a table"
@@ -468,7 +528,7 @@ for lora in (True, False):
     *first, last = card.split("```python\\n")[1].split("\\n```")[0].splitlines()
     space = {}
     exec("\\n".join(first), space)
-    own = load_pipeline(**{"lora" if lora else "unet": f"w-{lora}"})
+    own = load_pipeline(**{"lora" if lora else "network": f"w-{lora}"})
     size = own.unet.config.sample_size
     x = torch.randn(1, own.unet.config.in_channels, size, size)
     text = torch.randn(1, 4, own.unet.config.cross_attention_dim)
