@@ -673,7 +673,9 @@ def _sampling_peak(c, policy, mode):
 @torch.no_grad()
 def _decoding_peak(c, policy, mode):
     x = _meta(min(c.sample_batch_size, denoised_together(c, c.micro_batch_size)), *policy.latent_shape)
-    with mode: return peak_bytes(lambda: policy.decode(x))
+    # a VAE that stays in fp32 is there to be computed in fp32
+    with mode if policy.pipeline.vae.dtype == mode.half else _LikeCuda():
+        return peak_bytes(lambda: policy.decode(x))
 
 @dataclass(frozen=True)
 class _Passes:

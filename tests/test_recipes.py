@@ -328,6 +328,13 @@ def test_a_plan_of_every_family(kind, families):
     assert p.memory.text_encoder == 2 * sum(n.parts[o] for o in encoders)
     assert ("text encoders " in text) == (len(encoders) > 1)
 
+def test_a_vae_that_overflows_in_fp16_is_counted_in_fp32(families):
+    n = model_numbers(families("sdxl"))
+    full, half, other = (estimate_memory(small(mixed_precision=o), n) for o in ("no", "fp16", "bf16"))
+    alone = lambda m: m.decoding - (m.joining - m.trajectories)  # without what autocast holds
+    assert alone(half) == alone(full) > 1.5 * alone(other)
+    assert half.frozen == other.frozen + 2 * n.vae
+
 def test_settings_that_a_family_cannot_work_with_are_refused_in_a_plan(families):
     flux, sdxl = model_numbers(families("flux")), model_numbers(families("sdxl"))
     for numbers, settings, name in (
