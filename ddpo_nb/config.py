@@ -130,6 +130,8 @@ class DDPOConfig:
     gradient_checkpointing: bool = False
     vae_slicing: bool = False              # decode images one at a time
     offload_trajectories: bool = False     # keep sampled latents in the CPU's memory
+    # keep text encoders in the CPU's memory, and bring them over for prompts that are new
+    offload_text_encoders: bool = False
     compile: bool = False                  # torch.compile the UNet
     # what async_reward_computation takes: "thread", or "process" for rewards in pure Python
     reward_pool: str = "thread"

@@ -8,7 +8,7 @@ __all__ = ['EMBEDDINGS_KEPT', 'LORA_FILE', 'DiffusionPolicy', 'by_tensor', 'Cond
 
 # %% ../nbs/02_policy.ipynb #573eaf1e
 import copy, math, os, threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -24,7 +24,7 @@ from .loading import (BUNDLED, EMOJI_SD, ModelError, adapter_tensors, family_of,
                              load_pipeline, warn_cut)
 from .flow import FlowProcess, window_at
 from .mdp import Step, draw_noise
-from .speed import let_attention_keep, merge_small_loras
+from .speed import brought, let_attention_keep, merge_small_loras
 
 # %% ../nbs/02_policy.ipynb #66d6a183
 class DiffusionPolicy:
@@ -40,6 +40,8 @@ class DiffusionPolicy:
     settings_kind = "paper"     # which of an objective's defaults are for this family
     memory_format = torch.contiguous_format
     patch = 1                   # the network takes the latent in squares of so many a side
+    vae_overflows = False       # in fp16, if its config says so
+    texts_wait = False          # text encoders are in main memory, unless they are needed
     in_training = False         # set by the trainer
     resolution = 0              # pixels a side; 0: the model's own
 
@@ -153,14 +155,18 @@ class DiffusionPolicy:
 def place(self: DiffusionPolicy,
     device: torch.device,
     half: torch.dtype|None = None,  # of frozen weights; None: as they are
+    texts_wait: bool = False,       # text encoders stay in main memory, and come over for new prompts only
 ):
     "Move all parts to a device; what is not trained goes into half precision, if a run has one."
-    upcast = half == torch.float16 and getattr(self.pipeline.vae.config, "force_upcast", False)
+    vae = getattr(self.pipeline, "vae", None)
+    upcast = half == torch.float16 and self.vae_overflows and getattr(vae.config, "force_upcast", False)
+    self.texts_wait = texts_wait
     for part in self.parts:
-        part.to(device)
-        if half is None or upcast and part is self.pipeline.vae: continue
+        if not (texts_wait and part in self.text_encoders): part.to(device)
+        if half is None or upcast and part is vae: continue
         for p in part.parameters():
-            if not p.requires_grad: p.data = p.data.to(half)
+            # quantized weights are whole numbers, and stay what they are
+            if not p.requires_grad and p.is_floating_point(): p.data = p.data.to(half)
 
 @patch
 def spare_memory(self: DiffusionPolicy,
@@ -303,7 +309,8 @@ def encode(self: DiffusionPolicy, prompts: list) -> Conditioning:
     new = [p for p in asked if p not in known]
     if new:
         self.warn_cut(new)
-        found = self.embed(new)
+        with brought(self.text_encoders, self.device) if self.texts_wait else nullcontext():
+            found = self.embed(new)
         # a view would hold on to all of them
         known |= {p: by_tensor(lambda v: v[i].clone(), found) for i, p in enumerate(new)}
     for p in (*asked, self.negative_prompt): known[p] = known.pop(p)  # to the end
@@ -402,7 +409,12 @@ def paint(self: DiffusionPolicy, latents: Tensor) -> Tensor:
     "Images in [0, 1], (N, 3, H, W), fp32, from x_0; differentiable."
     vae = self.pipeline.vae
     scaled, shift = latents / vae.config.scaling_factor, getattr(vae.config, "shift_factor", None)
-    images = vae.decode((scaled + shift if shift else scaled).to(vae.dtype), return_dict=False)[0]
+    scaled = (scaled + shift if shift else scaled).to(vae.dtype)
+    # a VAE that was left in fp32 is to compute in fp32
+    cast = torch.is_autocast_enabled(scaled.device.type) if scaled.device.type != "meta" else False
+    whole = cast and vae.dtype == torch.float32 and self.vae_overflows
+    with torch.autocast(scaled.device.type, enabled=False) if whole else nullcontext():
+        images = vae.decode(scaled, return_dict=False)[0]
     return (images.float() / 2 + 0.5).clamp(0, 1)
 
 @patch

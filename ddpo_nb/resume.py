@@ -100,7 +100,8 @@ RESULT_FREE = (
     "exp_name", "run_name", "log_with", "tracker_kwargs", "accelerator_kwargs", "project_kwargs",
     "tracker_project_name", "logdir", "num_epochs", "save_freq", "num_checkpoint_limit", "allow_tf32",
     "resume_from", "async_reward_computation", "max_workers", "reward_pool", "push_to_hub", "hub_model_id",
-    "micro_batch_size", "gradient_checkpointing", "vae_slicing", "offload_trajectories", "compile"
+    "micro_batch_size", "gradient_checkpointing", "vae_slicing", "offload_trajectories",
+    "offload_text_encoders", "compile"
 )
 
 def _identity(c):

@@ -17,6 +17,7 @@ class SDXLPolicy(StableDiffusionPolicy):
     "Stable Diffusion XL as a policy over denoising steps."
     pipeline_class = StableDiffusionXLPipeline
     part_names = ("vae", "text_encoder", "text_encoder_2", "unet")
+    vae_overflows = True
 
     @classmethod
     def check(cls, pipeline):

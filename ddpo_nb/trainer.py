@@ -340,7 +340,9 @@ class DDPOTrainer(Resumable, TrlTrainer):
             self.policy.warn_cut([*known, config.negative_prompts])
         self._thaw()
         self.task = _task(self.policy, reward_function, prompt_function)  # in the weights' own precision
-        self.policy.place(self.accelerator.device, _HALF.get(self.accelerator.mixed_precision))
+        self.policy.place(
+            self.accelerator.device, _HALF.get(self.accelerator.mixed_precision), config.offload_text_encoders
+        )
         self.policy.spare_memory(config.gradient_checkpointing, config.vae_slicing)
         self.micro_batch_size = config.micro_batch_size or self._fitting_micro_batch()
         if config.compile:
@@ -1091,7 +1093,7 @@ def _card(self:DDPOTrainer, repo_id, pictures=()):
     settings = _plain({k: v for k, v in asdict(self.config).items() if k in _KINDS})
     return model_card(
         self.policy.name, self.config.algorithm, name, settings, self.rows, repo_id,
-        self.policy.use_lora, pictures
+        self.policy.use_lora, pictures, family=type(self.policy)
     )
 
 @patch

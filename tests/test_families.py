@@ -387,3 +387,37 @@ def test_a_family_is_found_by_its_pipelines_name(folder):
     for kind in KINDS: assert type(load_policy(folder(kind), resolution=16)) is family_of(tiny_pipeline(kind))
     assert len({family_of(o) for o in FAMILIES}) == len(FAMILIES)
     with pytest.raises(ModelError, match="no family"): family_of("KandinskyPipeline")
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux"])
+def test_text_encoders_wait_elsewhere_and_are_brought_for_new_prompts(kind):
+    policy, plain = make(kind), make(kind)
+    policy.place(torch.device("cpu"), None, True)
+    policy.text_encoders[0].register_forward_pre_hook(lambda *_: asked.append(1))
+    asked = []
+    for prompts in (PROMPTS, PROMPTS, ["a bear"]):
+        a, b = policy.encode(prompts).prompt, plain.encode(prompts).prompt
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    assert len(asked) == 2
+    meta = make(kind)
+    meta.place(torch.device("meta"), None, True)
+    assert {o.device.type for o in meta.text_encoders} == {"cpu"} and meta.device.type == "meta"
+
+def test_only_xls_vae_is_kept_from_half_precision():
+    for kind, kept in (("sd", torch.float16), ("sdxl", torch.float32), ("sd3", torch.float16)):
+        policy = make(kind)
+        policy.pipeline.vae.register_to_config(force_upcast=True)
+        policy.place(torch.device("cpu"), torch.float16)
+        assert {p.dtype for p in policy.pipeline.vae.parameters()} == {kept}, kind
+
+def test_an_xl_vae_in_full_precision_is_not_cast_down_while_it_decodes():
+    policy, seen = make("sdxl"), []
+    policy.pipeline.vae.decoder.conv_in.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+    with torch.autocast("cpu", torch.bfloat16): policy.decode(policy.initial_latents(generators(1)))
+    assert seen == [torch.float32]
+
+def test_quantized_weights_stay_what_they_are():
+    policy = make("sd3")
+    whole = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
+    policy.trained.register_parameter("packed", whole)
+    policy.place(torch.device("cpu"), torch.bfloat16)
+    assert policy.trained.packed.dtype == torch.int8

@@ -354,7 +354,9 @@ def run_small(reward, **kw):
     from ddpo_nb.policy import load_policy
     from ddpo_nb.prompts import PromptSource
     from ddpo_nb.trainer import make_trainer
-    return make_trainer(small(**kw), reward, PromptSource(["cat", "dog"], 0), load_policy()).train(progress=False)[0]
+    return make_trainer(small(**kw), reward, PromptSource(["cat", "dog"], 0), load_policy()).train(
+        progress=False
+    )[0]
 
 @pytest.mark.usefixtures("small_unet")
 def test_a_reward_of_ones_own_is_watched_summed_and_asked_in_processes(tmp_path, monkeypatch):
@@ -362,7 +364,9 @@ def test_a_reward_of_ones_own_is_watched_summed_and_asked_in_processes(tmp_path,
     (tmp_path/"my-own.py").write_text(FILE)
     from ddpo_nb.compare import load_reward
     from ddpo_nb.rewards import check_name, get_reward, jpeg_compressibility
-    own, images = get_reward("my-own.py:warmth"), torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    own, images = get_reward("my-own.py:warmth"), torch.rand(
+        3, 3, 8, 8, generator=torch.Generator().manual_seed(0)
+    )
     want = (images[:, 0] - images[:, 2]).mean((1, 2))
     asked = images, ["a"] * 3, [{}] * 3
     np.testing.assert_allclose(np.asarray(own(*asked)[0]), want, rtol=1e-5)
