@@ -221,7 +221,7 @@ def _add_run(p):
         ),
     )
     p.add_argument(
-        "--lora", action=_Switch, default=True, help="train adapters; --no-lora trains the whole UNet"
+        "--lora", action=_Switch, default=True, help="train adapters; --no-lora trains the whole network"
     )
     p.add_argument(
         "--evaluation-samples", type=_count, metavar="N",

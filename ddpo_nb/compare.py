@@ -657,7 +657,7 @@ def _about(self:Comparison):
     facts = [
         ("model", s["model"]), ("reward", s["reward"]), ("prompts", s["prompts"]),
         ("queries a run", f"{s['queries']:,}"), ("seeds", ", ".join(map(str, s["seeds"]))),
-        ("trained", "LoRA" if s["lora"] else "the whole UNet"), ("machine", s["machine"]),
+        ("trained", "LoRA" if s["lora"] else "the whole network"), ("machine", s["machine"]),
         ("versions", s["versions"])
     ]
     rows = [
@@ -1108,7 +1108,8 @@ def _trainer(self:Comparison, name, seed, make_prompts, reward):
     )
     set_seed(seed)  # of the adapters
     policy = load_policy(
-        s["model"], s.get("init_lora"), use_lora=s["lora"], lora_rank=config.lora_rank
+        s["model"], s.get("init_lora"), use_lora=s["lora"], lora_rank=config.lora_rank,
+        quantize=config.quantize or None
     )
     policy.told_cut = self.told_cut
     return make_trainer(config, reward, make_prompts(seed), policy)
@@ -1207,7 +1208,7 @@ def compare(
     # folder to keep everything in; a second call goes on with what is missing, from its last
     # checkpoint
     output: str|Path|None = None,
-    lora: bool = True,                      # train adapters; False: the whole UNet
+    lora: bool = True,                      # train adapters; False: the whole network
     # pictures of each prompt set in the examination; None: one a prompt, at most 64
     evaluation_samples: int|None = None,
     overrides: dict|None = None,            # algorithm -> settings for it alone

@@ -19,7 +19,7 @@ from diffusers.optimization import SchedulerType
 from .advantages import BASELINES
 from .ddpo import STEP_WEIGHTINGS
 from .flow import KINDS
-from .loading import EMOJI_SD, family_of, pipeline_kind, _shown
+from .loading import EMOJI_SD, QUANTIZED, family_of, pipeline_kind, _shown
 from .objectives import get_objective, objective_modules, takes
 from .prompts import InputError, prompt_flaw
 from .rewards import ParallelReward, check_name
@@ -130,9 +130,11 @@ class DDPOConfig:
     gradient_checkpointing: bool = False
     vae_slicing: bool = False              # decode images one at a time
     offload_trajectories: bool = False     # keep sampled latents in the CPU's memory
+    # "int8" or "nf4": how the frozen matrices of network and T5 are kept, by bitsandbytes; a GPU's
+    quantize: str = ""
     # keep text encoders in the CPU's memory, and bring them over for prompts that are new
     offload_text_encoders: bool = False
-    compile: bool = False                  # torch.compile the UNet
+    compile: bool = False                  # torch.compile the network
     # what async_reward_computation takes: "thread", or "process" for rewards in pure Python
     reward_pool: str = "thread"
     # USER/NAME on the hub; a bare name is the token owner's, and without one it is the run's
@@ -191,7 +193,7 @@ _choices = dict(
     algorithm=ALGORITHMS, mixed_precision=("no", "fp16", "bf16"), log_prob_reduction=("mean", "sum"),
     reward_pool=ParallelReward.kinds, step_weighting=STEP_WEIGHTINGS, baseline=tuple(BASELINES),
     rwr_normalizer=NORMALIZERS, rwr_rewards=REWARDS, log_with=(None, *(str(o) for o in LoggerType)),
-    sample_sde=KINDS,
+    sample_sde=KINDS, quantize=("", *QUANTIZED),
     lr_scheduler=tuple(o.value for o in SchedulerType if o.value != "piecewise_constant"),
 )
 
@@ -475,7 +477,7 @@ def make_config(
     algorithm: str,           # one of ALGORITHMS
     # the bundled model has settings of its own; others get the paper's, or Flow-GRPO's if they flow
     model: str = EMOJI_SD,
-    lora: bool = True,        # False: the whole UNet is trained, with smaller steps
+    lora: bool = True,        # False: the whole network is trained, with smaller steps
     **overrides,              # fields of DDPOConfig; those that are only for other algorithms are left out
 ) -> DDPOConfig:
     "Settings for one algorithm on one model, with any of them overridden."

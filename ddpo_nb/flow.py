@@ -224,6 +224,11 @@ def target(self: FlowProcess, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return noise - x0
 
 @patch
+def described(self: FlowProcess) -> dict:
+    "What is particular to it, for the record."
+    return dict(kind=self.kind, noise_level=self.noise_level, window=self.window)
+
+@patch
 def predicted_noise(self: FlowProcess, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
     "The noise that a velocity amounts to: x̂₁ = x + (1 - σ) v."
     return x + (1 - _share(self, x, t)) * output

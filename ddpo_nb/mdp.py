@@ -167,6 +167,10 @@ class DDIMProcess:
     @property
     def init_scale(self) -> float: return self.scheduler.init_noise_sigma
 
+    def described(self) -> dict:
+        "What is particular to it, for the record."
+        return dict(eta=self.eta)
+
     def step(self, output, x, t, prev_sample=None, generator=None, reduction="mean") -> Step:
         "`ddim_step` from x_t (N, C, H, W) at t (N,)."
         return ddim_step(self.scheduler, output, t, x, self.eta, prev_sample, generator, reduction)

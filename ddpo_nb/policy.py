@@ -590,10 +590,11 @@ def load_policy(
     lora: str|None = None,      # LoRA weights to begin with: a folder or a file
     network: str|None = None,   # a folder with a whole fine-tuned network, or one that holds it
     revision: str|None = None,  # branch, tag or commit on the hub
+    quantize: str|None = None,  # "int8" or "nf4": how frozen matrices are kept, see `load_pipeline`
     **settings,                 # of the policy: see `DiffusionPolicy`, and its family's
 ) -> DiffusionPolicy:
     "The policy of whatever family `model` is. ModelError says what is wrong with it."
-    pipeline = load_pipeline(model, lora, network, revision)
+    pipeline = load_pipeline(model, lora, network, revision, quantize=quantize)
     return family_of(pipeline)(pipeline, **settings)
 
 def __getattr__(name):

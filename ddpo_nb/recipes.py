@@ -860,7 +860,7 @@ def plan(
     training = examples * c.train_num_inner_epochs * view.passes(c.train_cfg) * processes
     return Plan(
         c, numbers, lora, epochs or c.num_epochs, processes, n * processes, updates, sampling, training,
-        estimate_memory(c, numbers, lora, processes, base, c.offload_text_encoders), base
+        estimate_memory(c, numbers, lora, processes, base, c.offload_text_encoders, c.quantize), base
     )
 
 # %% ../nbs/10a_recipes.ipynb #ae0b6ffc

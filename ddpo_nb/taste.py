@@ -188,7 +188,7 @@ class Pool:
     def name(self, i): return dict(prompt=self.prompts[i], seed=self.seeds[i])
 
 def draw_pool(
-    policy,              # a `StableDiffusionPolicy`
+    policy,              # of any family
     prompts: list,
     copies: int = 16,    # pictures of each prompt
     first_seed: int = 0, # the pictures' seeds count up from here
@@ -196,15 +196,15 @@ def draw_pool(
     batch_size: int = 64,
 ) -> Pool:
     "Draw `copies` pictures of each prompt, in turns, each from the seed that is written down with it."
-    prompts, pipe = [p for _ in range(copies) for p in prompts], policy.pipeline
+    prompts = [p for _ in range(copies) for p in prompts]
     seeds = [first_seed + i for i in range(len(prompts))]
     images = rollout(
         policy, prompts, [torch.Generator().manual_seed(s) for s in seeds], batch_size=batch_size,
         keep_on="cpu"
     ).images
     about = dict(
-        model=model or Path(str(pipe.config.get("_name_or_path"))).name, steps=len(policy.timesteps),
-        guidance=policy.guidance_scale, eta=policy.eta, negative=policy.negative_prompt
+        model=model or Path(policy.name).name, steps=len(policy.timesteps), guidance=policy.guidance_scale,
+        negative=policy.negative_prompt, **policy.process.described()
     )
     return Pool(images, prompts, seeds, about)
 

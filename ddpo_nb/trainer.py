@@ -29,6 +29,7 @@ from .checkpoints import (FolderLock, check_free, check_writable, checkpoints, s
 from .config import (DDPOConfig, RWRConfig, check_config, check_repeats, idle_notes, make_objective,
                             _KINDS)
 from .ddpo import DDPO
+from .loading import is_quantized
 from .models.modeling_sd_base import PipelinePolicy, as_policy, methods
 from .objectives import get_objective
 from .prompts import InputError, prompt_flaw
@@ -220,6 +221,9 @@ def check_family(c, policy):
     if c.mixed_precision not in ("no", *policy.half_precisions):
         raise InputError("mixed_precision", f"{family}'s network overflows in {c.mixed_precision}",
                          f"choose from no, {', '.join(policy.half_precisions)}")
+    if c.quantize and not is_quantized(policy.trained):
+        raise InputError("quantize", "this policy's network was loaded without it",
+                         f"load it so: load_policy(MODEL, quantize={c.quantize!r})")
     if not policy.two_passes and not c.train_cfg:
         raise InputError(
             "train_cfg", f"{family} is told its guidance in one pass, in training too", "leave it on"
@@ -307,7 +311,7 @@ class DDPOTrainer(Resumable, TrlTrainer):
         )
         if not getattr(sd_pipeline, "use_lora", True) and config.train_learning_rate > 1e-4:
             warnings.warn(
-                f"train_learning_rate: {config.train_learning_rate:g} is a LoRA's; the whole UNet tends to"
+                f"train_learning_rate: {config.train_learning_rate:g} is a LoRA's; a whole network tends to"
                 " collapse to black pictures at it; 1e-5 is usual",
                 stacklevel=2,
             )

@@ -40,7 +40,7 @@ def full(**kw):
     )
 
 def test_trap_11_a_loras_learning_rate_for_the_whole_unet_is_warned_of():
-    with pytest.warns(UserWarning, match="train_learning_rate: 0.0003 .* whole UNet"):
+    with pytest.warns(UserWarning, match="train_learning_rate: 0.0003 .* whole network"):
         full(train_learning_rate=3e-4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
