@@ -70,6 +70,8 @@ class DDPO(Objective):
                 "give the share of steps to train on"
             )
 
+    def per_sample(self, steps: int) -> int: return max(1, int(steps * self.timestep_fraction))
+
     def objective(self, advantage: Tensor, ratio: Tensor, log_prob: Tensor) -> Tensor:
         "What one transition costs, (M,)."
         return clipped_surrogate(advantage, ratio, self.clip_range)

@@ -57,6 +57,16 @@ class Objective:
     @classmethod
     def check(cls, c): "InputError for settings that do not go with this objective."
 
+    # how many examples an epoch gives: for a plan, before there is anything to count
+    def per_sample(self, steps: int) -> int:
+        "Examples of one sample, of which so many steps have a likelihood."
+        return max(1, steps)
+
+    def kept(self, groups: dict) -> int:
+        """How many samples are trained on, of so many groups of each size (size -> number): all,
+        unless it says so."""
+        return round(sum(size * number for size, number in groups.items()))
+
 def objective(name: str, label: str, colour: str):
     "Make a class an algorithm of that name, label and colour in figures."
     def register(cls):

@@ -496,16 +496,18 @@ def _micro_batch(c, numbers, dtype):
 
 # %% ../nbs/10a_recipes.ipynb #e410b04e
 def _examples(c, numbers, prompts=1):
-    "Examples in one pass over an epoch's samples, of one process; InputError if there are none."
-    if c.algorithm == "rwr": return c.samples_per_epoch * c.rwr_draws
-    if c.algorithm == "rwr-sparse": return _kept(c, prompts) * c.rwr_draws
-    steps = int(_asked(c, numbers).process.stochastic.sum())
-    if not steps:
+    """Examples in one pass over an epoch's samples, of one process, on average over the prompts that are
+    drawn; InputError if there are none."""
+    objective, n, k = make_objective(c), c.samples_per_epoch, c.samples_per_prompt
+    steps = int(_asked(c, numbers).process.stochastic.sum()) if objective.likelihoods else 0
+    if objective.likelihoods and not steps:
         raise InputError(
             "sample_num_steps", "no step of it has noise: there is no policy gradient",
             "give 2 or more, and a kind of step that has noise"
         )
-    return c.samples_per_epoch * max(1, int(steps * c.train_timestep_fraction))
+    by_prompt = getattr(objective, "normalizer", "batch") == "prompt"
+    groups = {m * k: number for m, number in _times(n // k, prompts).items()} if by_prompt else {n: 1.0}
+    return objective.kept(groups) * objective.per_sample(steps)
 
 def _times(draws, prompts):
     "How many of the prompts are expected to be drawn m times: m -> number, from the binomial distribution."
@@ -513,13 +515,6 @@ def _times(draws, prompts):
     ways = lambda m: math.lgamma(draws + 1) - math.lgamma(m + 1) - math.lgamma(draws - m + 1)
     share = lambda m: math.exp(ways(m) - m * math.log(prompts) + (draws - m) * math.log1p(-1 / prompts))
     return {m: prompts * share(m) for m in range(1, draws + 1)}
-
-def _kept(c, prompts):
-    """Samples of an epoch that RWR-sparse keeps, on average: its share of each prompt's that is drawn,
-    and at least one."""
-    n, k = c.samples_per_epoch, c.samples_per_prompt
-    times = {n // k: 1.0} if c.rwr_normalizer == "batch" else _times(n // k, prompts)
-    return round(sum(number * max(1, round(m * k * c.rwr_fraction)) for m, number in times.items()))
 
 def _updates(c, numbers, prompts=1):
     "In one pass."

@@ -99,6 +99,8 @@ class RWR(Objective):
         "emoji-sd": _emoji | dict(rwr_draws=2, rwr_beta=5.0), "paper": _paper | dict(rwr_draws=1),
         "flow": _flow | dict(rwr_draws=1)}
 
+    def per_sample(self, steps: int) -> int: return self.draws
+
     @classmethod
     def check(cls, c):
         "InputError for a price on leaving, and for a normalisation that raw rewards leave out."
@@ -147,6 +149,10 @@ class RWRSparse(RWR):
         "paper": RWR._paper | dict(rwr_fraction=0.1, rwr_draws=10),
         "flow": RWR._flow | dict(rwr_fraction=0.1, rwr_draws=10, samples_per_prompt=10, sample_batch_size=10),
     }
+
+    def kept(self, groups: dict) -> int:
+        "The share of each group, and at least one of it."
+        return round(sum(number * max(1, round(size * self.fraction)) for size, number in groups.items()))
 
     def weights(self, rewards: Tensor, prompts: list|None = None) -> Tensor:
         "The same weight for the kept samples, 0 for the rest, with mean 1; (N,)."
