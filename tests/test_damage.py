@@ -120,7 +120,7 @@ def test_a_run_whose_examination_is_lost_is_examined_and_not_trained_again(whole
     shutil.copytree(home, copy := tmp_path/"copy")
     shutil.rmtree(copy/"runs")  # as without keep_checkpoints
     HARMS["cut"](copy/"results/rwr-seed0.json")
-    monkeypatch.setattr("ddpo_nb.trainer.DDPOTrainer._run_step", lambda self: 1 / 0)
+    monkeypatch.setattr("ddpo_nb.trainer.DDPOTrainer.train", lambda self, *a, **k: 1 / 0)
     again = compare(output=copy, **tiny)
     assert same(again.evaluations["rwr", 0], c.evaluations["rwr", 0]) and len(again.rows) == len(c.rows)
 

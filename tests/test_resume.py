@@ -28,6 +28,7 @@ def trainer(home, algorithm="ddpo-is", lora=True, reward=jpeg_compressibility, *
         SMALL
         | (dict(train_batch_size=8) if algorithm == "ddpo-sf" else {})
         | (dict(train_num_inner_epochs=2) if algorithm == "ddpo-is" else {})
+        | (dict(per_prompt_stat_tracking=False, samples_per_prompt=2) if algorithm == "flow-grpo" else {})
     )
     c = make_config(algorithm, **(settings | dict(logdir=str(home)) | kw))
     torch.manual_seed(c.seed)

@@ -72,7 +72,7 @@ def test_names_that_become_folders(setting, tmp_path):
         assert "\n" not in str(e.value) and len(str(e.value)) < 250
 
 def test_projects_that_wandb_does_not_take(monkeypatch):
-    monkeypatch.setattr("ddpo_nb.trainer.get_available_trackers", lambda: ["wandb"])
+    monkeypatch.setattr("ddpo_nb.config.get_available_trackers", lambda: ["wandb"])
     make = lambda name: DDPOConfig(mixed_precision="no", log_with="wandb", tracker_project_name=name)
     make("tidy <b>")
     for name in ("a/b", "50%", "a#b", "x" * 129):
