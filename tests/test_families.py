@@ -424,8 +424,11 @@ def test_quantized_weights_stay_what_they_are():
 
 def test_a_network_that_was_not_quantized_is_not_taken_for_one(tmp_path):
     with pytest.raises(InputError, match="^quantize: .*load_policy"):
-        make_trainer(config("sd3", tmp_path, quantize="nf4"), brightness, PromptSource(["a cat"], 0), make("sd3"))
-    with pytest.raises(InputError, match="^quantize: there is no 'int3'"): config("sd3", tmp_path, quantize="int3")
+        make_trainer(
+            config("sd3", tmp_path, quantize="nf4"), brightness, PromptSource(["a cat"], 0), make("sd3")
+        )
+    with pytest.raises(InputError, match="^quantize: there is no 'int3'"):
+        config("sd3", tmp_path, quantize="int3")
 
 def test_pictures_for_clicks_say_how_they_were_drawn():
     from ddpo_nb.taste import draw_pool
