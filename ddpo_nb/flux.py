@@ -41,6 +41,9 @@ class FluxPolicy(FlowPolicy):
         super().configure(num_steps, guidance_scale, negative_prompt, *args, **kwargs)
 
     @property
+    def guided(self) -> bool: return self.trained.config.guidance_embeds
+
+    @property
     def own_latent_shape(self) -> tuple:
         side = getattr(self.pipeline, "default_sample_size", 128)
         return self.pipeline.vae.config.latent_channels, side, side

@@ -34,6 +34,7 @@ class DiffusionPolicy:
     part_names = ("vae", "text_encoder", "unet")        # all that have weights
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0") # layers that get adapters
     two_passes = True           # guidance by a second pass; False: a number that the network is given
+    guided = True               # False: there is no guidance, whatever its scale
     half_precisions = ("fp16", "bf16")  # that the network does not overflow in
     process_settings = {}       # make_process's own arguments -> the config's fields for them
     most_steps = 1000           # that the model was trained with

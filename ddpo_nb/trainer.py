@@ -221,6 +221,11 @@ def check_family(c, policy):
     if c.mixed_precision not in ("no", *policy.half_precisions):
         raise InputError("mixed_precision", f"{family}'s network overflows in {c.mixed_precision}",
                          f"choose from no, {', '.join(policy.half_precisions)}")
+    usual = type(c).__dataclass_fields__["sample_noise_level"].default
+    if "sample_noise_level" in own and c.sample_sde == "ode" and c.sample_noise_level != usual:
+        raise InputError(
+            "sample_noise_level", "sample_sde is 'ode', whose steps have no noise", "leave it out"
+        )
     if c.quantize and not is_quantized(policy.trained):
         raise InputError("quantize", "this policy's network was loaded without it",
                          f"load it so: load_policy(MODEL, quantize={c.quantize!r})")
@@ -334,7 +339,10 @@ class DDPOTrainer(Resumable, TrlTrainer):
         check_repeats(config, self.accelerator.num_processes)
         fine, why = self._config_check()
         if not fine: raise InputError("config", why.rstrip("."), "change the settings that it names")
-        for note in idle_notes(config): self.accelerator.print(note, file=sys.stderr)
+        notes = idle_notes(config)
+        if not getattr(self.policy, "guided", True):
+            notes.append("sample_guidance_scale does nothing: this model takes no guidance")
+        for note in notes: self.accelerator.print(note, file=sys.stderr)
         set_seed(config.seed)     # for prompt and reward functions that draw from the global generators
         configure_policy(config, self.policy)
         if isinstance(self.objective, DDPO) and hasattr(self.policy, "process"):
