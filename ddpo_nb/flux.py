@@ -19,7 +19,7 @@ class FluxPolicy(FlowPolicy):
     pipeline_class = FluxPipeline
     two_passes, patch, half_precisions = False, 2, ("bf16",)
     lora_targets = (*FlowPolicy.lora_targets, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-    text_window = 512  # T5's tokens: the pipeline's default; schnell takes 256
+    text_window = 512  # T5's tokens: the pipeline's default, for schnell too
 
     @classmethod
     def check(cls, pipeline):

@@ -728,6 +728,8 @@ _KNOWN_KINDS = {
 }
 
 @cache
+def _kind_on_hub(model): return _index_on_hub(model, None)[0]
+
 def pipeline_kind(model: str) -> str:
     "Which of `FAMILIES` a model is; Stable Diffusion if that is not to be known before it is loaded."
     if model in _KNOWN_KINDS: return _KNOWN_KINDS[model]
@@ -735,7 +737,7 @@ def pipeline_kind(model: str) -> str:
     place = path if path.is_dir() else config_beside(path) if path.is_file() else None
     try:
         if place is not None: return _index(place)[1]
-        return _index_on_hub(model, None)[0] if is_hub_id(model) else "StableDiffusionPipeline"
+        return _kind_on_hub(model) if is_hub_id(model) else "StableDiffusionPipeline"
     except (ValueError, OSError): return "StableDiffusionPipeline"
 
 def network_name(pipe) -> str:

@@ -14,8 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-import diffusers
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils import convert_state_dict_to_diffusers
 from fastcore.basics import patch
 from peft import LoraConfig
@@ -548,6 +546,7 @@ class FlowPolicy(DiffusionPolicy):
         "μ of a scheduler that shifts by the latent's size; None for one that does not."
         c = self.pipeline.scheduler.config
         if not c.use_dynamic_shifting: return None
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift  # seconds, which other models save
         tokens = math.prod(self.latent_shape[1:]) // self.patch**2
         return calculate_shift(
             tokens, c.get("base_image_seq_len", 256), c.get("max_image_seq_len", 4096),

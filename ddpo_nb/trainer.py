@@ -27,11 +27,12 @@ from .batches import device_memory, example_cost, micro_batch, resident
 from .checkpoints import (FolderLock, check_free, check_writable, checkpoints, stop_signals,
                                  write_atomic)
 from .config import (DDPOConfig, RWRConfig, check_config, check_repeats, idle_notes, make_objective,
-                            _KINDS)
+                            _KINDS, _USUAL)
 from .ddpo import DDPO
 from .loading import is_quantized
 from .models.modeling_sd_base import PipelinePolicy, as_policy, methods
 from .objectives import get_objective
+from .policy import FlowPolicy
 from .prompts import InputError, prompt_flaw
 from .redact import hide
 from .resume import Resumable, Work, _plain, _task
@@ -204,27 +205,24 @@ def policy_settings(c, policy) -> dict:
         **own
     )
 
-_OF_PROCESSES = (
-    "sample_eta", "sample_sde", "sample_noise_level", "sample_window", "sample_window_start",
-    "sample_window_every"
-)
+_OF_PROCESSES = ("sample_eta", *FlowPolicy.process_settings.values())
 
 def check_family(c, policy):
     "InputError for settings that the model's family does nothing with, or cannot work with."
     family, own = type(policy).__name__, getattr(policy, "process_settings", {}).values()
     if not own: return  # a policy of another kind knows its own
     for name in _OF_PROCESSES:
-        if name not in own and getattr(c, name) != type(c).__dataclass_fields__[name].default:
+        if name not in own and getattr(c, name) != _USUAL[name]:
             raise InputError(
                 name, f"{family} does nothing with it", f"leave it out; it heeds {', '.join(own)}"
             )
     if c.mixed_precision not in ("no", *policy.half_precisions):
         raise InputError("mixed_precision", f"{family}'s network overflows in {c.mixed_precision}",
                          f"choose from no, {', '.join(policy.half_precisions)}")
-    usual = type(c).__dataclass_fields__["sample_noise_level"].default
-    if "sample_noise_level" in own and c.sample_sde == "ode" and c.sample_noise_level != usual:
+    noise = "sample_noise_level"
+    if noise in own and c.sample_sde == "ode" and c.sample_noise_level != _USUAL[noise]:
         raise InputError(
-            "sample_noise_level", "sample_sde is 'ode', whose steps have no noise", "leave it out"
+            noise, "sample_sde is 'ode', whose steps have no noise", "leave it out"
         )
     if c.quantize and not is_quantized(policy.trained):
         raise InputError("quantize", "this policy's network was loaded without it",

@@ -13,15 +13,11 @@ from ddpo_nb.emoji_sd3 import base_scene, build_vae, completed, draw
 from ddpo_nb.prompts import InputError
 from ddpo_nb.scene_reader import batch_of_lessons, broken_pictures, lesson, reading_loss, reads_right, targets
 from ddpo_nb.scene_reader import spoiled, unseen_scenes
-from ddpo_nb.scenes import COUNTS, GROUNDS, KINDS, NOUNS, RELATIONS, Found, Reading, Scene, SceneReader
+from ddpo_nb.scenes import GROUNDS, KINDS, NOUNS, RELATIONS, Found, Reading, SceneReader
 from ddpo_nb.scenes import SceneReward, facts, parse, read, reader_from, stands, turned
+from scene_world import scenes
 
 quick = settings(deadline=None, max_examples=60)
-grounds = st.sampled_from([None, *GROUNDS])
-pairs = st.lists(st.sampled_from(NOUNS), min_size=2, max_size=2, unique=True).map(tuple)
-scenes = st.one_of(
-    st.builds(Scene, st.tuples(st.sampled_from(NOUNS)), st.sampled_from(COUNTS), st.none(), grounds),
-    st.builds(Scene, pairs, st.just(1), st.sampled_from([None, *RELATIONS]), grounds))
 
 def truth(scene, seed):
     "A picture of the scene, what it leaves open drawn by lot, and what there is to read in it."

@@ -9,12 +9,8 @@ from hypothesis import given, settings, strategies as st
 from ddpo_nb.prompts import InputError
 from ddpo_nb.scenes import COUNTS, GROUNDS, KINDS, NOUNS, RELATIONS, SHOWN, Scene
 from ddpo_nb.scenes import draw_scene, parse, shown, turned, wordings
+from scene_world import grounds, scenes
 
-grounds = st.sampled_from([None, *GROUNDS])
-nouns = st.sampled_from(NOUNS)
-pairs = st.lists(nouns, min_size=2, max_size=2, unique=True).map(tuple)
-scenes = st.one_of(st.builds(Scene, st.tuples(nouns), st.sampled_from(COUNTS), st.none(), grounds),
-                   st.builds(Scene, pairs, st.just(1), st.sampled_from([None, *RELATIONS]), grounds))
 quick = settings(deadline=None, max_examples=200)
 
 def test_the_world_has_what_it_promises():
