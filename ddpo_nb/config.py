@@ -53,9 +53,9 @@ class DDPOConfig:
     allow_tf32: bool = True                # faster matrix products in fp32 on recent GPUs
     resume_from: str = ""                  # a checkpoint, or a folder of which the newest whole one is taken
     sample_num_steps: int = 50             # T, denoising steps
-    # share of DDPM's noise in a DDIM step, in (0, 1]; 0 for RWR alone, whose loss needs no noise
+    # share of DDPM's noise in a DDIM step, in (0, 1]; 0 for RWR and NFT alone, whose losses need no noise
     sample_eta: float = 1.0
-    # of a flow's steps: "flow-sde", "dance-sde" or "cps"; "ode" for RWR alone (notebook 01a)
+    # of a flow's steps: "flow-sde", "dance-sde" or "cps"; "ode" for RWR and NFT alone (notebook 01a)
     sample_sde: str = "flow-sde"
     sample_noise_level: float = 0.7        # how much noise a flow's stochastic step draws
     # so many of a flow's steps are stochastic, the others Euler's; 0: all
@@ -97,7 +97,7 @@ class DDPOConfig:
     log_prob_reduction: str = "mean"       # "mean" over the latent's dimensions, or the exact "sum"
     # of DDPO's steps: "equal", as published, or by their "variance" (notebook 08)
     step_weighting: str = "equal"
-    # price on DDPO's divergence from the pretrained model (notebook 08)
+    # price on leaving the pretrained model: DDPO's divergence (notebook 08), NFT's distance (08b)
     kl_coef: float = 0.0
     # of rewards: "normalize" as published, by the epoch or per_prompt_stat_tracking; "group" or
     # "leave-one-out", by the epoch's samples of the same prompt (notebook 06)
@@ -299,7 +299,7 @@ def check_config(c):
     if c.sample_eta == 0 and kind.likelihoods:
         raise InputError(
             "sample_eta", "at 0 a step draws nothing, and has no likelihood to learn from",
-            "give a number in (0, 1]; only RWR may sample at 0"
+            "give a number in (0, 1]; only RWR and NFT may sample at 0"
         )
     if c.log_with and c.log_with != "all" and c.log_with not in map(str, get_available_trackers()):
         raise InputError("log_with", f"{c.log_with!r} is not installed", f"pip install {c.log_with}")
@@ -483,6 +483,8 @@ def make_config(
     "Settings for one algorithm on one model, with any of them overridden."
     kind = settings_kind(str(model))
     settings = get_objective(algorithm).defaults[kind]
+    if kind != EMOJI_SD and not family_of(pipeline_kind(str(model))).two_passes:
+        settings = {k: v for k, v in settings.items() if k != "train_cfg"}  # has no pass to leave out
     # which is the paper's
     if not lora: settings = settings | dict(train_learning_rate=1e-4 if kind == "emoji-sd" else 1e-5)
     overrides = {name: v for name, v in overrides.items() if takes(algorithm, name)}

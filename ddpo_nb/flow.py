@@ -234,6 +234,11 @@ def predicted_noise(self: FlowProcess, output: Tensor, x: Tensor, t: Tensor) -> 
     return x + (1 - _share(self, x, t)) * output
 
 @patch
+def predicted_clean(self: FlowProcess, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    "The picture that a velocity amounts to: x̂₀ = x - σ v."
+    return x - _share(self, x, t) * output
+
+@patch
 def draw_levels(self: FlowProcess, n: int, generator: torch.Generator|None = None) -> Tensor:
     "Times at which to train a denoising loss, (n,): logit-normal and shifted, as SD3 was trained; never 0."
     levels, total = copy.deepcopy(self.scheduler), self.scheduler.config.num_train_timesteps

@@ -60,22 +60,27 @@ def step_std(
 # %% ../nbs/01_mdp.ipynb #dc92b150
 def _predictions(scheduler, model_output, sample, a):
     "x̂₀ and ε̂ from what the network predicts; `a` is ᾱ_t, shaped to broadcast."
+    x0, eps = _linear_predictions(scheduler.config.prediction_type, model_output, sample, a)
     config = scheduler.config
-    if config.prediction_type == "epsilon":
+    if config.thresholding: x0 = scheduler._threshold_sample(x0)
+    elif config.clip_sample: x0 = x0.clamp(-config.clip_sample_range, config.clip_sample_range)
+    return x0, eps  # ε̂ stays as it was before clipping, as in `DDIMScheduler.step`
+
+def _linear_predictions(kind, model_output, sample, a):
+    "x̂₀, not clipped, and ε̂."
+    if kind == "epsilon":
         x0, eps = (sample - (1 - a) ** 0.5 * model_output) / a**0.5, model_output
-    elif config.prediction_type == "sample":
+    elif kind == "sample":
         x0, eps = model_output, (sample - a**0.5 * model_output) / (1 - a) ** 0.5
-    elif config.prediction_type == "v_prediction":
+    elif kind == "v_prediction":
         x0, eps = (
             a**0.5 * sample - (1 - a) ** 0.5 * model_output, a**0.5 * model_output + (1 - a) ** 0.5 * sample
         )
     else:
         raise ValueError(
-            f"prediction_type must be epsilon, sample or v_prediction, not {config.prediction_type!r}"
+            f"prediction_type must be epsilon, sample or v_prediction, not {kind!r}"
         )
-    if config.thresholding: x0 = scheduler._threshold_sample(x0)
-    elif config.clip_sample: x0 = x0.clamp(-config.clip_sample_range, config.clip_sample_range)
-    return x0, eps  # ε̂ stays as it was before clipping, as in `DDIMScheduler.step`
+    return x0, eps
 
 # %% ../nbs/01_mdp.ipynb #2781d13a
 @dataclass
@@ -193,6 +198,11 @@ class DDIMProcess:
         a = self.scheduler.alphas_cumprod.to(x.device)[t].reshape(-1, *[1] * (x.ndim - 1))
         return _predictions(self.scheduler, output, x, a)[1]
 
+    def predicted_clean(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        "x̂₀ (N, C, H, W) from what the network says of x_t; not clipped, so linear in `output`."
+        a = self.scheduler.alphas_cumprod.to(x.device)[t].reshape(-1, *[1] * (x.ndim - 1))
+        return _linear_predictions(self.scheduler.config.prediction_type, output, x, a)[0]
+
     def draw_levels(self, n: int, generator: torch.Generator) -> Tensor:
         "n timesteps, each equally likely, as in pretraining; (n,)."
         return torch.randint(self.scheduler.config.num_train_timesteps, (n,), generator=generator)
@@ -202,9 +212,9 @@ class DDIMProcess:
 class Trajectories:
     """N denoising trajectories of T steps: states x_T … x_0, the actions' log-probabilities, and what
     they were conditioned on."""
-    latents: Tensor      # (N, T+1, C, H, W): x_T first, x_0 last
+    latents: Tensor      # (N, T+1, C, H, W): x_T first, x_0 last; (N, 1, C, H, W) if only x_0 was kept
     timesteps: Tensor    # (T,)
-    log_probs: Tensor    # (N, T), under the policy that sampled
+    log_probs: Tensor    # (N, T), under the policy that sampled; (N, 0) if only x_0 was kept
     stochastic: Tensor   # (T,) bool: steps that have a likelihood; the others stay out of the objective
     conditioning: Any    # the policy's own; indexable by sample
     prompts: list

@@ -491,7 +491,7 @@ def _micro_batch(c, numbers, dtype):
     )
     return trajectories, dict(
         sample=index(m), step=index(m), timestep=_meta(m, dtype=times), advantage=_meta(m), weight=_meta(m),
-        noise=_meta(m, *view.latent_shape)
+        noise=_meta(m, *view.latent_shape), seed=torch.zeros(m, dtype=torch.long), optimality=_meta(m)
     )
 
 # %% ../nbs/10a_recipes.ipynb #e410b04e
@@ -499,7 +499,7 @@ def _examples(c, numbers, prompts=1):
     """Examples in one pass over an epoch's samples, of one process, on average over the prompts that are
     drawn; InputError if there are none."""
     objective, n, k = make_objective(c), c.samples_per_epoch, c.samples_per_prompt
-    steps = int(_asked(c, numbers).process.stochastic.sum()) if objective.likelihoods else 0
+    steps = int(_asked(c, numbers).process.stochastic.sum()) if objective.likelihoods else c.sample_num_steps
     if objective.likelihoods and not steps:
         raise InputError(
             "sample_num_steps", "no step of it has noise: there is no policy gradient",
@@ -591,11 +591,13 @@ class Memory:
     host: int          # trajectories kept off the device
     encoding: int = 0  # text encoders that come to the device for as long as prompts are encoded
     unpacking: int = 0 # the largest of the quantized matrices, as it is computed with
+    old: int = 0       # copies of the trained weights that the objective keeps
 
     @property
     def resident(self):
         return (
             self.frozen + self.text_encoder + self.trainable + self.optimizer + self.trajectories + self.base
+            + self.old
         )
     @property
     def phases(self):
@@ -637,16 +639,18 @@ def _weights(module, quantize=""):
 
 def _trajectory(c, policy, width):
     "Bytes of one sample's trajectory, image and embedding."
-    (channels, *size), steps = policy.latent_shape, c.sample_num_steps
+    (channels, *size), steps, objective = policy.latent_shape, c.sample_num_steps, make_objective(c)
     pixels = 3 * policy.vae_scale**2 * size[0] * size[1]
     text = policy.blank(1, device="meta")
     words = sum(o.numel() for o in (text.values() if isinstance(text, dict) else [text]))
-    return 4 * ((steps + 1) * channels * size[0] * size[1] + steps + pixels) + width * words
+    latents = objective.latents_kept(steps) * channels * size[0] * size[1]
+    return 4 * (latents + (steps if objective.likelihoods else 0) + pixels) + width * words
 
 # %% ../nbs/10a_recipes.ipynb #dc5f9ba9
 def _training_peak(c, numbers, policy, mode):
     objective, batch = make_objective(c), _micro_batch(c, numbers, policy.text_encoders[0].dtype)
     if c.kl_coef: policy.keep_reference()
+    with objective.sampling(policy): pass  # what it keeps beside the trained weights is there by then
     for p in policy.trainable_parameters(): p.grad = torch.zeros_like(p)
     def run():
         with mode:
@@ -728,7 +732,7 @@ def _sum_up(c, numbers, passes, processes=1, base=False, text_encoders_off=False
         _bytes(trained) * (1 if processes == 1 else 2), passes.activations,
         0 if eight_bit else _bytes(trained), passes.sampling, passes.held + passes.decoding,
         passes.held + (0 if offload else whole), whole if offload else 0, texts if text_encoders_off else 0,
-        largest
+        largest, make_objective(c).copies * _bytes(trained)
     )
 
 def estimate_memory(
@@ -823,6 +827,7 @@ class Plan:
     training_rows: int      # of the network, forward and backward, in an epoch
     memory: Memory          # of each process
     base: bool = False      # an untouched model is kept beside the trained one
+    beside_rows: int = 0    # of the network, forward, in an epoch's training, by weights that stay
 
     @property
     def updates(self): return self.updates_per_epoch * self.epochs
@@ -855,7 +860,8 @@ def plan(
     training = examples * c.train_num_inner_epochs * view.passes(c.train_cfg) * processes
     return Plan(
         c, numbers, lora, epochs or c.num_epochs, processes, n * processes, updates, sampling, training,
-        estimate_memory(c, numbers, lora, processes, base, c.offload_text_encoders, c.quantize), base
+        estimate_memory(c, numbers, lora, processes, base, c.offload_text_encoders, c.quantize), base,
+        training * make_objective(c).extra_passes
     )
 
 # %% ../nbs/10a_recipes.ipynb #ae0b6ffc
@@ -873,17 +879,19 @@ def _plan_text(p):
         f"{network} rows per epoch, sampling (forward)": p.sampling_rows,
         f"{network} rows per epoch, training (forward and backward)": p.training_rows,
     }
+    if p.beside_rows: work[f"{network} rows per epoch, training (forward only)"] = p.beside_rows
     parts = {
         "frozen weights": m.frozen, "text encoder" if one else "text encoders": m.text_encoder,
         "trainable weights": m.trainable,
         "optimizer state": m.optimizer, "trajectories": m.trajectories, "untouched model": m.base,
+        "weights that sample": m.old,
         "gradients": m.gradients,
         f"activations, micro-batch of {_micro(c, p.numbers)}{g}": m.activations,
         "optimizer's scratch": m.scratch,
         f"sampling, batch of {denoised_together(c, c.micro_batch_size)}": m.sampling,
         "decoding its images": m.decoding,
     }
-    optional = ("untouched model", "optimizer's scratch")
+    optional = ("untouched model", "weights that sample", "optimizer's scratch")
     parts = [(k, _size(v)) for k, v in parts.items() if v or k not in optional] + [
         (f"peak, while {m.busiest}", _size(m.peak))
     ]

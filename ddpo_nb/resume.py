@@ -83,6 +83,7 @@ def _write_state(self:Resumable, folder):
         dict(
             epochs_done=self.epochs_done, queries=self.queries, global_step=self.global_step,
             tracker=self.tracker.state_dict(), recent=self.recent, best=self.best,
+            objective=self.objective.state_dict(),
             optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(),
             scaler=a.scaler.state_dict() if a.scaler else None, processes=a.num_processes,
             config=_plain(_identity(self.config)), task=self.task
@@ -401,6 +402,7 @@ def _take_up(self:Resumable, folder, state, own):
         state[k] for k in ("epochs_done", "queries", "global_step")
     )
     self.recent, self.best = state["recent"], state["best"]
+    self.objective.load_state_dict(self.policy, state.get("objective", {}))  # older ones had none
     self.rows = _rows_until(folder, self.epochs_done)
     if own["work"]:
         if hasattr(self.policy, "begin_epoch"): self.policy.begin_epoch(self.epochs_done)

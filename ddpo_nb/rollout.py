@@ -24,15 +24,17 @@ def sample_generator(
 
 # %% ../nbs/03_rollout.ipynb #5536477f
 def _denoise(policy, x, generators, cond, states, on_step):
-    "Fill `states` (n, T+1, C, H, W), from x_T on; returns the log-probabilities (n, T)."
-    states[:, 0], scores = x, []
+    """Fill `states` (n, T+1, C, H, W), from x_T on; returns the log-probabilities (n, T). With room for one
+    state, (n, 1, …), that is x_0, and there are no log-probabilities, (n, 0)."""
+    whole, scores = states.shape[1] > 1, []
+    states[:, 0] = x
     with getattr(policy, "steady", nullcontext)():
         for i, t in enumerate(policy.timesteps, 1):
             step = policy.step(x, t.expand(len(x)), cond, generator=generators)
-            x = states[:, i] = step.prev_sample
-            scores.append(step.log_prob)
+            x = states[:, i if whole else 0] = step.prev_sample
+            if whole: scores.append(step.log_prob)
             if on_step: on_step()
-    return torch.stack(scores, 1)
+    return torch.stack(scores, 1) if whole else x.new_empty(len(x), 0)
 
 # %% ../nbs/03_rollout.ipynb #2cfb6c35
 def _check_lists(prompts, generators, metadata, **sizes):
@@ -60,6 +62,7 @@ def rollout(
     on_batch = None,
     keep_on = None,             # device to keep latents and images on; None: where they were made
     together: int|None = None,  # samples denoised together, in whole batches; None: one batch
+    only_last: bool = False,    # keep x_0 alone, for what learns without likelihoods
 ) -> Trajectories:
     """Sample N trajectories with their log-probabilities, and decode the images. ValueError if the lists
     do not have one length."""
@@ -71,7 +74,8 @@ def rollout(
     latents, log_probs, images, block = None, [], [], size * max(1, (together or size) // size)
     for i in range(0, n, block):
         own, x = slice(i, i + block), policy.initial_latents(generators[i:i+block])
-        room = lambda m, device: torch.empty(m, T + 1, *x.shape[1:], dtype=x.dtype, device=device)
+        like = lambda device: dict(dtype=x.dtype, device=device)
+        room = lambda m, device: torch.empty(m, 1 if only_last else T + 1, *x.shape[1:], **like(device))
         # once for all: pieces to be joined later would take the memory twice
         if latents is None: latents = room(n, keep_on or x.device)
         states = room(len(x), x.device) if keep_on else latents[own]

@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from fastcore.basics import patch
 from .advantages import _groups
-from .mdp import Step, Trajectories, ddim_step, step_std
+from .mdp import DDIMProcess, Step, Trajectories, ddim_step, step_std
 from .objectives import EMOJI, FLOW, PAPER, Objective, objective
 from .prompts import InputError
 
@@ -100,6 +100,7 @@ class RWR(Objective):
         "flow": _flow | dict(rwr_draws=1)}
 
     def per_sample(self, steps: int) -> int: return self.draws
+    def latents_kept(self, steps: int) -> int: return 1 + self.draws  # x_0, and the noise of each draw
 
     @classmethod
     def check(cls, c):
@@ -239,6 +240,7 @@ class TinyDiffusion:
         )
         self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.double()
         self.scheduler.set_timesteps(num_steps)
+        self.process = DDIMProcess(self.scheduler)
         self.timesteps, self.reduction, self.latent_shape = self.scheduler.timesteps, reduction, (len(mean),)
         self.stochastic = step_std(self.scheduler, self.timesteps, 1.) > 0
 

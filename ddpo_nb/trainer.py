@@ -253,7 +253,7 @@ def _check_stochastic(c, policy):
         else (own or ["sample_num_steps"])[0]
     )
     raise InputError(name, "no step is stochastic: there is no likelihood, and no policy gradient",
-                     "give steps noise, or choose RWR, which needs none")
+                     "give steps noise, or choose RWR or NFT, which need none")
 
 def _check_steps(c, policy):
     "InputError if the model was not trained with so many steps."
@@ -503,10 +503,10 @@ def sample(self:DDPOTrainer, on_batch=None):
         if on_batch: on_batch(*batch)
         # an agreement makes everybody wait: not at every step
         if self.accelerator.num_processes > 1: self._breathe()
-    with self.autocast():
+    with self.objective.sampling(self.policy), self.autocast():
         return rollout(
             self.policy, prompts, generators, metadata, c.sample_batch_size, on_step, on_decoded,
-            "cpu" if c.offload_trajectories else None, together
+            "cpu" if c.offload_trajectories else None, together, not self.objective.likelihoods
         )
 
 # %% ../nbs/09_trainer.ipynb #04fad1a3
@@ -703,6 +703,7 @@ def update(self:DDPOTrainer, work: Work) -> dict:
             taken += 1
             if taken <= work.done: continue  # before the run was taken up again
             self.descend(work, trajectories, {k: v[i] for k, v in examples.items()}, work.advantages)
+    self.objective.end_epoch(self.policy, self.global_step)
     return self.figures(work)
 
 @patch
@@ -858,7 +859,8 @@ def _remember(self:DDPOTrainer, watched):
     self.recent = [*self.recent, float(watched)][-_window:]
     value = float(np.mean(self.recent))
     if len(self.recent) < _window or self.best and value < self.best["value"]: return
-    weights = [p.detach().to("cpu", copy=True) for p in self.policy.trainable_parameters()]
+    with self.objective.sampling(self.policy):  # whose pictures were watched
+        weights = [p.detach().to("cpu", copy=True) for p in self.policy.trainable_parameters()]
     self.best = dict(epoch=self.epochs_done, value=value, weights=weights)
 
 @patch

@@ -205,7 +205,8 @@ CHOICES = ["mixed_precision", "log_prob_reduction", "step_weighting", "log_with"
 free = {
     "lr_warmup_updates", "train_adam_weight_decay", "train_adam_beta1", "train_adam_beta2", "kl_coef",
     "stop_patience", "advantage_min_std", "micro_batch_size", "sample_guidance_scale",
-    "sample_noise_level", "sample_window", "sample_window_start", "sample_window_every", "sample_resolution"
+    "sample_noise_level", "sample_window", "sample_window_start", "sample_window_every", "sample_resolution",
+    "nft_decay_delay"
 }
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))

@@ -44,6 +44,15 @@ def draws_of_their_own(examples, first, shape):
         examples["timestep"][i] = torch.randint(1000, (), generator=g)
     return examples
 
+def own_seeds(examples, first):
+    "The same for DiffusionNFT, whose noise is drawn from a number"
+    count = {}
+    for i, s in enumerate((first + examples["sample"]).tolist()):
+        examples["seed"][i] = 1000 * s + count.setdefault(s, 0)
+        examples["step"][i] = count[s]
+        count[s] += 1
+    return examples
+
 def rwr(algorithm, **kw):
     "The first epoch's weights and gradient, and the adapters after two."
     c = make_config(
@@ -56,12 +65,14 @@ def rwr(algorithm, **kw):
     t = make_trainer(c, lambda images, prompts, _: (images.mean((1, 2, 3)) * 30, {}), prompts, policy)
     work, first = t.collect(), rank * size
     examples = t.objective.examples(t.policy, work.trajectories, work.advantages, sample_generator(0, 0, 0))
-    draws_of_their_own(examples, first, work.trajectories.latents.shape[2:])
+    if algorithm == "nft": own_seeds(examples, first)
+    else: draws_of_their_own(examples, first, work.trajectories.latents.shape[2:])
     t.gradient(work.trajectories, examples)
     flat = lambda of: torch.cat([of(p).detach().flatten() for p in t.policy.trainable_parameters()])
     found = dict(weights=work.advantages, gradient=flat(lambda p: p.grad))
     t.optimizer.zero_grad(); t.queries = 0; t.tracker.rewards.clear(); prompts.rng.seed(1)
     t.train(progress=False)
+    if algorithm == "nft": found["averaged"] = torch.cat([o.flatten() for o in t.objective.old])
     return {f"{algorithm}-{k}": v for k, v in (found | dict(trained=flat(lambda p: p))).items()}
 
 def family(kind):
@@ -102,6 +113,7 @@ if not c.resume_from:
     more = rwr("rwr", rwr_normalizer="prompt", rwr_rewards="raw", rwr_beta=1.0,
                per_prompt_stat_tracking=False)
     more |= rwr("rwr-sparse", rwr_fraction=0.4)
+    more |= rwr("nft", train_timestep_fraction=1.0, nft_decay_rate=0.2, train_learning_rate=1e-2)
     more |= {f"family-{kind}": family(kind) for kind in ("sdxl", "sd3-without-t5", "flux")}
     if n > 1: more["stopped"] = stopped()
     save_file(more, out/f"more-{n}-{rank}.safetensors")
@@ -192,6 +204,18 @@ def test_rwr_is_the_same_in_two_processes(runs, algorithm):
     assert torch.equal(two[0][gradient], two[1][gradient])
     assert (two[0][gradient] - one[gradient]).norm() < 1e-4 * one[gradient].norm() > 0
     assert torch.equal(two[0][trained], two[1][trained])
+
+def test_nft_is_the_same_in_two_processes(runs):
+    "Optimality compares all samples; gradient and averaged policy are one, though no noise was kept"
+    home, *_ = runs
+    one, *two = (load_file(home/f"{n}/more-{n}-{r}.safetensors") for n, r in ((1, 0), (2, 0), (2, 1)))
+    joined = torch.cat([o["nft-weights"] for o in two])
+    assert (joined - one["nft-weights"]).abs().max() < 1e-4 and one["nft-weights"].std() > 0.05
+    assert torch.equal(two[0]["nft-gradient"], two[1]["nft-gradient"])
+    gap = (two[0]["nft-gradient"] - one["nft-gradient"]).norm()
+    assert gap < 1e-4 * one["nft-gradient"].norm() > 0
+    for what in ("trained", "averaged"): assert torch.equal(two[0][f"nft-{what}"], two[1][f"nft-{what}"])
+    assert not torch.equal(two[0]["nft-trained"], two[0]["nft-averaged"])
 
 def test_a_stop_does_not_wait_for_a_reward(runs):
     "SIGTERM, as torchrun passes it on, in the middle of a reward that takes a minute: all leave at once."

@@ -439,9 +439,9 @@ def test_plan_counts_what_the_trainer_does(counted, emoji, data):
     counted.rows = {True: 0, False: 0}
     rewards = lambda images, prompts, metadata: (np.arange(len(images), dtype=float), {})
     row = make_trainer(config, rewards, lambda: ("a cat", {}), counted).epoch()
-    assert (p.samples_per_epoch, p.updates_per_epoch, p.sampling_rows, p.training_rows) == (
-        row["queries"], row["updates"], counted.rows[False], counted.rows[True]
-    )
+    assert (
+        p.samples_per_epoch, p.updates_per_epoch, p.sampling_rows + p.beside_rows, p.training_rows
+    ) == (row["queries"], row["updates"], counted.rows[False], counted.rows[True])
     assert (p.updates, p.queries) == (4 * row["updates"], 4 * n)
 
 @pytest.mark.parametrize("prompts,of_each", [(45, 1), (8, 1), (45, 8)])

@@ -284,6 +284,15 @@ PAPER = {  # settings; samples an epoch, samples an update, updates an epoch
         COMMON | dict(baseline="group", kl_coef=0.04, samples_per_prompt=8, per_prompt_stat_tracking=False),
         256, 64, 4
     ),
+    # NVlabs/DiffusionNFT, config/base.py and config/nft.py: one update of all samples, no guidance in the loss
+    "nft": (
+        COMMON | dict(
+            train_cfg=False, kl_coef=1e-4, baseline="leave-one-out", samples_per_prompt=8, nft_beta=1.0,
+            train_adv_clip_max=5.0, train_timestep_fraction=0.99, nft_decay_rate=0.001, nft_decay_max=0.5,
+            nft_decay_delay=0, per_prompt_stat_tracking=False
+        ),
+        256, 256, 1
+    ),
     "rwr": (WEIGHED | dict(rwr_draws=1, train_num_inner_epochs=5), 10_240, 128, 400),
     "rwr-sparse": (
         WEIGHED | dict(rwr_fraction=0.1, rwr_draws=10, train_num_inner_epochs=5),
