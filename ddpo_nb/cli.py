@@ -100,6 +100,7 @@ class _Switch(argparse.Action):
 _count = _number(int, "a whole number above 0", lambda v: v > 0)
 _seed = _number(int, "a whole number from 0 to 4294967295", lambda v: 0 <= v < 2**32)
 _not_negative = _number(float, "a number from 0 on", lambda v: 0 <= v < float("inf"))
+_share = _number(float, "a number from 0 to 1", lambda v: 0 <= v <= 1)
 def _json_object(text):
     try: value = json.loads(text)
     except ValueError: value = None
@@ -172,6 +173,14 @@ def _add_reward(p):
         "--vlm-similarity", metavar="NAME",
         help="how an answer is compared with the prompt; see 05c_vlm (DDPO_VLM_SIMILARITY)",
     )
+    p.add_argument("--geneval-detector", metavar="DIR_OR_ID",
+                   help="for geneval: an OWLv2 or a Grounding DINO of transformers (DDPO_GENEVAL_DETECTOR)")
+    p.add_argument("--geneval-clip", metavar="DIR_OR_ID",
+                   help="for geneval's colours: a CLIP of transformers (DDPO_GENEVAL_CLIP)")
+    p.add_argument("--geneval-threshold", type=_share, metavar="SHARE",
+                   help="how sure a box must be (the detector's own; DDPO_GENEVAL_THRESHOLD)")
+    p.add_argument("--geneval-counting-threshold", type=_share, metavar="SHARE",
+                   help="the same where a prompt counts (DDPO_GENEVAL_COUNTING_THRESHOLD)")
 def _add_prompts(p, what=""):
     p.add_argument(
         "--prompts", default="simple_animals", metavar="NAME_OR_FILE",
@@ -419,6 +428,21 @@ def _vlm(args, output=None):
     for name in ("vlm_url", "vlm_model", "vlm_similarity"):
         if getattr(args, name): os.environ[f"DDPO_{name.upper()}"] = getattr(args, name)
 
+_told = {}  # what flags of this process have put into the environment
+
+def _geneval(args):
+    "`geneval` finds its judges in the environment. InputError for settings of it that nobody asks for."
+    names = ("geneval_detector", "geneval_clip", "geneval_threshold", "geneval_counting_threshold")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    watched = getattr(args, "watch_reward", None) or ""
+    if given and not re.search(r"\bgeneval(_strict)?\b", f"{args.reward} {watched}"):
+        raise InputError(f"--{next(iter(given)).replace('_', '-')}", f"the reward is {args.reward}",
+                         "leave it out, or give --reward geneval")
+    for name in names:
+        place = f"DDPO_{name.upper()}"
+        if os.environ.get(place) == _told.pop(place, ""): os.environ.pop(place, None)  # of an earlier command
+        if name in given: os.environ[place] = _told[place] = str(given[name])
+
 def _settings(args):
     return {
         n: v for n, *_ in config_fields() if n not in _of_a_run and (v := getattr(args, n, None)) is not None
@@ -632,6 +656,7 @@ def _race(args, names, seeds, queries, overrides=None):
 
 def _race_in(output, args, names, seeds, queries, overrides):
     _vlm(args, output)
+    _geneval(args)
     words = _words(args, output)
     from ddpo_nb.compare import compare
     again = shlex.join(["ddpo-nb", *words])
@@ -797,11 +822,13 @@ def _sample(args):
 def _evaluate(args):
     _check_model(args.model)
     _vlm(args)
-    items = prompt_source(args.prompts).items
+    _geneval(args)
+    items = (source := prompt_source(args.prompts)).items
     from ddpo_nb.compare import exam_generators, load_reward, mean_interval, pm, spread
-    from ddpo_nb.rewards import check_rewards
+    from ddpo_nb.rewards import check_prompts, check_rewards
     from ddpo_nb.rollout import rollout
     reward, name, *_ = load_reward(args.reward, args.model)
+    check_prompts(reward, source)
     policy, items = _policy(args), spread(items, args.samples)
     prompts, metadata = [p for p, _ in items], [dict(m) for _, m in items]
     images = rollout(

@@ -32,8 +32,8 @@ from .policy import load_policy
 from .prompts import PROMPT_SETS, InputError, PromptSource, prompt_source
 from .redact import hide, keep_secret, named_secrets, redact
 from .reward_files import Guarded, RewardError, check_signature, guarded_file
-from .rewards import (PromptAlignment, answer, check_rewards, get_reward, parse_sum, reward_name,
-                             to_uint8)
+from .rewards import (PromptAlignment, answer, can_score, check_prompts, check_rewards, get_reward,
+                             parse_sum, reward_name, to_uint8)
 from .rollout import rollout, sample_generator
 from .resume import RESULT_FREE, STATE_FILES, weighed_by_temperature, _plain
 from .trainer import check_launcher, configure_policy, make_trainer, processes, usable_precision
@@ -177,6 +177,9 @@ class Examiner:
         )
         self.second = PromptAlignment(base.pipeline, batch_size=batch_size)
         self.dtype = dict(no=None, fp16=torch.float16, bf16=torch.bfloat16)[mixed_precision]
+        # held-out prompts of which the reward is not told what they ask for are left out
+        told = lambda key: key == "seen" or can_score(reward_function, self.sets[key])
+        self.sets = {key: o for key, o in self.sets.items() if told(key)}
 
     @property
     def batches(self):
@@ -1238,7 +1241,7 @@ def compare(
     make_prompts = lambda seed: (
         prompt_source(prompts, seed) if isinstance(prompts, (str, Path)) else PromptSource(prompts, seed)
     )
-    items = make_prompts(0).items
+    items = (source := make_prompts(0)).items
     configs, budget, notes = fit_budget(
         _configs(algorithms, model, lora, settings, overrides), queries, processes().num_processes
     )
@@ -1246,6 +1249,7 @@ def compare(
     if init_lora and lora: configs = _with_its_rank(configs, init_lora, base, settings, overrides)
     if output is not None and processes().is_main_process: check_free(output, "output")
     function, reward_name, spec, digest = load_reward(reward, str(model))
+    check_prompts(function, source)
     plan = dict(
         model=str(model), reward=spec, reward_name=reward_name, reward_digest=digest,
         prompts=str(prompts) if isinstance(prompts, (str, Path)) else f"{len(items)} prompts",

@@ -258,7 +258,7 @@ class Detector:
     def to(self, device): self.model.to(device); return self
 
     def read_names(self) -> dict: raise NotImplementedError
-    def fit(self, logits: Tensor) -> Tensor: raise NotImplementedError  # (n, boxes, 80), 0 to 1
+    def best(self, logits: Tensor) -> tuple: raise NotImplementedError  # (n, boxes): scores, places in COCO
     def sides(self, height: int, width: int) -> tuple: return width, height  # what boxes are shares of
 
     @torch.no_grad()
@@ -275,18 +275,17 @@ class Detector:
         given = self.processor.image_processor(images=[*map(Image.fromarray, pixels)], return_tensors="pt")
         words = {k: v.repeat(len(pixels), 1).to(device) for k, v in self.words.items()}
         with _half(device): out = self.model(**given.to(device), **words)
-        fit, name = self.fit(out.logits.float()).max(-1)
-        if not torch.isfinite(fit).all():
+        score, name = self.best(out.logits.float())
+        if not torch.isfinite(score).all():
             raise InputError("--geneval-detector", f"{self.name} gave values that are not finite",
                              "choose another detector")
         corners = center_to_corners_format(out.pred_boxes.float())
         corners = corners * torch.tensor(self.sides(height, width) * 2, device=device)
         corners = corners.clamp(min=0).minimum(torch.tensor((width, height) * 2, device=device))
-        seen = (fit > self.least) & (corners[..., 2:] - corners[..., :2] >= 1).all(-1)
+        seen = (score > self.least) & (corners[..., 2:] - corners[..., :2] >= 1).all(-1)
         found = [[] for _ in pixels]
-        for (i, _), n, box, score in zip(seen.nonzero().tolist(), name[seen].tolist(), corners[seen].tolist(),
-                                         fit[seen].tolist()):
-            found[i].append(Box(COCO[n], tuple(box), score))
+        each = zip(seen.nonzero().tolist(), name[seen].tolist(), corners[seen].tolist(), score[seen].tolist())
+        for (i, _), n, box, sure in each: found[i].append(Box(COCO[n], tuple(box), sure))
         return found
 
 class OwlDetector(Detector):
@@ -299,7 +298,10 @@ class OwlDetector(Detector):
                                         return_tensors="pt")
         return {k: told[k] for k in ("input_ids", "attention_mask")}
 
-    def fit(self, logits): return logits.sigmoid()
+    def best(self, logits):
+        "The text that fits best; of logits, because two of them may both be 1 as probabilities."
+        logit, name = logits.max(-1)
+        return logit.sigmoid(), name
 
     def sides(self, height, width):
         "OWLv2 makes pictures square before it looks, by grey at the right or below."
@@ -322,7 +324,7 @@ class GroundingDinoDetector(Detector):
         for i, (start, n) in enumerate(zip(starts, lengths)): self.of_token[start:start + n, i] = 1 / n
         return dict(told)
 
-    def fit(self, logits): return logits.sigmoid() @ self.of_token.to(logits.device)
+    def best(self, logits): return (logits.sigmoid() @ self.of_token.to(logits.device)).max(-1)
 
 _KINDS = {"owlv2": OwlDetector, "owlvit": OwlDetector, "grounding-dino": GroundingDinoDetector,
           "mm-grounding-dino": GroundingDinoDetector}
@@ -400,7 +402,7 @@ class GenEval:
         need = [to_color(o, those, self.exact) for o, those in zip(asked, found)]
         def cut(pixels, box):
             (left, top, right, bottom), (height, width) = map(round, box.corners), pixels.shape[:2]
-            left, top = min(left, width - 1), min(top, height - 1)
+            left, top = min(max(left, 0), width - 1), min(max(top, 0), height - 1)
             return pixels[top:max(bottom, top + 1), left:max(right, left + 1)]
         pixels = to_uint8(images) if any(need) else []
         pieces = [cut(o, box) for o, boxes in zip(pixels, need) for box in boxes]

@@ -119,6 +119,7 @@ class PromptSource:
     ):
         if isinstance(prompts, str): raise InputError("prompts", "it is a single text", "give a list of them")
         self.items = [_pair(i, o) for i, o in enumerate(prompts, 1)]
+        self.places = [f"number {i}" for i in range(1, len(self.items) + 1)]  # where each was found
         if not self.items: raise InputError("prompts", "there are none", "give at least one")
         self.rng = random.Random(seed)
 
@@ -221,7 +222,7 @@ def _json_item(path, place, value, problem=None):
     raise _wrong(path, place, problem, 'write one object a line, such as {"prompt": "a cat"}')
 
 def _json_list(path, text):
-    "Prompts of a file that holds one JSON list, of strings or of objects."
+    "(place, prompt) of a file that holds one JSON list, of strings or of objects."
     remedy, values, problem = (
         'write a list such as ["a cat", {"prompt": "two dogs", "count": 2}]', None, "holds no list"
     )
@@ -231,7 +232,7 @@ def _json_list(path, text):
     except ValueError as e: problem = f"is not JSON ({str(e).partition(';')[0]})"
     if not isinstance(values, list): raise InputError("--prompts", f"{str(path)!r}: {problem}", remedy)
     items = [dict(prompt=o) if isinstance(o, str) else o for o in values]
-    return [_json_item(path, f"entry {i}", o, _trouble(o)) for i, o in enumerate(items, 1)]
+    return [(f"entry {i}", _json_item(path, f"entry {i}", o, _trouble(o))) for i, o in enumerate(items, 1)]
 
 def _line_item(path, number, line):
     "A prompt that stands on a line by itself."
@@ -240,7 +241,7 @@ def _line_item(path, number, line):
 
 # %% ../nbs/04_prompts.ipynb #1d8942c3
 def _from_dataset(text):
-    "Prompts from `dataset:NAME:COLUMN:SPLIT`; the last two may be left out (prompt, train)."
+    "(place, prompt) from `dataset:NAME:COLUMN:SPLIT`; the last two may be left out (prompt, train)."
     name, column, split, *more = (
         text.removeprefix("dataset:").split(":") + ["prompt", "train"][max(0, text.count(":") - 1) :]
     )
@@ -272,17 +273,17 @@ def _from_dataset(text):
     for i, prompt, _ in found:
         if flaw := prompt_flaw(prompt):
             raise InputError("--prompts", f"row {i} of {name!r} {flaw}", "leave such rows out")
-    return [(prompt, row) for _, prompt, row in found]
+    return [(f"row {i}", (prompt, row)) for i, prompt, row in found]
 
 # %% ../nbs/04_prompts.ipynb #b0e10126
 def _from_file(path):
-    "The prompts of a file, with their metadata if it has any."
+    "(place, prompt) of a file, with metadata if it has any."
     text, kind = _text(path), path.suffix.lower()
     if kind == ".json": return _json_list(path, text)
     lines = [(i, line.strip()) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     if kind in (".jsonl", ".ndjson"):
-        return [_json_item(path, f"line {i}", *_parsed(line)) for i, line in lines]
-    return [_line_item(path, i, line) for i, line in lines]
+        return [(f"line {i}", _json_item(path, f"line {i}", *_parsed(line))) for i, line in lines]
+    return [(f"line {i}", _line_item(path, i, line)) for i, line in lines]
 
 def _tell_repeated(items, name):
     "A warning, once, if some of the prompts are the same in everything."
@@ -304,9 +305,12 @@ def prompt_source(
     """The prompts of a named set or of a file. InputError if there is no such thing, or if a file cannot
     be understood."""
     if str(name_or_file) in PROMPT_SETS: return PromptSource(PROMPT_SETS[str(name_or_file)](), seed)
-    if str(name_or_file).startswith("dataset:"): items = _from_dataset(str(name_or_file))
-    else: items = _from_file(Path(os.path.expanduser(name_or_file)))
-    if not items:
+    if str(name_or_file).startswith("dataset:"): found = _from_dataset(str(name_or_file))
+    else: found = _from_file(Path(os.path.expanduser(name_or_file)))
+    if not found:
         raise InputError("--prompts", f"{str(name_or_file)!r} holds no prompt", "write one prompt a line")
+    items = [item for _, item in found]
     _tell_repeated(items, name_or_file)
-    return PromptSource(items, seed)
+    source = PromptSource(items, seed)
+    source.places = [f"{place} of {str(name_or_file)!r}" for place, _ in found]
+    return source

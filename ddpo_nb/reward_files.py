@@ -178,8 +178,15 @@ class Guarded:
         return Guarded, (self.function, self.__name__)
 
     def __call__(self, images, prompts, metadata):
+        return self._watched(answer, self.function, images, prompts, metadata, self.__name__)
+
+    def check_prompt(self, prompt, metadata):
+        "InputError if the function has a method of that name that does not want the prompt."
+        if check := getattr(self.function, "check_prompt", None): self._watched(check, prompt, dict(metadata))
+
+    def _watched(self, call, *args):
         if self.file: _enter(str(self.file.absolute().parent))
-        try: return answer(self.function, images, prompts, metadata, self.__name__)
+        try: return call(*args)
         except (InputError, RewardError): raise
         except Exception as e:
             if type(e).__name__ == "ServerGone": raise  # says all there is to say

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['REWARDS', 'stopping', 'to_uint8', 'jpeg_size', 'jpeg_incompressibility', 'jpeg_compressibility', 'check_name',
            'get_reward', 'reward', 'check_rewards', 'Stopped', 'RewardError', 'reward_name', 'their_frames', 'ask',
-           'answer', 'parse_sum', 'WeightedSum', 'ParallelReward', 'join_info', 'PromptAlignment', 'prompt_alignment']
+           'answer', 'parse_sum', 'WeightedSum', 'check_prompts', 'can_score', 'ParallelReward', 'join_info',
+           'PromptAlignment', 'prompt_alignment']
 
 # %% ../nbs/05_rewards.ipynb #5ce11a5e
 import io, multiprocessing, os, pickle, re, signal, threading, traceback
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from fastcore.basics import patch
 from PIL import Image
-from .prompts import InputError
+from .prompts import InputError, PromptSource
 
 # %% ../nbs/05_rewards.ipynb #38130073
 def to_uint8(
@@ -83,6 +84,8 @@ REWARDS = {  # name -> reward, or where the function stands that makes it for a 
     "image_reward": "ddpo_nb.preference:image_reward",
     "vlm_alignment": "ddpo_nb.vlm:vlm_alignment",
     "vlm_questions": "ddpo_nb.vlm:vlm_questions",
+    "geneval": "ddpo_nb.geneval:geneval",
+    "geneval_strict": "ddpo_nb.geneval:geneval_strict",
 }
 
 def _reward_file(name):
@@ -272,6 +275,11 @@ class WeightedSum:
             if hasattr(r, "to"): r.to(device)
         return self
 
+    def check_prompt(self, prompt: str, metadata: dict):
+        "InputError if one of the parts could not score it."
+        for _, r in self.parts.values():
+            if check := getattr(r, "check_prompt", None): check(prompt, metadata)
+
     def __call__(self, images: Tensor, prompts: list, metadata: list) -> tuple:
         "Rewards (N,) and the parts' rewards and metadata, from images (N, 3, H, W) in [0, 1]."
         total, info = np.zeros(len(images)), {}
@@ -286,6 +294,29 @@ class WeightedSum:
             info |= {f"{name}/{k}": v for k, v in (own or {}).items()} | {f"reward/{name}": values}
             total = total + weight * values
         return total, info
+
+# %% ../nbs/05_rewards.ipynb #b8ffdea4
+def check_prompts(
+    reward,  # with or without a method `check_prompt`
+    source,  # prompts; those that are no `PromptSource` cannot be looked through
+):
+    "InputError in one line, with its place, for the first prompt that the reward could not score."
+    check = getattr(reward, "check_prompt", None)
+    if check is None or not isinstance(source, PromptSource): return
+    for (prompt, metadata), place in zip(source.items, source.places):
+        try: check(prompt, dict(metadata))
+        except InputError as e:
+            shown = prompt if len(prompt) < 80 else prompt[:80] + "…"
+            raise InputError("--prompts", f"{place}, {shown!r}, {e.problem}", e.remedy) from None
+
+def can_score(
+    reward,       # as for `check_prompts`
+    items: list,  # (prompt, metadata) pairs
+) -> bool:
+    "Whether it can score them all, as far as it says."
+    try: check_prompts(reward, PromptSource(items))
+    except InputError: return False
+    return True
 
 # %% ../nbs/05_rewards.ipynb #b0010002
 class ParallelReward:

@@ -36,8 +36,8 @@ from .policy import FlowPolicy
 from .prompts import InputError, prompt_flaw
 from .redact import hide
 from .resume import Resumable, Work, _plain, _task
-from .rewards import (ParallelReward, Stopped, _numbers, answer, check_rewards, get_reward,
-                             reward_name, stopping, to_uint8)
+from .rewards import (ParallelReward, Stopped, _numbers, answer, check_prompts, check_rewards,
+                             get_reward, reward_name, stopping, to_uint8)
 from .rollout import rollout, sample_generator
 from .rwr import RWR
 from .trl import TrlTrainer, by_sample, shuffled
@@ -320,6 +320,7 @@ class DDPOTrainer(Resumable, TrlTrainer):
             )
         check_config(config)      # it may have been changed since it was made
         check_launcher(config)
+        check_prompts(reward_function, prompt_function)
         self.sd_pipeline, self.policy = sd_pipeline, as_policy(sd_pipeline)
         self.objective, self._trained_steps, self._found = make_objective(config), None, None
         TrlTrainer._check_overrides(self)  # even where this name is taken
@@ -365,6 +366,7 @@ class DDPOTrainer(Resumable, TrlTrainer):
         self.watched = (
             get_reward(config.watch_reward, self.policy.name) if config.watch_reward else None
         )
+        check_prompts(self.watched, prompt_function)
         if hasattr(self.watched, "to"): self.watched.to(self.accelerator.device)
         optimizer = self._setup_optimizer(self.policy.trainable_parameters())
         self.policy.wrapped, self.optimizer = self.accelerator.prepare(self.policy.wrapped, optimizer)

@@ -935,6 +935,13 @@ class VLMQuestions:
         matches=answer_matches,  # (said, expected) -> bool
     ): self.client, self.matches = client, matches
 
+    def check_prompt(self, prompt: str, metadata: dict):
+        "InputError if the prompt's metadata holds no questions and answers."
+        try: _quiz(0, metadata)
+        except InputError as e:
+            problem = "has no lists of questions and answers of equal length"
+            raise InputError(e.argument, problem, e.remedy) from None
+
     @property
     def identity(self) -> dict:
         "What a checkpoint knows it by: name, and a digest that begins with the model's."
