@@ -1250,6 +1250,8 @@ def compare(
     if output is not None and processes().is_main_process: check_free(output, "output")
     function, reward_name, spec, digest = load_reward(reward, str(model))
     check_prompts(function, source)
+    for name in {c.watch_reward for c in configs.values()} - {""}:
+        check_prompts(get_reward(name, str(model)), source)
     plan = dict(
         model=str(model), reward=spec, reward_name=reward_name, reward_digest=digest,
         prompts=str(prompts) if isinstance(prompts, (str, Path)) else f"{len(items)} prompts",

@@ -568,3 +568,75 @@ def test_a_low_threshold_is_not_lost_on_the_way(folders):
 def test_thresholds_of_the_environment_are_numbers(told, monkeypatch):
     monkeypatch.setenv("DDPO_GENEVAL_THRESHOLD", "much")
     with pytest.raises(InputError, match="--geneval-threshold: 'much' is no number"): geneval()
+
+# by the command line
+
+SMALL = ("--queries 4 --evaluation-samples 2 --sample-num-steps 2 --train-batch-size 2 --sample-batch-size 2"
+         " --sample-num-batches-per-epoch 1 --train-num-inner-epochs 1 --no-progress").split()
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch, small_unet):
+    "Run a command line in an empty folder, where GenEval's file lies; status, output, errors."
+    from ddpo_nb import cli
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_told", {})
+    write(tmp_path/"lines.jsonl", LINES)
+    def go(*words):
+        capsys.readouterr()
+        status = cli.main([*map(str, words)])
+        return status, *capsys.readouterr()
+    yield go
+    for name in [o for o in os.environ if o.startswith("DDPO_GENEVAL_")]: del os.environ[name]
+
+@pytest.mark.filterwarnings("ignore:.*longer than the 16 tokens")
+def test_training_on_genevals_file_from_the_command_line(run, folders, tmp_path):
+    status, out, err = run(
+        "train", "--reward", "geneval", "--prompts", "lines.jsonl", "--geneval-detector", folders["owlv2"],
+        "--geneval-clip", EMOJI, "--geneval-threshold", ".1", "--output", "run", *SMALL)
+    assert status == 0, err
+    rows = [json.loads(o) for o in (tmp_path/"run/metrics.jsonl").read_text().splitlines()]
+    assert rows and all(0 <= row["reward_mean"] <= 1 for row in rows)
+    assert {"right", *(f"right_{tag}" for tag in TAGS)} <= {*rows[0]["reward_info"]}
+    # sets of prompts that say nothing of what they ask for are not examined
+    found = json.loads(next((tmp_path/"run").rglob("*base*.json")).read_text())
+    assert {*found["rewards"]} == {"seen"}
+    assert "--geneval-detector" in json.loads((tmp_path/"run/config.json").read_text())["command"]
+
+@pytest.mark.filterwarnings("ignore:.*longer than the 16 tokens")
+def test_evaluating_all_or_nothing(run, folders):
+    status, out, err = run(
+        "evaluate", "--reward", "geneval_strict", "--prompts", "lines.jsonl", "--samples", "6", "--steps", "2",
+        "--geneval-detector", folders["grounding-dino"], "--geneval-clip", EMOJI)
+    assert status == 0 and out.startswith("geneval_strict: "), err
+    assert float(out.split()[1]) in [pytest.approx(n / 6, abs=.01) for n in range(7)]
+
+@pytest.mark.parametrize("words, says", [
+    ("train --reward geneval --prompts simple_animals", "--prompts: number 1, 'cat', does not say what a picture"),
+    ("evaluate --reward geneval --prompts simple_animals", "--prompts: number 1, 'cat', does not say"),
+    ("train --reward geneval --prompts bad.jsonl", "line 2 of 'bad.jsonl', 'two unicorns', asks for 'unicorn'"),
+    ("train --watch-reward geneval --prompts simple_animals", "--prompts: number 1, 'cat', does not say"),
+])
+def test_prompts_are_looked_through_before_anything_is_painted(run, folders, told, tmp_path, words, says):
+    write(tmp_path/"bad.jsonl", [LINES[0], line("colors", thing("unicorn"), prompt="two unicorns")])
+    status, out, err = run(*words.split(), *(SMALL if "train" in words else ()))
+    assert status == 2 and says in err and err.count("\n") == 1, err
+
+@pytest.mark.parametrize("words, says", [
+    ("--geneval-detector /no/such/folder --reward geneval", "--geneval-detector: cannot load '/no/such/folder'"),
+    ("--geneval-detector x/y", "--geneval-detector: the reward is jpeg_compressibility"),
+    ("--geneval-threshold 2 --reward geneval", "--geneval-threshold: '2' is not a number from 0 to 1"),
+    ("--geneval-clip /no/clip --reward geneval", "--geneval-clip: cannot load '/no/clip'"),
+])
+def test_flags_that_cannot_be_meant(run, folders, monkeypatch, words, says):
+    monkeypatch.setenv("DDPO_GENEVAL_DETECTOR", folders["owlv2"])
+    status, out, err = run("train", "--prompts", "lines.jsonl", *words.split(), *SMALL)
+    assert status == 2 and err.count("\n") == 1, err
+    assert says.split(":")[0] in err and says.split(": ")[1] in err, err
+
+@pytest.mark.filterwarnings("ignore:.*longer than the 16 tokens")
+def test_flags_of_one_command_are_not_the_nexts(run, folders):
+    words = ("evaluate", "--reward", "geneval", "--prompts", "lines.jsonl", "--geneval-clip", EMOJI, "--steps", 2)
+    assert run(*words, "--geneval-detector", folders["owlv2"])[0] == 0
+    assert "DDPO_GENEVAL_DETECTOR" in os.environ
+    run("evaluate", "--reward", "jpeg_compressibility", "--steps", 2, "--samples", 1)
+    assert not [o for o in os.environ if o.startswith("DDPO_GENEVAL_")]
