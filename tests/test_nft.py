@@ -14,7 +14,7 @@ from ddpo_nb.config import make_config
 from ddpo_nb.flow import FlowProcess
 from ddpo_nb.loading import family_of
 from ddpo_nb.mdp import DDIMProcess
-from ddpo_nb.nft import NFT, TinyFlow
+from ddpo_nb.nft import NFT, SPACES, TinyFlow
 from ddpo_nb.prompts import InputError, PromptSource
 from ddpo_nb.rwr import RWR, TinyDiffusion, x0_moments
 from ddpo_nb.tiny import TINY, tiny_pipeline
@@ -44,14 +44,14 @@ def price(objective, policy, x0, t, noise, r): return objective.cost(policy, x0,
 # ---- the formula ----
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.floats(0.05, 1.5), st.floats(1, 9))
-def test_the_loss_is_a_policy_gradient_and_a_leash(seed, beta, most):
+@given(st.integers(0, 2**32 - 1), st.floats(0.05, 1.5), st.floats(1, 9), st.sampled_from(SPACES))
+def test_the_loss_is_a_policy_gradient_and_a_leash(seed, beta, most, space):
     """r·e⁺ + (1-r)·e⁻ = e_old + 2β(2r-1)⟨d, v_old - v⟩ + β²|d|², with d = v - v_old: the first of them
     moves along the advantage, the second holds on to the policy that sampled"""
     g, process = gen(seed), flow()
     x0, noise, old, new = (torch.randn(6, 3, generator=g, **double) for _ in range(4))
     t, r = process.times[torch.randint(10, (6,), generator=g)], torch.rand(6, generator=g, **double)
-    o, policy = NFT(beta=beta, adv_clip_max=most, adaptive=False), Free(old, process)
+    o, policy = NFT(beta=beta, adv_clip_max=most, adaptive=False, space=space), Free(old, process)
     with o.sampling(policy): pass  # which is when the old policy is remembered
     policy.output.data = new
     sigma = t.double() / 1000
@@ -59,7 +59,8 @@ def test_the_loss_is_a_policy_gradient_and_a_leash(seed, beta, most):
     along = ((old - v) * d).mean(1)
     want = (old - v).square().mean(1) + 2 * beta * (2 * r - 1) * along + beta**2 * d.square().mean(1)
     got = price(o, policy, x0, t, noise, r)
-    torch.testing.assert_close(got, sigma**2 * want * most / beta, rtol=1e-6, atol=1e-9)
+    scale = sigma**2 if space == "clean" else 1.0
+    torch.testing.assert_close(got, scale * want * most / beta, rtol=1e-6, atol=1e-9)
 
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_where_nothing_is_good_or_bad_nothing_moves(adaptive):
@@ -99,8 +100,8 @@ def test_optimality():
 PROCESSES = dict(flow=flow, **{k: lambda k=k: ddim(k) for k in ("epsilon", "sample", "v_prediction")})
 
 @pytest.mark.parametrize("kind", PROCESSES)
-@pytest.mark.parametrize("beta", [1.0, 0.25])
-def test_the_optimum_is_the_improvement_that_the_paper_derives(kind, beta):
+@pytest.mark.parametrize("beta,space", [(1.0, "clean"), (0.25, "clean"), (0.5, "output")])
+def test_the_optimum_is_the_improvement_that_the_paper_derives(kind, beta, space):
     """Four pictures, each good with a known probability, so that the model and its improvement
     Δ = α(v⁺ - v_old) = (1-α)(v_old - v⁻) are sums of four terms: the loss is smallest at v_old + (2/β)Δ,
     for every parametrisation (theorems 3.1 and 3.2 of the paper)"""
@@ -119,7 +120,7 @@ def test_the_optimum_is_the_improvement_that_the_paper_derives(kind, beta):
         alpha = posterior @ r
         better = alpha * (good - old)
         torch.testing.assert_close(better, (1 - alpha) * (old - bad))
-        o, policy = NFT(beta=beta, adaptive=False), Shared(old, process)
+        o, policy = NFT(beta=beta, adaptive=False, space=space), Shared(old, process)
         def gradient():
             cost = posterior @ price(o, policy, pictures, t, noise, r)
             return torch.autograd.grad(cost, policy.output)[0][0]
@@ -165,6 +166,19 @@ def test_the_loss_is_the_same_however_a_model_puts_it(adaptive):
     for loss, gradient in found[1:]:
         torch.testing.assert_close(loss, found[0][0], rtol=1e-5, atol=1e-9)
         torch.testing.assert_close(gradient, found[0][1], rtol=1e-5, atol=1e-9)
+
+def test_in_its_own_output_a_noise_predictor_is_weighed_as_it_was_trained():
+    """Near pure noise a small error of the noise is a large one of x_0, times √(1-ᾱ)/√ᾱ: errors of x_0 give
+    nearly all say to the noisiest times, and errors of the noise give each time the same"""
+    process, g = ddim(), gen()
+    x0, noise = (torch.randn(10, 50, generator=g, **double) for _ in range(2))
+    push = {}
+    for space in SPACES:
+        policy = Free(noise + 0.3 * torch.randn(10, 50, generator=g, **double), process)
+        loss = price(NFT(space=space), policy, x0, process.times, noise, torch.ones(10, **double)).sum()
+        push[space] = torch.autograd.grad(loss, policy.output)[0].norm(dim=1)
+    assert push["clean"][0] > 20 * push["clean"][-1]
+    assert push["output"].max() < 1.5 * push["output"].min()
 
 def test_a_scheduler_that_clips_does_not_cut_the_gradient():
     process, g = ddim(clip_sample=True), gen()
@@ -217,11 +231,11 @@ TOYS = dict(
     flow=lambda: TinyFlow([0., 0.], [0.7, 0.7], 5), sde=lambda: TinyFlow([0., 0.], [0.7, 0.7], 5, "flow-sde"),
     ddim=lambda: TinyDiffusion([0., 0.], [0.7, 0.7], 5))
 
-@pytest.mark.parametrize("toy", TOYS)
-def test_the_update_is_the_policy_gradient_up_to_the_scale_of_each_kind_of_weight(toy):
+@pytest.mark.parametrize("toy,space", [*((o, "clean") for o in TOYS), ("ddim", "output")])
+def test_the_update_is_the_policy_gradient_up_to_the_scale_of_each_kind_of_weight(toy, space):
     """Of the means, and of the spreads, whatever the sampler: parallel to the exact gradient of E[r], and
     along it. (How the two kinds are weighed against each other is the choice of noise levels.)"""
-    policy, objective, g = TOYS[toy](), NFT(adaptive=False, adv_clip_max=1e6), gen(1)
+    policy, objective, g = TOYS[toy](), NFT(adaptive=False, adv_clip_max=1e6, space=space), gen(1)
     updates = torch.stack([update(policy, objective, 4_000, g) for _ in range(40)])
     exact = exact_gradient(policy)
     for own, true in zip(updates.split(2, 1), exact.split(2)):
@@ -246,7 +260,7 @@ def test_the_check_of_directions_finds_what_it_looks_for():
 def test_with_the_authors_weighting_the_update_still_climbs(toy):
     policy, g = TOYS[toy](), gen(2)
     exact = exact_gradient(policy)
-    for objective in (NFT(), NFT(beta=0.1)):
+    for objective in (NFT(), NFT(beta=0.1), NFT(space="output")):
         found = torch.stack([update(policy, objective, 4_000, g) for _ in range(20)])
         assert torch.cosine_similarity(found.mean(0), exact, 0) > 0.7 and z_scores(found @ exact) > 15
 
@@ -491,6 +505,7 @@ def test_a_text_is_embedded_alike_whatever_comes_with_it(kind):
     (dict(step_weighting="variance"), "step_weighting: nft does nothing"),
     (dict(rwr_beta=0.5), "rwr_beta: nft does nothing"),
     (dict(log_prob_reduction="sum"), "log_prob_reduction: nft does nothing"),
+    (dict(nft_space="velocity"), "nft_space: there is no 'velocity'; choose from clean, output"),
     (dict(nft_beta=0.0), "nft_beta: 0.0 is not positive"),
     (dict(nft_decay_max=1.0), "nft_decay_max: 1.0 is not in"),
     (dict(nft_decay_rate=-1.0), "nft_decay_rate: -1.0 is out of range"),
