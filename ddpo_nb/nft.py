@@ -66,8 +66,8 @@ def denoising_error(
 def draw_levels(self: TinyFlow, n: int, generator: torch.Generator) -> Tensor:
     return self.process.draw_levels(n, generator)
 
-# %% ../nbs/08b_nft.ipynb #da2e954a
-# of six short trials with one seed, not of a search: errors of x̂_0 were unstable at this learning rate
+# %% ../nbs/08b_nft.ipynb #753fbe50
+# of five short trials with one seed, not of a search: errors of x̂_0 were unstable at this learning rate
 _emoji = EMOJI | dict(
     train_batch_size=16, train_cfg=False, train_timestep_fraction=0.5, train_learning_rate=1e-2,
     nft_space="output")
