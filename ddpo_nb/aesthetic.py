@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from .checkpoints import (CheckpointError, FolderLock, check_free, complaints, is_trace, load_state,
                                  newest_whole, publish, save_state, write_atomic)
 from .clip import EMOJI_CLIP, OPENAI_CLIP, Embedder, _unit, load_embedder
-from .loading import EMOJI_SD, _no_bars, _one_line
+from .loading import BUNDLED, EMOJI_SD, _no_bars, _one_line
 from .policy import follow_umask
 from .prompts import InputError
 
@@ -792,12 +792,11 @@ class AestheticReward:
 
 def aesthetic(
     model: str = EMOJI_SD,    # the diffusion model whose pictures it will see
-    # a head of your own; None: the bundled one for Emoji Stable Diffusion, LAION's for any other
-    # model
+    # a head of your own; None: the bundled one for the bundled models, LAION's for any other
     head: str|Path|None = None,
 ) -> AestheticReward:
     "The reward `aesthetic`."
-    found = load_head(head or (EMOJI_HEAD if model == EMOJI_SD else LAION_HEAD))
+    found = load_head(head or (EMOJI_HEAD if model in BUNDLED else LAION_HEAD))
     return AestheticReward(load_embedder(found.config["clip"], argument="the head's clip"), found)
 
 # %% ../nbs/05b_aesthetic.ipynb #0be1e242

@@ -12,7 +12,7 @@ from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from .objectives import objective_modules, settings_by_reading
-from .prompts import PROMPT_SETS, InputError, prompt_flaw, prompt_source
+from .prompts import PROMPT_SETS, InputError, prompt_flaw, prompt_source, usual_prompts
 from .redact import SECRET_NAME, address_secrets, hide, hide_address, keep_secret, without_secrets
 
 # %% ../nbs/11_cli.ipynb #1d48d93f
@@ -143,7 +143,7 @@ def _add_model(p):
     p.add_argument(
         "--model", default="emoji-sd", metavar="DIR_OR_ID",
         help=(
-            "emoji-sd (bundled), a folder in diffusers' format, a .safetensors file (01b_loading), or a"
+            "emoji-sd or emoji-sd3 (bundled), a folder in diffusers' format, a .safetensors file (01b_loading), or a"
             " hub id"
         ),
     )
@@ -183,8 +183,11 @@ def _add_reward(p):
                    help="the same where a prompt counts (DDPO_GENEVAL_COUNTING_THRESHOLD)")
 def _add_prompts(p, what=""):
     p.add_argument(
-        "--prompts", default="simple_animals", metavar="NAME_OR_FILE",
-        help=f"{', '.join(PROMPT_SETS)}, or a file with one prompt a line{what}",
+        "--prompts", metavar="NAME_OR_FILE",
+        help=(
+            f"{', '.join(PROMPT_SETS)}, or a file with one prompt a line{what} (scenes for emoji-sd3 and its"
+            " rewards, else simple_animals)"
+        ),
     )
 
 def _add_weights(p):
@@ -380,10 +383,10 @@ def make_parser(
 
 # %% ../nbs/11_cli.ipynb #488e68c1
 def _check_model(model):
-    "InputError if `model` can be neither the bundled one, nor a folder with a pipeline, nor a hub id."
-    if model == "emoji-sd": return
+    "InputError if `model` can be neither a bundled one, nor a folder with a pipeline, nor a hub id."
+    if model in ("emoji-sd", "emoji-sd3"): return
     path = Path(model).expanduser()
-    remedy = ("give emoji-sd, a folder in diffusers' format, a .safetensors file, or a hub id such as "
+    remedy = ("give emoji-sd, emoji-sd3, a folder in diffusers' format, a .safetensors file, or a hub id such as "
               "stable-diffusion-v1-5/stable-diffusion-v1-5")
     if path.is_dir():
         if not (path / "model_index.json").is_file():
@@ -679,7 +682,9 @@ def _race_in(output, args, names, seeds, queries, overrides):
         raise
     if os.environ.get("RANK", "0") != "0": return (130 if c.interrupted else 0), c
     for note in c.settings["notes"]: print(note)
-    if c.evaluations: print(f"\n{c.table()}\n\n{c.headline()}\n\nreport: {Path(output)/'report.html'}")
+    if c.evaluations:
+        details = f"\n\n{c.breakdown()}" if c.breakdown() else ""
+        print(f"\n{c.table()}{details}\n\n{c.headline()}\n\nreport: {Path(output)/'report.html'}")
     if c.interrupted:
         print(f"\nInterrupted; what is finished is kept. To go on:\n  {_go_on(words)}", file=sys.stderr)
     return (130 if c.interrupted else 0), c
@@ -920,6 +925,7 @@ def _main(words, from_shell):
     try:
         args = make_parser().parse_args(words)
         if getattr(args, "recipe", None): args = make_parser(_recipe(args)).parse_args(words)
+        if getattr(args, "prompts", "") is None: args.prompts = usual_prompts(args.model, args.reward)
     except SystemExit as e: return e.code
     except InputError as e: print(f"ddpo-nb train: {_line(str(e))}", file=sys.stderr); return 2
     args.words = words

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from fastcore.basics import patch
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
-from .loading import EMOJI_SD, warn_cut, _no_bars, _one_line
+from .loading import BUNDLED, EMOJI_SD, warn_cut, _no_bars, _one_line
 from .rewards import to_uint8
 
 # %% ../nbs/05a_clip.ipynb #41478d21
@@ -128,8 +128,8 @@ def load_embedder(
 def default_embedder(
     model: str,   # a diffusion model, as `load_pipeline` takes it
 ) -> str:         # the name of the embedder that knows such pictures
-    "emoji-clip for Emoji Stable Diffusion, OpenAI's CLIP ViT-L/14 for any other."
-    return EMOJI_CLIP if model == EMOJI_SD else OPENAI_CLIP
+    "emoji-clip for the bundled models, OpenAI's CLIP ViT-L/14 for any other."
+    return EMOJI_CLIP if model in BUNDLED else OPENAI_CLIP
 
 # %% ../nbs/05a_clip.ipynb #36e50c1e
 class CLIPAlignment:

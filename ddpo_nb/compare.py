@@ -29,14 +29,16 @@ from .config import ALGORITHMS, DDPOConfig, check_repeats, make_config
 from .loading import EMOJI_SD, family_of, load_pipeline, network_name
 from .objectives import get_objective, takes
 from .policy import load_policy
-from .prompts import PROMPT_SETS, InputError, PromptSource, prompt_source
+from .prompts import (PROMPT_SETS, InputError, PromptSource, held_out_sets, prompt_source,
+                             usual_prompts)
 from .redact import hide, keep_secret, named_secrets, redact
 from .reward_files import Guarded, RewardError, check_signature, guarded_file
 from .rewards import (PromptAlignment, answer, can_score, check_prompts, check_rewards, get_reward,
                              parse_sum, reward_name, to_uint8)
 from .rollout import rollout, sample_generator
 from .resume import RESULT_FREE, STATE_FILES, weighed_by_temperature, _plain
-from .trainer import check_launcher, configure_policy, make_trainer, processes, usable_precision
+from .trainer import (check_launcher, configure_policy, make_trainer, per_image, processes,
+                             usable_precision)
 
 # %% ../nbs/10_compare.ipynb #3843789d
 def t_quantile(
@@ -118,13 +120,11 @@ def spread(
 def exam_sets(
     items: list,        # the (prompt, metadata) pairs of training
     n: int|None = None, # samples a set, see `spread`
+    others: tuple = held_out_sets(""),  # names of other sets
 ) -> dict:              # name of the set -> (prompt, metadata) pairs
-    "Prompts to evaluate on: those of training, and two sets of which everything trained on is left out."
+    "Prompts to evaluate on: those of training, and other sets of which everything trained on is left out."
     known = {prompt for prompt, _ in items}
-    held_out = {
-        name: [(p, {}) for p in PROMPT_SETS[name]() if p not in known]
-        for name in ("unseen_animals", "everyday_objects")
-    }
+    held_out = {name: [(p, {}) for p in PROMPT_SETS[name]() if p not in known] for name in others}
     return {name: spread(o, n) for name, o in {"seen": list(items), **held_out}.items() if o}
 
 # %% ../nbs/10_compare.ipynb #7eb4f8f6
@@ -152,6 +152,8 @@ class Evaluation:
     shown: list           # [set, index in it, prompt] of each picture kept
     pictures: list = field(default_factory=list, repr=False)  # PIL images, at most 256 pixels wide
     seconds: float = 0.0
+    # set -> name -> what the reward says besides of each picture, NaN if nothing
+    details: dict = field(default_factory=dict)
 
     def json(self): return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "pictures"}
 
@@ -160,20 +162,20 @@ def _pictures(images, most=256):
     for o in pictures: o.thumbnail((most, most))
     return pictures
 
-_shown = dict(seen=6, unseen_animals=2, everyday_objects=2)  # pictures to keep of each set
+_kept = lambda key: 6 if key == "seen" else 2  # pictures to keep of each set
 
 class Examiner:
     """Puts the same prompts, from the same noise, to every policy; `base` is the model before training,
     and judges alignment and variety."""
     def __init__(
         self, base, reward_function, reward_name, items, samples=None, batch_size=64, mixed_precision="no",
-        copies=6
+        copies=6, others=held_out_sets("")
     ):
         self.base, self.reward_function, self.reward_name, self.batch_size = (
             base, reward_function, reward_name, batch_size
         )
         self.sets, self.varied, self.copies = (
-            exam_sets(items, samples), spread(items, min(copies, samples or copies, len(items))), copies
+            exam_sets(items, samples, others), spread(items, min(copies, samples or copies, len(items))), copies
         )
         self.second = PromptAlignment(base.pipeline, batch_size=batch_size)
         self.dtype = dict(no=None, fp16=torch.float16, bf16=torch.bfloat16)[mixed_precision]
@@ -195,9 +197,10 @@ class Examiner:
             )
 
     def score(self, images, items):
-        "Checked rewards, one an image."
-        rewards, _ = answer(self.reward_function, images, [p for p, _ in items], [m for _, m in items])
-        return check_rewards(rewards, len(items), self.reward_name).tolist()
+        "Checked rewards, one an image, and name -> what else the reward says of each in numbers."
+        rewards, info = answer(self.reward_function, images, [p for p, _ in items], [m for _, m in items])
+        rewards = check_rewards(rewards, len(items), self.reward_name)
+        return rewards.tolist(), per_image([(rewards, info, None)])
 
 # %% ../nbs/10_compare.ipynb #b787616f
 @patch
@@ -205,12 +208,12 @@ def __call__(self:Examiner, policy, name: str, seed: int, on_step=None) -> Evalu
     "Examine `policy`; InputError if the reward function returns nonsense."
     device = processes().device
     self.base.pipeline.to(device)
-    start, rewards, second, shown, pictures = time.perf_counter(), {}, {}, [], []
+    start, rewards, second, details, shown, pictures = time.perf_counter(), {}, {}, {}, [], []
     for key, items in self.sets.items():
         images = self.draw(policy, items, exam_generators(seed, len(items)), on_step).images
-        rewards[key] = self.score(images, items)
+        rewards[key], details[key] = self.score(images, items)
         second[key] = self.second(images, [p for p, _ in items], [{} for _ in items])[0].tolist()
-        chosen = spread(list(range(len(items))), min(_shown[key], len(items)))
+        chosen = spread(list(range(len(items))), min(_kept(key), len(items)))
         shown += [[key, i, items[i][0]] for i in chosen]
         pictures += _pictures(images[chosen])
     varied = [o for o in self.varied for _ in range(self.copies)]
@@ -222,7 +225,8 @@ def __call__(self:Examiner, policy, name: str, seed: int, on_step=None) -> Evalu
         )
     )
     if device.type != "cpu": self.base.pipeline.to("cpu")  # training needs the room
-    return Evaluation(name, seed, rewards, second, diversity, shown, pictures, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Evaluation(name, seed, rewards, second, diversity, shown, pictures, seconds, details)
 
 # %% ../nbs/10_compare.ipynb #59ccda3a
 BASE = "base"
@@ -230,7 +234,8 @@ _labels = {BASE: "base"} | {o: get_objective(o).label for o in ALGORITHMS}
 _colours = {BASE: "#8a8f98"} | {o: get_objective(o).colour for o in ALGORITHMS}
 _units = dict.fromkeys(("jpeg_compressibility", "jpeg_incompressibility"), " (kB)")
 _set_labels = dict(
-    seen="training prompts", unseen_animals="unseen animals", everyday_objects="everyday objects"
+    seen="training prompts", unseen_animals="unseen animals", everyday_objects="everyday objects",
+    new_scenes="scenes new to fine-tuning", unseen_scenes="scenes new to the model"
 )
 
 @dataclass
@@ -342,6 +347,25 @@ def table(self:Comparison) -> Table:
         )
         return e
     return Table(row(n) for n in ([BASE] if self.seeds(BASE) else []) + self.names)
+
+# %% ../nbs/10_compare.ipynb #b5ec101a
+@patch
+def breakdown(self:Comparison,
+    key: str = "seen",  # a set of prompts
+) -> Table:             # empty if the reward says nothing besides
+    "What the reward says besides of a set's pictures, means ± as in `table`; NaN for a picture counts for nothing."
+    names = [n for n in ([BASE] if self.seeds(BASE) else []) + self.names]
+    said = lambda n, s: self.evaluations[n, s].details.get(key, {})
+    def values(n, what):
+        found = [np.array(said(n, s)[what]) for s in self.seeds(n) if what in said(n, s)]
+        return [v for o in found if len(v := o[~np.isnan(o)])]
+    columns = dict.fromkeys(what for n in names for s in self.seeds(n) for what in said(n, s))
+    columns = [what for what in columns if any(values(n, what) for n in names)]
+    if not columns: return Table()
+    label = lambda what: what.replace("_", " ")
+    return Table(
+        dict(weights=_labels.get(n, n)) | {label(w): pm(*_interval(values(n, w))) for w in columns} for n in names
+    )
 
 # %% ../nbs/10_compare.ipynb #abcbac24
 @patch
@@ -646,6 +670,16 @@ def _tables(self:Comparison):
     return main, held, other
 
 @patch
+def _detailed(self:Comparison):
+    "HTML of what the rewards say besides: a table for each set of prompts, if it says anything."
+    for key in _set_labels:
+        if not (found := self.breakdown(key)): continue
+        head, *rows = [[*row.values()] for row in (dict(zip(found[0], found[0])), *found)]
+        names = [BASE, *self.names] if self.seeds(BASE) else self.names
+        body = [[self._named(n), *map(escape, row[1:])] for n, row in zip(names, rows)]
+        yield f'<p class="soft">{escape(_set_labels[key])}</p>' + _html_table([*map(escape, head)], body)
+
+@patch
 def _about(self:Comparison):
     "Configuration, machine and command."
     s = self.settings
@@ -736,6 +770,7 @@ def html(self:Comparison) -> str:
             ' its prompt. Variety: mean distance between pictures of one prompt, in the untouched'
             ' autoencoder’s latents. Both 95 %.</p>',
         ),
+        *([("What the reward says in detail", details)] if (details := "".join(self._detailed())) else []),
         ("Where the time went", self._time_bars()), ("How to make this again", self._about())
     ]
     return _page(title, head + "".join(f"<section><h2>{h}</h2>{body}</section>" for h, body in parts))
@@ -823,12 +858,14 @@ def _fits(value, kinds):
     )
 
 _evaluation_kinds = dict(
-    name=str, seed=int, rewards=dict, second=dict, diversity=dict, shown=list, seconds=(int, float)
+    name=str, seed=int, rewards=dict, second=dict, diversity=dict, shown=list, seconds=(int, float),
+    details=dict
 )
 
 def _load_evaluation(path):
     "What `keep` wrote. ValueError, or whatever else a damaged file brings about, if it is not."
     found = json.loads(path.read_text(encoding="utf-8"))
+    found.setdefault("details", {})  # which older folders lack
     _require(
         _fits(found, _evaluation_kinds) and found.keys() == _evaluation_kinds.keys(),
         "a part is missing, or of another kind",
@@ -843,6 +880,11 @@ def _load_evaluation(path):
             )
             _require(len(values) == len(rewards[key]), "rewards are missing")
             o[key] = _finite(values)
+    for key, said in found["details"].items():
+        fine = lambda v: isinstance(v, list) and len(v) == len(rewards[key]) and all(map(_is_number, v))
+        _require(key in rewards and isinstance(said, dict) and all(map(fine, said.values())),
+                 "what the reward said in detail is no number")
+        found["details"][key] = {name: _finite(values) for name, values in said.items()}
     _require(
         found["diversity"] and all(map(_is_number, found["diversity"].values())), "the variety is no number"
     )
@@ -1207,7 +1249,7 @@ def compare(
     queries: int = QUERIES,                 # pictures scored in training, for each algorithm and seed
     seeds = (0,),                           # each is a run of its own
     model: str = EMOJI_SD,                  # "emoji-sd", a folder in diffusers' format, or a hub id
-    prompts = "simple_animals",             # a named set, a file, or a list
+    prompts = None,                         # a named set, a file, or a list; None: `usual_prompts`
     # folder to keep everything in; a second call goes on with what is missing, from its last
     # checkpoint
     output: str|Path|None = None,
@@ -1241,6 +1283,7 @@ def compare(
     make_prompts = lambda seed: (
         prompt_source(prompts, seed) if isinstance(prompts, (str, Path)) else PromptSource(prompts, seed)
     )
+    if prompts is None: prompts = usual_prompts(str(model), reward)
     items = (source := make_prompts(0)).items
     configs, budget, notes = fit_budget(
         _configs(algorithms, model, lora, settings, overrides), queries, processes().num_processes
@@ -1283,7 +1326,8 @@ def compare(
     c.told_cut = base.told_cut
     examiner = Examiner(
         base, function, reward_name, items, evaluation_samples,
-        max(x.sample_batch_size for x in configs.values()), first.mixed_precision
+        max(x.sample_batch_size for x in configs.values()), first.mixed_precision,
+        others=held_out_sets(usual_prompts(str(model), reward) if isinstance(prompts, list) else prompts)
     )
     with FolderLock(c.folder, "output") if c.folder is not None else contextlib.nullcontext():
         c._go_on()

@@ -19,7 +19,7 @@ from diffusers.optimization import SchedulerType
 from .advantages import BASELINES
 from .ddpo import STEP_WEIGHTINGS
 from .flow import KINDS
-from .loading import EMOJI_SD, QUANTIZED, family_of, pipeline_kind, _shown
+from .loading import BUNDLED, EMOJI_SD, QUANTIZED, family_of, pipeline_kind, _shown
 from .objectives import get_objective, objective_modules, takes
 from .prompts import InputError, prompt_flaw
 from .rewards import ParallelReward, check_name
@@ -471,7 +471,7 @@ def _made_fit(algorithm, settings, overrides):
 
 def settings_kind(model: str) -> str:
     "Which of an objective's `defaults` are for this model."
-    return EMOJI_SD if model == EMOJI_SD else family_of(pipeline_kind(model)).settings_kind
+    return model if model in BUNDLED else family_of(pipeline_kind(model)).settings_kind
 
 def make_config(
     algorithm: str,           # one of ALGORITHMS
@@ -482,11 +482,11 @@ def make_config(
 ) -> DDPOConfig:
     "Settings for one algorithm on one model, with any of them overridden."
     kind = settings_kind(str(model))
-    settings = get_objective(algorithm).defaults[kind]
-    if kind != EMOJI_SD and not family_of(pipeline_kind(str(model))).two_passes:
+    settings = get_objective(algorithm).settings_for(kind)
+    if kind not in BUNDLED and not family_of(pipeline_kind(str(model))).two_passes:
         settings = {k: v for k, v in settings.items() if k != "train_cfg"}  # has no pass to leave out
     # which is the paper's
-    if not lora: settings = settings | dict(train_learning_rate=1e-4 if kind == "emoji-sd" else 1e-5)
+    if not lora: settings = settings | dict(train_learning_rate=1e-4 if kind in BUNDLED else 1e-5)
     overrides = {name: v for name, v in overrides.items() if takes(algorithm, name)}
     settings = settings | _made_fit(algorithm, settings, overrides)
     if not (settings | overrides).get("per_prompt_stat_tracking"):

@@ -86,6 +86,8 @@ REWARDS = {  # name -> reward, or where the function stands that makes it for a 
     "vlm_questions": "ddpo_nb.vlm:vlm_questions",
     "geneval": "ddpo_nb.geneval:geneval",
     "geneval_strict": "ddpo_nb.geneval:geneval_strict",
+    "scenes": "ddpo_nb.scenes:scenes",
+    "scenes_strict": "ddpo_nb.scenes:scenes_strict",
 }
 
 def _reward_file(name):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOUNS', 'GROUNDS', 'RELATIONS', 'COUNTS', 'KINDS', 'SHOWN', 'WEIGHTS', 'Scene', 'turned', 'wordings', 'parse',
-           'shown', 'draw_scene', 'SceneReader', 'Found', 'Reading', 'read', 'stands', 'facts', 'SceneReward',
-           'asked_for', 'load_reader', 'reader_from', 'scenes', 'scenes_strict']
+           'shown', 'draw_scene', 'scene_prompts', 'SceneReader', 'Found', 'Reading', 'read', 'stands', 'facts',
+           'SceneReward', 'asked_for', 'load_reader', 'reader_from', 'scenes', 'scenes_strict']
 
 # %% ../nbs/05e_scenes.ipynb #0df55e00
 import hashlib, json, re
@@ -172,6 +172,19 @@ def draw_scene(
         count = int(rng.integers(2, 5)) if kind == "counting" else 1
         relation = str(rng.choice([*RELATIONS])) if kind == "position" else None
         if shown(scene := Scene(nouns, count, relation, ground)) == to: return scene
+
+# %% ../nbs/05e_scenes.ipynb #c8edc9d8
+def scene_prompts(
+    to: str = "both",  # one of SHOWN
+    each: int = 80,    # prompts of each kind
+    seed: int = 0,
+) -> list:             # always the same for the same seed; single objects are never kept aside
+    "Different prompts of every kind that is shown to `to` alone, in all wordings, kind after kind."
+    rng, found = np.random.default_rng(seed), {}
+    for kind in KINDS if to == "both" else KINDS[2:]:
+        enough = len(found) + each
+        while len(found) < enough: found[str(rng.choice(wordings(draw_scene(rng, kind, to))))] = kind
+    return [*found]
 
 # %% ../nbs/05e_scenes.ipynb #ca0a927e
 class _Residual(nn.Module):

@@ -37,23 +37,28 @@ class SD3Policy(FlowPolicy):
 
     @property
     def reader(self) -> tuple:
-        "T5 reads the most, where it is there."
-        p = self.pipeline
-        if p.text_encoder_3 is not None: return p.tokenizer_3, self.text_window
-        return p.tokenizer, p.tokenizer.model_max_length
+        "Whoever reads the most: T5, where it is there and no dummy."
+        p, clip = self.pipeline, self.pipeline.tokenizer.model_max_length
+        if p.text_encoder_3 is not None and self.t5_tokens > clip: return p.tokenizer_3, self.t5_tokens
+        return p.tokenizer, clip
+
+    @property
+    def t5_tokens(self) -> int:
+        "T5's tokens: `text_window`, or fewer if its tokenizer says so."
+        return min(self.text_window, getattr(self.pipeline.tokenizer_3, "model_max_length", self.text_window))
 
     def embed(self, texts: list) -> dict:
         "`text` (N, L, D) of all encoders, and `pooled` (N, P) of the CLIPs."
         device = self.pipeline.text_encoder.device
         with _quiet():
             found = self.pipeline.encode_prompt(
-                texts, None, None, device, 1, False, max_sequence_length=self.text_window)
+                texts, None, None, device, 1, False, max_sequence_length=self.t5_tokens)
         return dict(text=found[0], pooled=found[2])
 
     def blank(self, n: int, **like) -> dict:
         "What `embed` would give for n texts, without content: for counting."
         c, clip = self.trained.config, self.pipeline.text_encoder.config
-        length = clip.max_position_embeddings + self.text_window
+        length = clip.max_position_embeddings + self.t5_tokens
         return dict(text=torch.zeros(n, length, c.joint_attention_dim, **like),
                     pooled=torch.zeros(n, c.pooled_projection_dim, **like))
 

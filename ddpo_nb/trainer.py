@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['processes', 'usable_precision', 'check_launcher', 'policy_settings', 'check_family', 'configure_policy',
-           'DDPOTrainer', 'denoised_together', 'split_updates', 'RWRTrainer', 'make_trainer']
+           'DDPOTrainer', 'denoised_together', 'split_updates', 'per_image', 'RWRTrainer', 'make_trainer']
 
 # %% ../nbs/09_trainer.ipynb #8222ca9a
 import atexit, hashlib, json, math, os, resource, shutil, sys, tempfile, threading, time, warnings
@@ -795,7 +795,7 @@ def weigh(self:DDPOTrainer, trajectories, batches, scored, x0, t) -> Work:
     by_prompt = {}
     for p, r in zip(prompts, rewards): by_prompt.setdefault(p, []).append(r)
     row["reward_by_prompt"] = {p: np.mean(r) for p, r in sorted(by_prompt.items())}
-    row |= dict(reward_info=_means(_per_image(scored)), diversity=_diversity(x0))
+    row |= dict(reward_info=_means(per_image(scored)), diversity=_diversity(x0))
     if self.watched:
         row["watch_mean"] = np.mean(gather_object([v for *_, values in scored for v in values.tolist()]))
     return Work(
@@ -824,7 +824,7 @@ def _memory(device):
     )
 
 # %% ../nbs/09_trainer.ipynb #6d4bc63e
-def _per_image(scored):
+def per_image(scored):
     "name -> values, of all that the reward's metadata says of each image in numbers."
     found = {}
     for rewards, info, _ in scored:

@@ -1024,13 +1024,14 @@ def vlm_alignment(
     **settings,                   # of `VLMClient`
 ) -> VLMAlignment:
     "The reward `vlm_alignment` as flags or the environment describe it. InputError if something is missing."
+    from ddpo_nb.loading import BUNDLED
     client = vlm_client(url, vlm_model, **settings)
     return VLMAlignment(
         client,
         make_similarity(
             similarity
             or os.environ.get("DDPO_VLM_SIMILARITY")
-            or ("emoji-clip" if model == "emoji-sd" else _ENGLISH)
+            or ("emoji-clip" if model in BUNDLED else _ENGLISH)
         ),
     )
 
