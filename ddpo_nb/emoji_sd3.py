@@ -28,6 +28,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, get_wsd_schedule
 from .emoji_sd import COLOURS, FONT, build_tokenizer, glyph, load_state, save_state, to_tensor
 from .emoji_sd import vae_loss, write_vocabulary
+from .policy import follow_umask
 from .prompts import InputError, plural
 from .scenes import GROUNDS, NOUNS, RELATIONS, Scene, shown, turned, wordings
 
@@ -195,6 +196,7 @@ def save(pipe: StableDiffusion3Pipeline, folder: Path):
         file = Path(folder) / name  # transformers 5 has a name for the class that transformers 4 lacks
         text = file.read_text(encoding="utf-8")
         file.write_text(text.replace("TokenizersBackend", "PreTrainedTokenizerFast"), encoding="utf-8")
+    follow_umask(*Path(folder).rglob("*.safetensors"))
 
 # %% ../nbs/12b_emoji_sd3.ipynb #4889b5ce
 def fit(

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from .emoji_sd import COLOURS, FONT, GLYPHS, glyph, to_tensor
 from .emoji_sd3 import centres, completed, draw, fit, load, sized
+from .policy import follow_umask
 from .prompts import InputError
 from .scenes import GROUNDS, NOUNS, RELATIONS, Scene, SceneReader, read
 
@@ -215,6 +216,7 @@ def save_reader(reader: SceneReader, threshold: float, folder: Path):
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.half() if v.is_floating_point() else v for k, v in reader.state_dict().items()},
               folder / "model.safetensors")
+    follow_umask(folder / "model.safetensors")
     config = dict(width=reader.width, threshold=threshold, nouns=NOUNS, grounds=GROUNDS)
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
