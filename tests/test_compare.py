@@ -16,9 +16,10 @@ from ddpo_nb.compare import (BASE, Comparison, Evaluation, RewardError, Table, c
                              exam_sets, fit_budget, latent_spread, load_reward, mean_interval, pm, spread,
                              t_quantile, write_atomic)
 from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline, load_policy
-from ddpo_nb.prompts import InputError, prompt_source
+from ddpo_nb.prompts import InputError, held_out_sets, prompt_source, usual_prompts
 from ddpo_nb.rewards import jpeg_compressibility
 from ddpo_nb.rollout import rollout
+from ddpo_nb.scenes import KINDS, parse, shown
 from ddpo_nb.trainer import ALGORITHMS, make_config
 
 NO_GROUPS = [o for o in ALGORITHMS if o != "flow-grpo"]  # which wants two pictures of each prompt
@@ -100,6 +101,15 @@ def test_held_out_prompts_are_not_trained_on():
     seen = {p for p, _ in items}
     assert len(sets["seen"]) == 64
     assert not seen & {p for k in ("unseen_animals", "everyday_objects") for p, _ in sets[k]}
+
+def test_scenes_are_held_out_where_scenes_are_trained_on():
+    items = prompt_source("scenes").items
+    sets = exam_sets(items, None, held_out_sets("scenes"))
+    asked = {k: {shown(parse(p)) for p, _ in o} for k, o in sets.items()}
+    assert asked == {"seen": {"both"}, "new_scenes": {"base"}, "unseen_scenes": {"neither"}}
+    assert {parse(p).kind for p, _ in sets["seen"]} == {*KINDS}
+    assert usual_prompts("emoji-sd3") == usual_prompts("a/model", "scenes_strict") == "scenes"
+    assert usual_prompts("emoji-sd") == usual_prompts("a/model", "aesthetic") == "simple_animals"
 
 def test_exam_noise_is_not_that_of_training():
     from ddpo_nb.rollout import sample_generator
@@ -189,6 +199,39 @@ def test_report_on_a_phone(run, browser, scheme):
     )
     assert abs(light(ink) - light(paper)) > 150 and (light(paper) < 100) == (scheme == "dark")
     page.close()
+
+def legs(images, prompts, metadata):
+    "A reward that says more than one number: of animals alone, and nothing of the others"
+    known = np.array([float(len(p)) if len(p) < 4 else np.nan for p in prompts])
+    return images.mean((1, 2, 3)), dict(legs=known, height=images.amax((1, 2, 3)), words=prompts)
+
+def test_what_a_reward_says_besides_has_a_table(tmp_path):
+    c = compare(legs, output=tmp_path/"r", seeds=(0, 1), **tiny | dict(evaluation_samples=3))
+    one = c.evaluations["rwr", 1]
+    assert {*one.details} == {*one.rewards} and {*one.details["seen"]} == {"legs", "height"}
+    row = c.breakdown()[2]
+    assert [*row] == ["weights", "legs", "height"] and len(c.breakdown()) == 3
+    means = [np.nanmean(c.evaluations["rwr", s].details["seen"]["legs"]) for s in (0, 1)]
+    assert row["legs"] == pm(*mean_interval(means))
+    page = (tmp_path/"r/report.html").read_text()
+    assert "What the reward says in detail" in page and page.count("<th>legs</th>") >= 1
+    again = Comparison.load(tmp_path/"r")
+    assert again.breakdown() == c.breakdown() and again.html() == c.html()
+    file = tmp_path/"r/results/rwr-seed1.json"
+    said = json.loads(file.read_text())
+    said["details"]["seen"]["legs"].pop()
+    file.write_text(json.dumps(said))
+    with pytest.warns(UserWarning, match="what the reward said in detail"): damaged = Comparison.load(tmp_path/"r")
+    assert damaged.missing == [("rwr", 1)]
+
+def test_a_result_of_before_there_were_details_is_whole(run, tmp_path):
+    shutil.copytree(run[1], tmp_path/"old")
+    for file in (tmp_path/"old/results").glob("*.json"):
+        found = json.loads(file.read_text())
+        del found["details"]
+        file.write_text(json.dumps(found))
+    old = Comparison.load(tmp_path/"old")
+    assert not old.missing and not old.breakdown() and "in detail" not in old.html()
 
 def test_load_gives_the_same_back(run):
     c, folder = run
