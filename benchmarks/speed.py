@@ -1,5 +1,5 @@
-"""What an epoch costs: TRL 0.23.1, ours, and the floor, which is the UNet's own passes and nothing else; in
-turn, on one machine.
+"""What an epoch costs: TRL 0.23.1, ours, and the floor, which is the network's own passes and nothing else;
+in turn, on one machine.
 
 `python benchmarks/speed.py [--setting NAME] [--rounds N]` makes an environment for TRL once, starts both
 sides, has each of them do one epoch to warm up, then takes turns. It prints medians and ratios, and writes
@@ -20,6 +20,11 @@ SETTINGS = {
     "emoji": dict(
         model="emoji-sd", cuda=False, settings=_trl | dict(mixed_precision="no"),
         floor_sizes=[12, 24, 48, 64, 96, 128, 192, 288]
+    ),
+    # a flow, by the algorithm's own settings, which TRL's trainer does not know
+    "emoji-sd3": dict(
+        model="emoji-sd3", cuda=False, algorithm="flow-grpo", settings={},
+        floor_sizes=[16, 32, 48, 64, 96, 128]
     ),
     "sd15": _gpu | dict(settings=_trl | dict(mixed_precision="bf16")),
     "sd15-paper": (
@@ -68,6 +73,7 @@ def emoji_sd(): return Path(str(resources.files("ddpo_nb"))) / "weights/emoji-sd
 
 def model_folder(name):
     if name == "emoji-sd": return emoji_sd()
+    if name == "emoji-sd3": return name
     folder = CACHE.parent / "random-sd15"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -164,6 +170,13 @@ def show(found, samples):
     for (a, b), r in ratios(found).items():
         print(f"| {a} / {b} | **{r['seconds']:.2f}** | {r['sampling']:.2f} | {r['rest']:.2f} | | | |")
 
+def samples_of(plan):
+    "Pictures of an epoch."
+    if plan["algorithm"]:
+        from ddpo_nb.trainer import make_config
+        return make_config(plan["algorithm"], plan["model"], **plan["settings"]).samples_per_epoch
+    return plan["settings"]["sample_batch_size"] * plan["settings"]["sample_num_batches_per_epoch"]
+
 def hardware():
     if torch.cuda.is_available(): return torch.cuda.get_device_name()
     name = (
@@ -218,19 +231,22 @@ def main():
         return print(f"{args.setting} wants a CUDA GPU, and there is none: nothing measured")
     plan = dict(
         model=str(model_folder(chosen["model"])), settings=chosen["settings"] | dict(args.set),
-        ours=dict(args.ours), threads=args.threads, floor_sizes=chosen["floor_sizes"]
+        ours=dict(args.ours), threads=args.threads, floor_sizes=chosen["floor_sizes"],
+        algorithm=chosen.get("algorithm")
     )
     about = dict(
         date=str(date.today()), hardware=hardware(), torch=version("torch"), diffusers=version("diffusers"),
         setting=args.setting, **plan, rounds=args.rounds
     )
-    found = measure(dict.fromkeys(("TRL", "ours", "floor"), plan), trl_python(args.env), args.rounds, log)
+    sides = ("ours", "floor") if plan["algorithm"] else ("TRL", "ours", "floor")
+    python = trl_python(args.env) if "TRL" in sides else None
+    found = measure(dict.fromkeys(sides, plan), python, args.rounds, log)
     print(
         f"{about['date']}, {about['hardware']}, PyTorch {about['torch']}; {args.setting}, {plan['settings']}"
         + (f"; ours: {plan['ours']}" if args.ours else "")
         + f"; medians of {args.rounds} rounds; the floor's rows at a time: {found[-1]['floor']['sizes']}"
     )
-    show(found, plan["settings"]["sample_batch_size"] * plan["settings"]["sample_num_batches_per_epoch"])
+    show(found, samples_of(plan))
     if args.json: args.json.write_text(json.dumps(about | dict(model=chosen["model"], found=found), indent=1))
 
 if __name__ == "__main__": main()

@@ -221,7 +221,8 @@ def test_what_a_reward_says_besides_has_a_table(tmp_path):
     said = json.loads(file.read_text())
     said["details"]["seen"]["legs"].pop()
     file.write_text(json.dumps(said))
-    with pytest.warns(UserWarning, match="what the reward said in detail"): damaged = Comparison.load(tmp_path/"r")
+    with pytest.warns(UserWarning, match="what the reward said in detail"):
+        damaged = Comparison.load(tmp_path/"r")
     assert damaged.missing == [("rwr", 1)]
 
 def test_a_result_of_before_there_were_details_is_whole(run, tmp_path):

@@ -1,4 +1,4 @@
-"Models side by side: the same noise for all, what a reader marks, and a text box that says what it cannot do."
+"Models side by side: the same noise for all, what a reader marks, a text box that says what it cannot do."
 import io
 
 import numpy as np
@@ -37,9 +37,12 @@ def test_one_noise_for_all_and_another_for_each_picture(policy):
     assert torch.equal(paint_alike({"a": policy}, "a cat", 2, seed=1)["a"], images["a"][:2])
     assert not torch.equal(paint_alike({"a": policy}, "a cat", 3, seed=2)["a"], images["a"])
 
-@pytest.mark.parametrize("prompt, tick", [("a cat", "✓"), ("a cat on white", "✓"), ("two cats", "✗"), ("a dog", "✗")])
+ASKED = [("a cat", "✓"), ("a cat on white", "✓"), ("two cats", "✗"), ("a dog", "✗")]
+
+@pytest.mark.parametrize("prompt, tick", ASKED)
 def test_what_the_reader_finds_is_marked(prompt, tick):
-    figure = draw_alike({"base": torch.rand(2, 3, 64, 64), "trained": torch.rand(2, 3, 64, 64)}, prompt, READER)
+    images = {"base": torch.rand(2, 3, 64, 64), "trained": torch.rand(2, 3, 64, 64)}
+    figure = draw_alike(images, prompt, READER)
     assert [o.get_ylabel() for o in figure.axes] == ["base", "", "trained", ""]
     for ax in figure.axes:
         assert ax.get_xlabel() == f"{tick} on white" and [o.get_text() for o in ax.texts] == ["cat"]
