@@ -190,7 +190,7 @@ class Examiner:
     def draw(self, policy, items, generators, on_step=None):
         "Trajectories of `policy` for (prompt, metadata) pairs."
         cast = torch.autocast(policy.device.type, self.dtype) if self.dtype else contextlib.nullcontext()
-        with cast:
+        with cast, policy.as_users_draw():
             return rollout(
                 policy, [p for p, _ in items], generators, [dict(m) for _, m in items], self.batch_size,
                 on_step

@@ -238,6 +238,20 @@ def drawing(self: DiffusionPolicy, asked: dict) -> dict:
     return asked
 
 @patch
+def usual_process(self: DiffusionPolicy):
+    "The process by which users draw, in as many steps as this policy's."
+    return self.process
+
+@patch
+@contextmanager
+def as_users_draw(self: DiffusionPolicy):
+    "Within this context the policy samples by its `usual_process`: a flow by its ODE, however it is trained."
+    own = self.process
+    self.process = self.usual_process()
+    try: yield
+    finally: self.process = own
+
+@patch
 def begin_epoch(self: DiffusionPolicy, epoch: int):
     "Called with the number of epochs done, before one is sampled."
 
@@ -561,6 +575,12 @@ class FlowPolicy(DiffusionPolicy):
     def drawing(self, asked: dict) -> dict:
         "By the ODE, as users draw."
         return dict(kind="ode") | asked
+
+    def usual_process(self) -> FlowProcess:
+        "The ODE's."
+        steps = len(self.process.times)
+        return FlowProcess(
+            self.pipeline.scheduler, "ode", 0.0, steps, None, self.shift(), self.levels(steps))
 
     def levels(self, num_steps: int):
         "The noise levels that the family's pipeline hands to the scheduler; None: the scheduler's own."

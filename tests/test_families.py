@@ -444,3 +444,27 @@ def test_guidance_that_a_model_does_not_take_is_told(capsys):
     for kind, told in (("flux", False), ("flux-schnell", True)):
         make_trainer(config(kind, ""), brightness, PromptSource(["a cat"], 0), make(kind))
         assert ("sample_guidance_scale does nothing" in capsys.readouterr().err) == told
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_a_flow_is_examined_as_users_draw_however_it_is_trained(kind):
+    from ddpo_nb.compare import Examiner
+    items = [(p, {}) for p in PROMPTS]
+    noisy, quiet = make(kind, noise_level=0.9, window=2), still(kind)
+    examiner = Examiner(quiet, brightness, "brightness", items, 2)
+    draw = lambda policy: examiner.draw(policy, items, generators(len(items)))
+    drawn = draw(noisy)
+    assert torch.equal(drawn.images, draw(quiet).images) and not drawn.stochastic.any()
+    assert noisy.stochastic.sum() == 2 and noisy.process.kind == "flow-sde"
+    with pytest.raises(RuntimeError), noisy.as_users_draw(): raise RuntimeError
+    assert noisy.stochastic.any()
+
+def test_others_are_examined_as_they_are_trained():
+    policy = make("sd", eta=0.5)
+    with policy.as_users_draw(): assert policy.process.eta == 0.5
+
+def test_a_t5_that_reads_little_is_given_little():
+    policy = make("sd3")
+    policy.pipeline.tokenizer_3.model_max_length = 1
+    clip = policy.pipeline.tokenizer.model_max_length
+    assert policy.embed(["a cat"])["text"].shape[1] == clip + 1 == policy.blank(1)["text"].shape[1]
+    assert policy.reader == (policy.pipeline.tokenizer, clip)  # who reads the most
