@@ -175,7 +175,8 @@ class Examiner:
             base, reward_function, reward_name, batch_size
         )
         self.sets, self.varied, self.copies = (
-            exam_sets(items, samples, others), spread(items, min(copies, samples or copies, len(items))), copies
+            exam_sets(items, samples, others), spread(items, min(copies, samples or copies, len(items))),
+            copies
         )
         self.second = PromptAlignment(base.pipeline, batch_size=batch_size)
         self.dtype = dict(no=None, fp16=torch.float16, bf16=torch.bfloat16)[mixed_precision]
@@ -353,7 +354,8 @@ def table(self:Comparison) -> Table:
 def breakdown(self:Comparison,
     key: str = "seen",  # a set of prompts
 ) -> Table:             # empty if the reward says nothing besides
-    "What the reward says besides of a set's pictures, means ± as in `table`; NaN for a picture counts for nothing."
+    """What the reward says besides of a set's pictures, means ± as in `table`; NaN for a picture counts
+    for nothing."""
     names = [n for n in ([BASE] if self.seeds(BASE) else []) + self.names]
     said = lambda n, s: self.evaluations[n, s].details.get(key, {})
     def values(n, what):
@@ -364,7 +366,8 @@ def breakdown(self:Comparison,
     if not columns: return Table()
     label = lambda what: what.replace("_", " ")
     return Table(
-        dict(weights=_labels.get(n, n)) | {label(w): pm(*_interval(values(n, w))) for w in columns} for n in names
+        dict(weights=_labels.get(n, n)) | {label(w): pm(*_interval(values(n, w))) for w in columns}
+        for n in names
     )
 
 # %% ../nbs/10_compare.ipynb #abcbac24

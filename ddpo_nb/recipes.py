@@ -28,9 +28,9 @@ from transformers import PreTrainedModel
 from .batches import Cost, device_memory, example_cost, micro_batch, resident
 from .compare import Table
 from .mdp import Trajectories
-from .loading import (BUNDLED, QUANTIZED, config_beside, family_of, is_hub_id, quantized_parts,
-                             _index, _parts_of, _quiet, _said)
-from .policy import EMOJI_SD, Conditioning
+from .loading import (BUNDLED, EMOJI_SD, EMOJI_SD3, QUANTIZED, config_beside, family_of, is_hub_id,
+                             quantized_parts, _index, _parts_of, _quiet, _said)
+from .policy import Conditioning
 from .prompts import InputError
 from .trainer import (DDPOConfig, check_repeats, configure_policy, denoised_together, make_config,
                              make_objective, policy_settings, _check_steps)
@@ -147,6 +147,11 @@ RECIPES = {
     "emoji-sf": Recipe(
         "emoji that make large JPEG files, by the score-function gradient", "jpeg_incompressibility",
         epochs=64, algorithm="ddpo-sf", **_emoji
+    ),
+    "emoji-scenes": Recipe(
+        "emoji that show what was asked for, counted and placed: Flow-GRPO on a flow", "scenes",
+        needs="a CPU, minutes", epochs=96, prompts="scenes", model=EMOJI_SD3, algorithm="flow-grpo",
+        source="notebook 10: found by search", settings=dict(mixed_precision="no"),
     ),
     "emoji-rwr": Recipe(
         "emoji that make large JPEG files, by reward-weighted regression", "jpeg_incompressibility", epochs=8,
@@ -341,8 +346,8 @@ def _named_class(library, name):
     raise ValueError(f"its model_index.json names {library}.{name}, which is no network and no scheduler")
 
 _remedy = (
-    f"give {' or '.join(BUNDLED)}, a folder in diffusers' format, or the hub id of a text-to-image model that can be"
-    " reached"
+    f"give {' or '.join(BUNDLED)}, a folder in diffusers' format, or the hub id of a text-to-image model that"
+    " can be reached"
 )
 _CONFIGS = "model_index.json", "*/config.json", "*/scheduler_config.json", "*/tokenizer_config.json"
 
