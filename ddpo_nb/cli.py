@@ -143,8 +143,8 @@ def _add_model(p):
     p.add_argument(
         "--model", default="emoji-sd", metavar="DIR_OR_ID",
         help=(
-            "emoji-sd or emoji-sd3 (bundled), a folder in diffusers' format, a .safetensors file (01b_loading), or a"
-            " hub id"
+            "emoji-sd or emoji-sd3 (bundled), a folder in diffusers' format, a .safetensors file"
+            " (01b_loading), or a hub id"
         ),
     )
 def _add_reward(p):
@@ -386,8 +386,10 @@ def _check_model(model):
     "InputError if `model` can be neither a bundled one, nor a folder with a pipeline, nor a hub id."
     if model in ("emoji-sd", "emoji-sd3"): return
     path = Path(model).expanduser()
-    remedy = ("give emoji-sd, emoji-sd3, a folder in diffusers' format, a .safetensors file, or a hub id such as "
-              "stable-diffusion-v1-5/stable-diffusion-v1-5")
+    remedy = (
+        "give emoji-sd, emoji-sd3, a folder in diffusers' format, a .safetensors file, or a hub id such as "
+        "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    )
     if path.is_dir():
         if not (path / "model_index.json").is_file():
             raise InputError("--model", f"the folder {model!r} holds no model_index.json", remedy)

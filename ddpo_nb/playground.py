@@ -21,14 +21,17 @@ from .scenes import facts, parse, read
 # %% ../nbs/09c_playground.ipynb #1df91ac7
 @torch.no_grad()
 def paint_alike(
-    policies: dict,  # name -> policy, configured to paint as it shall
-    prompt: str,
-    n: int = 4,      # pictures
-    seed: int = 0,   # of the noise
-) -> dict:           # name -> images (n, 3, H, W) in [0, 1]
-    "What several policies make of one prompt from the same n noises. InputError if there is no such prompt."
-    if flaw := prompt_flaw(prompt): raise InputError("prompt", f"it {flaw}", "give a short text")
-    paint = lambda policy: rollout(policy, [prompt] * n, exam_generators(seed, n)).images
+    policies: dict,    # name -> policy, configured to paint as it shall
+    prompts: str|list, # one for all pictures, or one for each
+    n: int = 4,        # pictures of a single prompt
+    seed: int = 0,     # of the noise
+) -> dict:             # name -> images (n, 3, H, W) in [0, 1]
+    """What several policies make of the same prompts from the same noises. InputError if one cannot be
+    painted."""
+    prompts = prompts if isinstance(prompts, list) else [prompts] * n
+    for flaw in filter(None, map(prompt_flaw, prompts)):
+        raise InputError("prompt", f"it {flaw}", "give a short text")
+    paint = lambda policy: rollout(policy, prompts, exam_generators(seed, len(prompts))).images
     return {name: paint(policy) for name, policy in policies.items()}
 
 # %% ../nbs/09c_playground.ipynb #a05a71e9
@@ -42,27 +45,32 @@ def _mark(ax, reading, scale):
         ax.text(left, top, o.noun, fontsize=6, va="bottom", bbox=label)
 
 def draw_alike(
-    images: dict,        # name -> images (n, 3, H, W) in [0, 1], as `paint_alike` returns them
-    prompt: str,
-    reader=None,         # (network, threshold) as `scenes.load_reader` returns it; None: nothing is marked
+    images: dict,      # name -> images (n, 3, H, W) in [0, 1], as `paint_alike` returns them
+    prompts: str|list, # what was asked for: one for all columns, or one for each
+    reader=None,       # (network, threshold) as `scenes.load_reader` returns it; None: nothing is marked
 ) -> Figure:
     "A row for each name, a column for each noise; marked with what a reader finds, if there is one."
-    n = len(next(iter(images.values())))
-    fig = _Figure(figsize=(1.45 * n + 0.5, 1.7 * len(images)), dpi=90, layout="constrained")
-    scene = parse(prompt) if reader else None
-    for row, (name, pictures) in zip(fig.subplots(len(images), n, squeeze=False), images.items()):
+    n, several = len(next(iter(images.values()))), isinstance(prompts, list)
+    fig = _Figure(
+        figsize=(1.45 * n + 0.5, (1.75 if several else 1.7) * len(images)), dpi=90, layout="constrained"
+    )
+    asked = prompts if several else [prompts] * n
+    axes = fig.subplots(len(images), n, squeeze=False)
+    for row, (name, pictures) in zip(axes, images.items()):
         readings = read(reader[0], pictures, reader[1]) if reader else [None] * n
-        for ax, picture, reading in zip(row, to_uint8(pictures), readings):
+        for ax, picture, reading, prompt in zip(row, to_uint8(pictures), readings, asked):
             ax.imshow(picture, interpolation="nearest")
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
             if reading is None: continue
             _mark(ax, reading, picture.shape[0] / 64)
-            right = all(facts(scene, reading).values())
+            right = all(facts(parse(prompt), reading).values())
             ax.set_xlabel(f"{'✓' if right else '✗'} on {reading.ground or 'no ground'}", fontsize=8,
                           color="#2a7d2a" if right else "#b03030", labelpad=2)
         write(row[0].set_ylabel, name, 30, 16, fontsize=9)
-    write(fig.suptitle, prompt, 80, 60, fontsize=10)
+    if several:
+        for ax, prompt in zip(axes[0], prompts): write(ax.set_title, prompt, 48, 18, fontsize=8)
+    else: write(fig.suptitle, prompts, 80, 60, fontsize=10)
     return fig
 
 # %% ../nbs/09c_playground.ipynb #80f19736

@@ -78,3 +78,11 @@ def test_a_prompt_that_is_none_is_refused(policy):
     with pytest.raises(InputError, match="prompt"): paint_alike({"a": policy}, "a\0cat")
     with pytest.raises(InputError, match="asks for nothing"):
         Playground({"a": policy}, "", reader=READER, widgets=False).show()
+
+def test_each_column_may_have_a_prompt_of_its_own(policy):
+    prompts = ["a cat", "two cats", "a dog on white"]
+    images = paint_alike({"a": policy}, prompts)
+    assert len(images["a"]) == 3 and torch.equal(images["a"][:1], paint_alike({"a": policy}, "a cat", 1)["a"])
+    figure = draw_alike(images, prompts, READER)
+    assert [o.get_title() for o in figure.axes] == prompts
+    assert [o.get_xlabel()[0] for o in figure.axes] == ["✓", "✗", "✗"]
