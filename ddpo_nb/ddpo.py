@@ -12,7 +12,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from .likelihood import gaussian_kl
 from .mdp import Trajectories
-from .objectives import EMOJI, FLOW, PAPER, Objective, objective
+from .objectives import EMOJI, EMOJI3, FLOW, PAPER, Objective, objective
 from .prompts import InputError
 
 # %% ../nbs/08_ddpo.ipynb #98c75486
@@ -52,7 +52,8 @@ class DDPO(Objective):
         "step_weighting": "step_weighting", "kl_coef": "kl_coef"}
     defaults = {
         "emoji-sd": _emoji | dict(train_learning_rate=3e-3, train_clip_range=1e-3),
-        "paper": _paper | dict(train_batch_size=64), "flow": FLOW | dict(train_batch_size=96)}
+        "paper": _paper | dict(train_batch_size=64), "flow": FLOW | dict(train_batch_size=96),
+        "emoji-sd3": EMOJI3 | dict(train_batch_size=32, train_clip_range=1e-3, sample_window=4)}
 
     def __post_init__(self):
         if self.step_weighting not in STEP_WEIGHTINGS:
@@ -154,7 +155,8 @@ class DDPOSF(DDPO):
     settings = DDPO.settings | {"clip_range": None}  # there is no ratio to clip
     defaults = {
         "emoji-sd": _emoji | dict(train_learning_rate=1e-3, sample_batch_size=16),
-        "paper": _paper | dict(train_batch_size=256), "flow": FLOW | dict(train_batch_size=192)}
+        "paper": _paper | dict(train_batch_size=256), "flow": FLOW | dict(train_batch_size=192),
+        "emoji-sd3": EMOJI3 | dict(sample_window=4)}
 
     def objective(self, advantage: Tensor, ratio: Tensor, log_prob: Tensor) -> Tensor:
         "Minus advantage times log-probability, (M,)."
@@ -179,4 +181,5 @@ class FlowGRPO(DDPO):
     defaults = {
         "emoji-sd": DDPO.defaults["emoji-sd"] | _group | dict(samples_per_prompt=8),
         "paper": DDPO.defaults["paper"] | _group | dict(samples_per_prompt=8),
-        "flow": DDPO.defaults["flow"] | _group | dict(samples_per_prompt=24)}
+        "flow": DDPO.defaults["flow"] | _group | dict(samples_per_prompt=24),
+        "emoji-sd3": DDPO.defaults["emoji-sd3"] | _group | dict(samples_per_prompt=8)}

@@ -185,7 +185,7 @@ FLOW = dict(
     sample_batch_size=8, sample_num_batches_per_epoch=24, lora_rank=32, train_learning_rate=3e-4
 )
 EMOJI3 = dict(
-    mixed_precision="no", sample_num_steps=10, sample_guidance_scale=1.5, sample_noise_level=0.7,
-    sample_batch_size=64, sample_num_batches_per_epoch=1, train_batch_size=32, lora_rank=16,
+    mixed_precision="no", sample_num_steps=10, sample_guidance_scale=1.0, sample_noise_level=0.7,
+    sample_batch_size=64, sample_num_batches_per_epoch=1, train_batch_size=64, lora_rank=16,
     train_learning_rate=1e-3
 )

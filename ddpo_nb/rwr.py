@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from fastcore.basics import patch
 from .advantages import _groups
 from .mdp import DDIMProcess, Step, Trajectories, ddim_step, step_std
-from .objectives import EMOJI, FLOW, PAPER, Objective, objective
+from .objectives import EMOJI, EMOJI3, FLOW, PAPER, Objective, objective
 from .prompts import InputError
 
 # %% ../nbs/07_rwr.ipynb #676834a7
@@ -95,9 +95,12 @@ class RWR(Objective):
         rwr_normalizer="prompt", rwr_rewards="raw")
     _paper = PAPER | _fitted | dict(sample_num_batches_per_epoch=1280)
     _flow = FLOW | _fitted | dict(sample_num_batches_per_epoch=1280, samples_per_prompt=8)
+    _emoji3 = EMOJI3 | dict(
+        sample_sde="ode", sample_num_batches_per_epoch=4, train_num_inner_epochs=2, rwr_rewards="normalized",
+        rwr_normalizer="batch", train_fresh_optimizer=False)
     defaults = {
         "emoji-sd": _emoji | dict(rwr_draws=2, rwr_beta=5.0), "paper": _paper | dict(rwr_draws=1),
-        "flow": _flow | dict(rwr_draws=1)}
+        "flow": _flow | dict(rwr_draws=1), "emoji-sd3": _emoji3 | dict(rwr_draws=4, rwr_beta=5.0)}
 
     def per_sample(self, steps: int) -> int: return self.draws
     def latents_kept(self, steps: int) -> int: return 1 + self.draws  # x_0, and the noise of each draw
@@ -149,6 +152,8 @@ class RWRSparse(RWR):
         ),
         "paper": RWR._paper | dict(rwr_fraction=0.1, rwr_draws=10),
         "flow": RWR._flow | dict(rwr_fraction=0.1, rwr_draws=10, samples_per_prompt=10, sample_batch_size=10),
+        "emoji-sd3": RWR._emoji3 | dict(
+            rwr_draws=8, rwr_rewards="raw", rwr_normalizer="prompt", samples_per_prompt=8),
     }
 
     def kept(self, groups: dict) -> int:
