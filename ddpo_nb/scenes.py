@@ -277,6 +277,13 @@ class SceneReward:
         self.reader.to(device)
         return self
 
+    def check_prompt(self, prompt: str, metadata: dict):
+        "InputError if the prompt asks for nothing of this world: before anything is painted."
+        try:
+            asked_for(prompt)
+        except InputError as e:
+            raise InputError("prompt", e.problem.removeprefix(f"{prompt!r} "), e.remedy) from None
+
     def __call__(self, images: Tensor, prompts: list, metadata: list) -> tuple:
         "Rewards (N,) of images (N, 3, H, W) in [0, 1]; whether each is right, by kind, NaN if of another."
         scenes = [asked_for(prompt) for prompt in prompts]

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from ddpo_nb.prompts import InputError
-from ddpo_nb.scenes import COUNTS, GROUNDS, KINDS, NOUNS, RELATIONS, SHOWN, Scene
+from ddpo_nb.prompts import InputError, PromptSource, prompt_source
+from ddpo_nb.rewards import can_score, check_prompts
+from ddpo_nb.scenes import COUNTS, GROUNDS, KINDS, NOUNS, RELATIONS, SHOWN, Scene, SceneReader, SceneReward
 from ddpo_nb.scenes import draw_scene, parse, shown, turned, wordings
 from scene_world import grounds, scenes
 
@@ -137,3 +138,11 @@ def test_one_seed_draws_one_sequence_and_all_kinds():
                                    dict(to="base", kind="colour")])
 def test_what_cannot_be_drawn_is_refused(wrong):
     with pytest.raises(InputError): draw_scene(np.random.default_rng(0), **wrong)
+
+def test_a_prompt_of_another_world_is_told_before_anything_is_painted():
+    reward = SceneReward(SceneReader())
+    check_prompts(reward, prompt_source("scenes"))
+    with pytest.raises(InputError, match="number 2, 'three unicorns', asks for no scene"):
+        check_prompts(reward, PromptSource(["a cat", "three unicorns"]))
+    with pytest.raises(InputError): check_prompts(reward, PromptSource([""]))
+    assert not can_score(reward, [("a zebra", {})]) and can_score(reward, [("a cat", {})])
