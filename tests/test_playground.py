@@ -83,7 +83,8 @@ def test_each_column_may_have_a_prompt_of_its_own(policy):
     prompts = ["a cat", "two cats", "a dog on white"]
     images = paint_alike({"a": policy}, prompts)
     assert len(images["a"]) == 3
-    torch.testing.assert_close(images["a"][:1], paint_alike({"a": policy}, "a cat", 1)["a"], atol=1e-5, rtol=0)
+    cat = paint_alike({"a": policy}, "a cat", 1)["a"]
+    torch.testing.assert_close(images["a"][:1], cat, atol=1e-5, rtol=0)
     figure = draw_alike(images, prompts, READER)
     assert [o.get_title() for o in figure.axes] == prompts
     assert [o.get_xlabel()[0] for o in figure.axes] == ["✓", "✗", "✗"]
