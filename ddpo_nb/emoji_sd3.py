@@ -318,6 +318,9 @@ _looked_at = ["a cat", "a fox on a red background", "a house on blue", "three ap
               "a pig to the right of a banana on a green background", "a frog and a ball",
               "a penguin and a crown"]
 
+# a large object shows more than a small one, and takes more learning: it comes so much more often
+_more_singles = 2.5
+
 def train_transformer(
     folder: Path, vae, steps: int, device: str = "cpu", font: str = FONT, batch: int = 64,
     pictures: int = 32768,  # in the training set
@@ -326,6 +329,7 @@ def train_transformer(
     "Train transformer and text encoders, keeping the state in `folder`; the pipeline, of averaged weights."
     latents = encode_scenes(folder, vae, pictures, device, font)
     scenes = [numbered_scene(i)[0] for i in range(pictures)]
+    odds = np.array([_more_singles if len(o.nouns) == o.count == 1 else 1.0 for o in scenes])
     if not (folder / "tokenizer").exists(): build_tokenizer(_words).save_pretrained(folder / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     torch.manual_seed(0)
@@ -335,7 +339,7 @@ def train_transformer(
     pipe.set_progress_bar_config(disable=True)
     def loss_of(step):
         rng, zeros = np.random.default_rng((2, step)), 256 if step % 8 == 7 else 1
-        chosen = rng.integers(pictures, size=batch // 4 if zeros > 1 else batch)
+        chosen = rng.choice(pictures, batch // 4 if zeros > 1 else batch, p=odds / odds.sum())
         prompts = ["" if rng.random() < 0.1 else told(scenes[i], rng) for i in chosen]
         return velocity_loss(pipe, latents[chosen].to(device), prompts, zeros)
     def look(step):
