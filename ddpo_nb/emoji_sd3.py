@@ -364,7 +364,7 @@ def main(argv: list|None = None) -> int:
     add("--output", type=Path, required=True, help="folder for checkpoints and, in pipeline/, the result")
     add("--font", default=FONT, help="NotoColorEmoji.ttf (default: %(default)s)")
     add("--vae-steps", type=int, default=2500, help="of 16 pictures (default: %(default)s)")
-    add("--steps", type=int, default=5000, help="of the transformer (default: %(default)s)")
+    add("--steps", type=int, default=16000, help="of the transformer (default: %(default)s)")
     add("--pictures", type=int, default=32768, help="in its training set (default: %(default)s)")
     add("--batch", type=int, default=64, help="of its training, in pictures (default: %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")

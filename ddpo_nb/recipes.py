@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from .batches import Cost, device_memory, example_cost, micro_batch, resident
 from .compare import Table
 from .mdp import Trajectories
-from .loading import (BUNDLED, EMOJI_SD, EMOJI_SD3, QUANTIZED, config_beside, family_of, is_hub_id,
+from .loading import (BUNDLED, EMOJI_SD, QUANTIZED, config_beside, family_of, is_hub_id,
                              quantized_parts, _index, _parts_of, _quiet, _said)
 from .policy import Conditioning
 from .prompts import InputError
@@ -147,11 +147,6 @@ RECIPES = {
     "emoji-sf": Recipe(
         "emoji that make large JPEG files, by the score-function gradient", "jpeg_incompressibility",
         epochs=64, algorithm="ddpo-sf", **_emoji
-    ),
-    "emoji-scenes": Recipe(
-        "emoji that show what was asked for, counted and placed: Flow-GRPO on a flow", "scenes",
-        needs="a CPU, minutes", epochs=96, prompts="scenes", model=EMOJI_SD3, algorithm="flow-grpo",
-        source="notebook 10: found by search", settings=dict(mixed_precision="no"),
     ),
     "emoji-rwr": Recipe(
         "emoji that make large JPEG files, by reward-weighted regression", "jpeg_incompressibility", epochs=8,

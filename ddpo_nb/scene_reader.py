@@ -19,7 +19,7 @@ from .emoji_sd import COLOURS, FONT, GLYPHS, glyph, to_tensor
 from .emoji_sd3 import centres, completed, draw, fit, load, sized
 from .policy import follow_umask
 from .prompts import InputError
-from .scenes import GROUNDS, NOUNS, RELATIONS, Scene, SceneReader, read
+from .scenes import GROUNDS, NOUNS, RELATIONS, Scene, SceneReader, load_reader, read
 
 # %% ../nbs/12c_scene_reader.ipynb #cc386ea3
 _strangers = [noun for noun in GLYPHS if noun not in NOUNS]

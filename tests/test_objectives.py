@@ -87,3 +87,10 @@ def test_a_new_algorithm_is_one_file(tmp_path):
     )
     report = (tmp_path/"out/report.html").read_text()
     assert "Centred" in report and "#445566" in report
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_has_settings_for_every_kind_of_model(algorithm):
+    of = get_objective(algorithm)
+    for kind in ("emoji-sd", "paper", "flow"): assert of.settings_for(kind) is of.defaults[kind]
+    c = make_config(algorithm, "emoji-sd3")
+    assert c.mixed_precision == "no" and c.samples_per_epoch <= 512 and c.sample_num_steps == 10

@@ -1,5 +1,6 @@
 "Reading pictures of scenes: what a reading makes true, what the rewards say, and how the reader is taught."
 from collections import Counter
+from importlib import resources
 
 
 import numpy as np
@@ -14,7 +15,7 @@ from ddpo_nb.prompts import InputError
 from ddpo_nb.scene_reader import batch_of_lessons, broken_pictures, lesson, reading_loss, reads_right, targets
 from ddpo_nb.scene_reader import spoiled, unseen_scenes
 from ddpo_nb.scenes import GROUNDS, KINDS, NOUNS, RELATIONS, Found, Reading, SceneReader
-from ddpo_nb.scenes import SceneReward, facts, parse, read, reader_from, stands, turned
+from ddpo_nb.scenes import SceneReward, facts, load_reader, parse, read, reader_from, stands, turned
 from scene_world import scenes
 
 quick = settings(deadline=None, max_examples=60)
@@ -183,3 +184,14 @@ def test_what_it_cannot_use_is_named(argument, value, tmp_path, capsys):
 def test_a_reader_of_another_world_is_refused(tmp_path):
     (tmp_path/"config.json").write_text('{"width": 64, "threshold": 0.5, "nouns": ["cat"], "grounds": []}')
     with pytest.raises(InputError, match="another world"): reader_from(tmp_path)
+
+def test_the_bundled_reader_reads_scenes_and_nothing_where_there_is_nothing():
+    found = scene_reader.examine(*load_reader(), n=200)
+    assert found["scenes"] >= 0.98 and found["broken"] >= 0.94
+
+def test_the_bundled_reader_is_small_half_precision_safetensors():
+    folder = resources.files("ddpo_nb")/"weights/emoji-scenes"
+    assert {o.name for o in folder.iterdir()} == {"config.json", "model.safetensors"}
+    assert sum(len(o.read_bytes()) for o in folder.iterdir()) <= 3e6
+    saved = load_file(str(folder/"model.safetensors"))
+    assert {v.dtype for v in saved.values()} <= {torch.float16, torch.int64}
