@@ -160,8 +160,9 @@ def build_silent_t5() -> tuple:
     core = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="</s>"))
     core.normalizer = normalizers.Replace(Regex(r"[\s\S]+"), "")
     signs = dict(pad_token="<pad>", eos_token="</s>", unk_token="</s>")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=1, **signs)
-    t5 = T5EncoderModel(T5Config(vocab_size=2, d_model=192, d_kv=8, d_ff=8, num_layers=1, num_heads=1))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **signs)
+    config = T5Config(vocab_size=2, d_model=192, d_kv=8, d_ff=8, num_layers=1, num_heads=1, n_positions=1)
+    t5 = T5EncoderModel(config)
     torch.nn.init.zeros_(t5.encoder.final_layer_norm.weight)
     return t5, tokenizer
 

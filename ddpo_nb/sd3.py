@@ -44,8 +44,9 @@ class SD3Policy(FlowPolicy):
 
     @property
     def t5_tokens(self) -> int:
-        "T5's tokens: `text_window`, or fewer if its tokenizer says so."
-        return min(self.text_window, getattr(self.pipeline.tokenizer_3, "model_max_length", self.text_window))
+        "T5's tokens: `text_window`, or fewer if it was made for fewer, and says so in its configuration."
+        config = getattr(self.pipeline.text_encoder_3, "config", None)
+        return min(self.text_window, getattr(config, "n_positions", self.text_window))
 
     def embed(self, texts: list) -> dict:
         "`text` (N, L, D) of all encoders, and `pooled` (N, P) of the CLIPs."

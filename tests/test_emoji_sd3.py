@@ -15,7 +15,9 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from ddpo_nb import emoji_sd3
 from ddpo_nb.emoji_sd import COLOURS, GLYPHS
 from ddpo_nb.emoji_sd3 import base_scene, completed, draw, told
+from ddpo_nb.policy import load_policy
 from ddpo_nb.prompts import InputError, plural
+from ddpo_nb.recipes import model_numbers
 from ddpo_nb.scenes import GROUNDS, NOUNS, RELATIONS, Scene, parse, shown, turned, wordings
 from scene_world import pairs, scenes
 
@@ -119,6 +121,11 @@ def test_the_third_text_encoder_says_nothing(pipe, caplog):
                                              max_sequence_length=3)
     assert given.shape == (2, 16 + 3, 192) and pooled.shape == (2, 192)
     assert not given[:, 16:].any() and given[:, :16].any(-1).all() and "truncated" not in caplog.text
+
+def test_a_policy_gives_it_one_token(folder):
+    policy = load_policy(str(folder/"pipeline"), use_lora=False)
+    assert policy.embed(["a cat"])["text"].shape == (1, 16 + 1, 192)
+    assert model_numbers(str(folder/"pipeline")).text["text"] == (17, 192)
 
 def test_weights_are_half_precision_safetensors_of_a_small_package(folder):
     files = [f for f in (folder/"pipeline").rglob("*") if f.is_file()]

@@ -464,7 +464,7 @@ def test_others_are_examined_as_they_are_trained():
 
 def test_a_t5_that_reads_little_is_given_little():
     policy = make("sd3")
-    policy.pipeline.tokenizer_3.model_max_length = 1
+    policy.pipeline.text_encoder_3.config.n_positions = 1
     clip = policy.pipeline.tokenizer.model_max_length
     assert policy.embed(["a cat"])["text"].shape[1] == clip + 1 == policy.blank(1)["text"].shape[1]
     assert policy.reader == (policy.pipeline.tokenizer, clip)  # who reads the most

@@ -284,7 +284,8 @@ PAPER = {  # settings; samples an epoch, samples an update, updates an epoch
         COMMON | dict(baseline="group", kl_coef=0.04, samples_per_prompt=8, per_prompt_stat_tracking=False),
         256, 64, 4
     ),
-    # NVlabs/DiffusionNFT, config/base.py and config/nft.py: one update of all samples, no guidance in the loss
+    # NVlabs/DiffusionNFT, config/base.py and config/nft.py: one update of all samples, no guidance in
+    # the loss
     "nft": (
         COMMON | dict(
             train_cfg=False, kl_coef=1e-4, baseline="leave-one-out", samples_per_prompt=8, nft_beta=1.0,
