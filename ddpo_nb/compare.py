@@ -356,7 +356,7 @@ def breakdown(self:Comparison,
 ) -> Table:             # empty if the reward says nothing besides
     """What the reward says besides of a set's pictures, means ± as in `table`; NaN for a picture counts
     for nothing."""
-    names = [n for n in ([BASE] if self.seeds(BASE) else []) + self.names]
+    names = [BASE, *self.names] if self.seeds(BASE) else self.names
     said = lambda n, s: self.evaluations[n, s].details.get(key, {})
     def values(n, what):
         found = [np.array(said(n, s)[what]) for s in self.seeds(n) if what in said(n, s)]
@@ -677,10 +677,10 @@ def _detailed(self:Comparison):
     "HTML of what the rewards say besides: a table for each set of prompts, if it says anything."
     for key in _set_labels:
         if not (found := self.breakdown(key)): continue
-        head, *rows = [[*row.values()] for row in (dict(zip(found[0], found[0])), *found)]
         names = [BASE, *self.names] if self.seeds(BASE) else self.names
-        body = [[self._named(n), *map(escape, row[1:])] for n, row in zip(names, rows)]
-        yield f'<p class="soft">{escape(_set_labels[key])}</p>' + _html_table([*map(escape, head)], body)
+        cells = lambda name, row: [self._named(name), *map(_text, [*row.values()][1:])]
+        head = ["", *map(escape, [*found[0]][1:])]
+        yield f'<p class="soft">{escape(_set_labels[key])}</p>' + _html_table(head, map(cells, names, found))
 
 @patch
 def _about(self:Comparison):
@@ -1286,7 +1286,8 @@ def compare(
     make_prompts = lambda seed: (
         prompt_source(prompts, seed) if isinstance(prompts, (str, Path)) else PromptSource(prompts, seed)
     )
-    if prompts is None: prompts = usual_prompts(str(model), reward)
+    usual = usual_prompts(str(model), reward)
+    if prompts is None: prompts = usual
     items = (source := make_prompts(0)).items
     configs, budget, notes = fit_budget(
         _configs(algorithms, model, lora, settings, overrides), queries, processes().num_processes
@@ -1330,7 +1331,7 @@ def compare(
     examiner = Examiner(
         base, function, reward_name, items, evaluation_samples,
         max(x.sample_batch_size for x in configs.values()), first.mixed_precision,
-        others=held_out_sets(usual_prompts(str(model), reward) if isinstance(prompts, list) else prompts)
+        others=held_out_sets("scenes" if "scenes" in (usual, prompts) else usual)
     )
     with FolderLock(c.folder, "output") if c.folder is not None else contextlib.nullcontext():
         c._go_on()

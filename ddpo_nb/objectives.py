@@ -184,6 +184,7 @@ FLOW = dict(
     mixed_precision="bf16", sample_num_steps=10, sample_guidance_scale=4.5, sample_noise_level=0.7,
     sample_batch_size=8, sample_num_batches_per_epoch=24, lora_rank=32, train_learning_rate=3e-4
 )
+# a place to begin: no search has been made for this model yet
 EMOJI3 = dict(
     mixed_precision="no", sample_num_steps=10, sample_guidance_scale=1.0, sample_noise_level=0.7,
     sample_batch_size=64, sample_num_batches_per_epoch=1, train_batch_size=64, lora_rank=16,

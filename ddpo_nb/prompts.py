@@ -10,6 +10,7 @@ __all__ = ['PROMPT_SETS', 'LONGEST', 'InputError', 'plural', 'usual_prompts', 'h
 import json
 import os
 import random
+import re
 import warnings
 from collections import Counter
 from functools import partial
@@ -94,11 +95,12 @@ def usual_prompts(
     reward = "",  # its name
 ) -> str:
     "The set that is taken for a model and a reward if none is named: scenes where either knows nothing else."
-    return "scenes" if model == "emoji-sd3" or reward in ("scenes", "scenes_strict") else "simple_animals"
+    judges = {*re.split(r"[\s+*-]+", reward)} if isinstance(reward, str) else set()  # of a weighted sum
+    return "scenes" if model == "emoji-sd3" or judges & {"scenes", "scenes_strict"} else "simple_animals"
 
-def held_out_sets(prompts) -> tuple:
-    "Sets with prompts that no training on these prompts, a set's name or something else, has seen."
-    return ("new_scenes", "unseen_scenes") if prompts == "scenes" else ("unseen_animals", "everyday_objects")
+def held_out_sets(name: str) -> tuple:
+    "Sets with prompts that no training on those of a set, or on others of its kind, has seen."
+    return ("new_scenes", "unseen_scenes") if name == "scenes" else ("unseen_animals", "everyday_objects")
 
 # %% ../nbs/04_prompts.ipynb #81200d98
 LONGEST = 10_000  # characters of a prompt: what a text encoder reads is about a hundredth of it

@@ -109,7 +109,9 @@ def test_scenes_are_held_out_where_scenes_are_trained_on():
     assert asked == {"seen": {"both"}, "new_scenes": {"base"}, "unseen_scenes": {"neither"}}
     assert {parse(p).kind for p, _ in sets["seen"]} == {*KINDS}
     assert usual_prompts("emoji-sd3") == usual_prompts("a/model", "scenes_strict") == "scenes"
-    assert usual_prompts("emoji-sd") == usual_prompts("a/model", "aesthetic") == "simple_animals"
+    assert usual_prompts("a/model", "scenes + 0.1*aesthetic") == "scenes"
+    for reward in ("aesthetic", "my/scenes.py:scenes", lambda *o: o, ""):
+        assert usual_prompts("emoji-sd", reward) == usual_prompts("a/model", reward) == "simple_animals"
 
 def test_exam_noise_is_not_that_of_training():
     from ddpo_nb.rollout import sample_generator

@@ -19,6 +19,7 @@ from ddpo_nb.prompts import InputError, PromptSource
 from ddpo_nb.rwr import RWR, TinyDiffusion, x0_moments
 from ddpo_nb.tiny import TINY, tiny_pipeline
 from ddpo_nb.trainer import make_trainer
+from stopping import stop_after
 
 double = dict(dtype=torch.float64)
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -344,16 +345,6 @@ def trainer(kind="sd", out="", lora=True, **settings):
 
 def weights(t): return torch.cat([p.detach().flatten() for p in t.policy.trainable_parameters()])
 def averaged(t): return torch.cat([p.flatten() for p in t.objective.old])
-
-def stop_after(t, n):
-    "Stop at the n-th stopping place."
-    breathe, count = t._breathe, [0]
-    def counted():
-        count[0] += 1
-        if count[0] == n: t.stop()
-        breathe()
-    t._breathe = counted
-    return count
 
 @pytest.mark.parametrize(
     "kind,lora", [*((k, True) for k in KINDS), *((k, False) for k in ("sd", "sd3-without-t5", "flux"))])

@@ -10,6 +10,7 @@ from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
 from ddpo_nb.prompts import InputError, PromptSource
 from ddpo_nb.rewards import jpeg_compressibility
 from ddpo_nb.trainer import ALGORITHMS, make_config, make_trainer
+from stopping import stop_after
 
 pytestmark = pytest.mark.usefixtures("small_unet")  # what the network draws is not looked at here
 
@@ -35,16 +36,6 @@ def trainer(home, algorithm="ddpo-is", lora=True, reward=jpeg_compressibility, *
     return make_trainer(
         c, reward, PromptSource(["cat", "dog"], c.seed), StableDiffusionPolicy(load_pipeline(), use_lora=lora)
     )
-
-def stop_after(t, n):
-    "Ask for a stop when the run has come by a stopping place `n` times"
-    breathe, count = t._breathe, [0]
-    def counted():
-        count[0] += 1
-        if count[0] == n: t.stop()
-        breathe()
-    t._breathe = counted
-    return count
 
 @pytest.mark.parametrize("algorithm,lora", [(a, True) for a in ALGORITHMS] + [("ddpo-is", False)])
 def test_trap_7_stopped_anywhere_and_resumed_is_the_same_run(device, exact, tmp_path, algorithm, lora):
