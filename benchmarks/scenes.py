@@ -78,7 +78,7 @@ def main():
     parser.add_argument("--noise-level", type=float, default=0.0, help="of a stochastic step; 0: the ODE")
     parser.add_argument("--each", type=int, default=60, help="pictures of each kind")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--gallery", type=Path, help="file for the first pictures of each kind, not chosen")
+    parser.add_argument("--gallery", type=Path, help="file for each weights' first pictures of a kind; -0, -1, … are put to it")
     parser.add_argument("--json", type=Path, help="file for every verdict")
     args = parser.parse_args()
     reader, threshold = reader_from(args.reader) if args.reader else load_reader()
@@ -100,9 +100,7 @@ def main():
         policy = load_policy(args.model, None if lora == "base" else lora, use_lora=lora != "base")
         policy.configure(args.steps, args.guidance, **how)
         print(lora)
-        gallery = args.gallery and args.gallery.with_stem(
-            f"{args.gallery.stem}-{len(found)}" if args.lora else args.gallery.stem
-        )
+        gallery = args.gallery and args.gallery.with_stem(f"{args.gallery.stem}-{len(found)}")
         verdicts, sharp, spread = measure(policy, asked, readers, args.seed, gallery)
         for to in SHOWN:
             both = lambda who: np.concatenate([o[who] for (_, t), o in verdicts.items() if t == to])
