@@ -78,7 +78,8 @@ def main():
     parser.add_argument("--noise-level", type=float, default=0.0, help="of a stochastic step; 0: the ODE")
     parser.add_argument("--each", type=int, default=60, help="pictures of each kind")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--gallery", type=Path, help="file for each weights' first pictures of a kind; -0, -1, … are put to it")
+    parser.add_argument("--gallery", type=Path,
+                        help="file for each weights' first pictures of a kind; -0, -1, … are put to it")
     parser.add_argument("--json", type=Path, help="file for every verdict")
     args = parser.parse_args()
     reader, threshold = reader_from(args.reader) if args.reader else load_reader()
