@@ -53,9 +53,10 @@ class DDPOConfig:
     allow_tf32: bool = True                # faster matrix products in fp32 on recent GPUs
     resume_from: str = ""                  # a checkpoint, or a folder of which the newest whole one is taken
     sample_num_steps: int = 50             # T, denoising steps
-    # share of DDPM's noise in a DDIM step, in (0, 1]; 0 for RWR and NFT alone, whose losses need no noise
+    # share of DDPM's noise in a DDIM step, in (0, 1]; 0 for RWR, NFT and DRaFT alone, which need no
+    # likelihood
     sample_eta: float = 1.0
-    # of a flow's steps: "flow-sde", "dance-sde" or "cps"; "ode" for RWR and NFT alone (notebook 01a)
+    # of a flow's steps: "flow-sde", "dance-sde" or "cps"; "ode" for RWR, NFT and DRaFT alone (notebook 01a)
     sample_sde: str = "flow-sde"
     sample_noise_level: float = 0.7        # how much noise a flow's stochastic step draws
     # so many of a flow's steps are stochastic, the others Euler's; 0: all
@@ -299,7 +300,7 @@ def check_config(c):
     if c.sample_eta == 0 and kind.likelihoods:
         raise InputError(
             "sample_eta", "at 0 a step draws nothing, and has no likelihood to learn from",
-            "give a number in (0, 1]; only RWR and NFT may sample at 0"
+            "give a number in (0, 1]; only RWR, NFT and DRaFT may sample at 0"
         )
     if c.log_with and c.log_with != "all" and c.log_with not in map(str, get_available_trackers()):
         raise InputError("log_with", f"{c.log_with!r} is not installed", f"pip install {c.log_with}")

@@ -212,14 +212,15 @@ class DDIMProcess:
 class Trajectories:
     """N denoising trajectories of T steps: states x_T … x_0, the actions' log-probabilities, and what
     they were conditioned on."""
-    latents: Tensor      # (N, T+1, C, H, W): x_T first, x_0 last; (N, 1, C, H, W) if only x_0 was kept
+    latents: Tensor      # (N, T+1, C, H, W): x_T first, x_0 last; or fewer, the last ones
     timesteps: Tensor    # (T,)
-    log_probs: Tensor    # (N, T), under the policy that sampled; (N, 0) if only x_0 was kept
+    log_probs: Tensor    # (N, T), under the policy that sampled; (N, 0) where nobody asks for them
     stochastic: Tensor   # (T,) bool: steps that have a likelihood; the others stay out of the objective
     conditioning: Any    # the policy's own; indexable by sample
     prompts: list
     metadata: list
     images: Tensor|None = None  # (N, 3, H, W) in [0, 1]
+    uphill: Tensor|None = None  # the reward's gradient in x_0, (N, C, H, W), for what learns from it
 
     def __len__(self): return len(self.latents)
 

@@ -150,7 +150,6 @@ class NFT(Objective):
                 )
 
     def per_sample(self, steps: int) -> int: return max(1, int(steps * self.timestep_fraction))
-    def latents_kept(self, steps: int) -> int: return 1
     @property
     def extra_passes(self) -> int: return 2 if self.kl_coef else 1
 

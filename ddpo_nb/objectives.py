@@ -28,6 +28,9 @@ class Objective:
     likelihoods = True     # learns from steps that have a likelihood; False: from finished latents alone
     on_policy = False      # its gradient holds only for the policy that sampled: one update an epoch
     copies = 0             # of the trained weights, kept beside them
+    # True: learns from the reward's gradient in x_0, which is found as pictures are painted; a reward that
+    # has none is refused
+    of_gradients = False
 
     @classmethod
     def config_settings(cls) -> dict:
@@ -71,9 +74,17 @@ class Objective:
         "Examples of one sample, of which so many steps have a likelihood."
         return max(1, steps)
 
+    def states_kept(self, steps: int) -> int:
+        "How many of a trajectory's last states are kept; 0: all of them, with their likelihoods."
+        return 0 if self.likelihoods else 1
+
+    def passes(self, steps: int) -> float:
+        "Differentiated passes of the network for an example, on average."
+        return 1
+
     def latents_kept(self, steps: int) -> int:
-        "Latents of one sample that an epoch keeps: a whole trajectory of `steps`, and what else it draws."
-        return steps + 1
+        "Latents of one sample that an epoch keeps: of its trajectory, and what else is drawn or found."
+        return self.states_kept(steps) or steps + 1
 
     @property
     def extra_passes(self) -> int:

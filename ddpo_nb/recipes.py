@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from .batches import Cost, device_memory, example_cost, micro_batch, resident
 from .compare import Table
+from .direct import uphill
 from .mdp import Trajectories
 from .loading import (BUNDLED, EMOJI_SD, QUANTIZED, config_beside, family_of, is_hub_id,
                              quantized_parts, _index, _parts_of, _quiet, _said)
@@ -485,13 +486,16 @@ def _micro_batch(c, numbers, dtype):
     "Trajectories and examples of one micro-batch, for any objective, on `meta`."
     m, steps, view = _micro(c, numbers), c.sample_num_steps, _asked(c, numbers)
     index, times = lambda n: _meta(n, dtype=torch.long), view.process.times.dtype
+    kept = make_objective(c).states_kept(steps) or steps + 1
+    if make_objective(c).of_gradients: kept = min(kept, 4)  # of more steps, one is as the other
     trajectories = Trajectories(
-        _meta(2, steps + 1, *view.latent_shape), _meta(steps, dtype=times), _meta(2, steps), None,
-        _conditioning(view, 2, dtype), [""] * 2, [{}] * 2
+        _meta(2, kept, *view.latent_shape), _meta(steps, dtype=times), _meta(2, steps), None,
+        _conditioning(view, 2, dtype), [""] * 2, [{}] * 2, uphill=_meta(2, *view.latent_shape)
     )
     return trajectories, dict(
         sample=index(m), step=index(m), timestep=_meta(m, dtype=times), advantage=_meta(m), weight=_meta(m),
-        noise=_meta(m, *view.latent_shape), seed=torch.zeros(m, dtype=torch.long), optimality=_meta(m)
+        noise=_meta(m, *view.latent_shape), seed=torch.zeros(m, dtype=torch.long), optimality=_meta(m),
+        reward=_meta(m), passed=torch.ones(m, steps, dtype=torch.bool)
     )
 
 # %% ../nbs/10a_recipes.ipynb #e410b04e
@@ -669,11 +673,13 @@ def _sampling_peak(c, policy, mode):
     mode.copies.clear()
     return step, held
 
-@torch.no_grad()
 def _decoding_peak(c, policy, mode):
+    "Where the reward's gradient comes back through the decoder, with what is kept for it."
     x = _meta(min(c.sample_batch_size, denoised_together(c, c.micro_batch_size)), *policy.latent_shape)
+    bright = lambda images: (None, images.sum())
     # a VAE that stays in fp32 is there to be computed in fp32
     with mode if policy.pipeline.vae.dtype == mode.half else _LikeCuda():
+        if make_objective(c).of_gradients: return peak_bytes(lambda: uphill(policy, x, bright))
         return peak_bytes(lambda: policy.decode(x))
 
 @dataclass(frozen=True)
@@ -857,7 +863,8 @@ def plan(
         _examples(c, numbers, prompts), _updates(c, numbers, prompts) * c.train_num_inner_epochs
     )
     sampling = n * c.sample_num_steps * view.passes() * processes
-    training = examples * c.train_num_inner_epochs * view.passes(c.train_cfg) * processes
+    rows = make_objective(c).passes(c.sample_num_steps) * view.passes(c.train_cfg)
+    training = round(examples * c.train_num_inner_epochs * rows) * processes
     return Plan(
         c, numbers, lora, epochs or c.num_epochs, processes, n * processes, updates, sampling, training,
         estimate_memory(c, numbers, lora, processes, base, c.offload_text_encoders, c.quantize), base,

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['REWARDS', 'stopping', 'to_uint8', 'jpeg_size', 'jpeg_incompressibility', 'jpeg_compressibility', 'check_name',
            'get_reward', 'reward', 'check_rewards', 'Stopped', 'RewardError', 'reward_name', 'their_frames', 'ask',
-           'answer', 'parse_sum', 'WeightedSum', 'check_prompts', 'can_score', 'ParallelReward', 'join_info',
-           'PromptAlignment', 'prompt_alignment']
+           'answer', 'differentiable', 'check_differentiable', 'as_column', 'parse_sum', 'WeightedSum', 'check_prompts',
+           'can_score', 'ParallelReward', 'join_info', 'PromptAlignment', 'prompt_alignment']
 
 # %% ../nbs/05_rewards.ipynb #5ce11a5e
 import io, multiprocessing, os, pickle, re, signal, threading, traceback
@@ -242,6 +242,36 @@ def answer(reward, images: Tensor, prompts: list, metadata: list, name: str|None
     raise InputError(f"reward {name or reward_name(reward)}", f"returned {type(result).__name__}",
                      "return a pair: rewards, one finite number an image, and a dictionary")
 
+# %% ../nbs/05_rewards.ipynb #d1f0a002
+def differentiable(reward) -> bool|None:
+    """Does a reward's answer have a gradient in the pictures? None of a user's that does not say, with an
+    attribute `differentiable`; what is ours says it, or has none."""
+    said = getattr(reward, "differentiable", None)
+    if said is not None: return bool(said)
+    function = getattr(reward, "func", reward)
+    module = getattr(function, "__module__", None) or type(function).__module__
+    return False if str(module).startswith("ddpo_nb.") else None
+
+def check_differentiable(reward, algorithm: str, argument: str = "--reward"):
+    "InputError for a reward that has no gradient, or a sum with such a part."
+    parts = {k: r for k, (_, r) in getattr(reward, "parts", {}).items()} or {reward_name(reward): reward}
+    flat = [k for k, r in parts.items() if differentiable(r) is False]
+    if flat:
+        raise InputError(
+            argument, f"{flat[0]} has no gradient, and {algorithm} learns from nothing else",
+            "choose another algorithm, or a differentiable reward: aesthetic, clip_alignment, clip_score,"
+            " pickscore, scenes_logprob, or sums of them"
+        )
+
+def as_column(rewards, name: str) -> Tensor:
+    "What a differentiable reward answered, (n,), with its gradient. InputError if it has none."
+    if not isinstance(rewards, Tensor) or not rewards.requires_grad:
+        raise InputError(
+            f"reward {name}", "its answer has no gradient in the pictures",
+            "return a tensor that depends on them by torch's operations alone, or choose another algorithm"
+        )
+    return rewards[:, 0] if rewards.ndim == 2 and rewards.shape[1] == 1 else rewards
+
 # %% ../nbs/05_rewards.ipynb #9a3356d2
 _term = re.compile(
     r"\s*([+-]?)\s*(?:(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+)\s*\*\s*)?([^\s*+]+?\.py:[\w.]+|[A-Za-z_]\w*)\s*")
@@ -277,6 +307,12 @@ class WeightedSum:
             if hasattr(r, "to"): r.to(device)
         return self
 
+    @property
+    def differentiable(self) -> bool|None:
+        "False if one of the parts has no gradient; None if that is not known of one."
+        said = [differentiable(r) for _, r in self.parts.values()]
+        return False if False in said else None if None in said else True
+
     def check_prompt(self, prompt: str, metadata: dict):
         "InputError if one of the parts could not score it."
         for _, r in self.parts.values():
@@ -284,17 +320,17 @@ class WeightedSum:
 
     def __call__(self, images: Tensor, prompts: list, metadata: list) -> tuple:
         "Rewards (N,) and the parts' rewards and metadata, from images (N, 3, H, W) in [0, 1]."
-        total, info = np.zeros(len(images)), {}
+        total, info = 0.0, {}
         for name, (weight, r) in self.parts.items():
-            values, own = answer(r, images, prompts, metadata, name)
-            values = check_rewards(values, len(images), name)
+            found, own = answer(r, images, prompts, metadata, name)
+            values = check_rewards(found, len(images), name)
             if not isinstance(own, dict | None):
                 raise InputError(
                     f"reward {name}", f"returned {type(own).__name__} beside its rewards",
                     "return a dictionary"
                 )
             info |= {f"{name}/{k}": v for k, v in (own or {}).items()} | {f"reward/{name}": values}
-            total = total + weight * values
+            total = total + weight * (as_column(found, name) if images.requires_grad else values)
         return total, info
 
 # %% ../nbs/05_rewards.ipynb #b8ffdea4

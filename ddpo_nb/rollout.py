@@ -23,18 +23,19 @@ def sample_generator(
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 # %% ../nbs/03_rollout.ipynb #5536477f
-def _denoise(policy, x, generators, cond, states, on_step):
-    """Fill `states` (n, T+1, C, H, W), from x_T on; returns the log-probabilities (n, T). With room for one
-    state, (n, 1, …), that is x_0, and there are no log-probabilities, (n, 0)."""
-    whole, scores = states.shape[1] > 1, []
-    states[:, 0] = x
+def _denoise(policy, x, generators, cond, states, on_step, scored):
+    """Fill `states` (n, T+1, C, H, W), from x_T on, or with the last ones if there is room for fewer; returns
+    the log-probabilities (n, T), or (n, 0) unless they are `scored`."""
+    first, scores = len(policy.timesteps) + 1 - states.shape[1], []
+    if not first: states[:, 0] = x
     with getattr(policy, "steady", nullcontext)():
         for i, t in enumerate(policy.timesteps, 1):
             step = policy.step(x, t.expand(len(x)), cond, generator=generators)
-            x = states[:, i if whole else 0] = step.prev_sample
-            if whole: scores.append(step.log_prob)
+            x = step.prev_sample
+            if i >= first: states[:, i - first] = x
+            if scored: scores.append(step.log_prob)
             if on_step: on_step()
-    return torch.stack(scores, 1) if whole else x.new_empty(len(x), 0)
+    return torch.stack(scores, 1) if scored else x.new_empty(len(x), 0)
 
 # %% ../nbs/03_rollout.ipynb #2cfb6c35
 def _check_lists(prompts, generators, metadata, **sizes):
@@ -62,7 +63,11 @@ def rollout(
     on_batch = None,
     keep_on = None,             # device to keep latents and images on; None: where they were made
     together: int|None = None,  # samples denoised together, in whole batches; None: one batch
-    only_last: bool = False,    # keep x_0 alone, for what learns without likelihoods
+    # keep so many of the last states, and no log-probabilities, for what learns without likelihoods: 1 is
+    # x_0 alone; 0: keep all
+    only_last: int = 0,
+    # (x_0, prompts, metadata) of a batch -> its images; None: the policy's `decode`
+    decode = None,
 ) -> Trajectories:
     """Sample N trajectories with their log-probabilities, and decode the images. ValueError if the lists
     do not have one length."""
@@ -71,19 +76,22 @@ def rollout(
     )
     _check_lists(prompts, generators, metadata, batch_size=batch_size, together=together)
     T, size = len(policy.timesteps), batch_size or n
+    if not 0 <= only_last <= T + 1: raise ValueError(f"only_last must be 0 to {T + 1}, not {only_last}")
     latents, log_probs, images, block = None, [], [], size * max(1, (together or size) // size)
     for i in range(0, n, block):
         own, x = slice(i, i + block), policy.initial_latents(generators[i:i+block])
         like = lambda device: dict(dtype=x.dtype, device=device)
-        room = lambda m, device: torch.empty(m, 1 if only_last else T + 1, *x.shape[1:], **like(device))
+        room = lambda m, device: torch.empty(m, only_last or T + 1, *x.shape[1:], **like(device))
         # once for all: pieces to be joined later would take the memory twice
         if latents is None: latents = room(n, keep_on or x.device)
         states = room(len(x), x.device) if keep_on else latents[own]
-        log_probs.append(_denoise(policy, x, generators[own], policy.encode(prompts[own]), states, on_step))
+        cond = policy.encode(prompts[own])
+        log_probs.append(_denoise(policy, x, generators[own], cond, states, on_step, not only_last))
         if keep_on: latents[own] = states
         for j in range(i, min(i + block, n), size):
-            pictures = policy.decode(states[j-i:j-i+size, -1])
-            if on_batch: on_batch(pictures, prompts[j:j+size], metadata[j:j+size])
+            about = prompts[j:j+size], metadata[j:j+size]
+            pictures = (decode or (lambda x0, *_: policy.decode(x0)))(states[j-i:j-i+size, -1], *about)
+            if on_batch: on_batch(pictures, *about)
             images.append(pictures.to(keep_on or pictures.device))
     return Trajectories(
         latents, policy.timesteps, torch.cat(log_probs), policy.stochastic, policy.encode(prompts), prompts,

@@ -253,6 +253,7 @@ class TinyDiffusion:
     # there is nothing to be conditioned on
     def encode(self, prompts: list) -> Tensor: return torch.zeros(len(prompts), 0)
     def decode(self, latents: Tensor) -> Tensor: return latents
+    paint = decode
     def draw_levels(self, n: int, generator: torch.Generator) -> Tensor:
         "n timesteps, each equally likely; (n,)."
         return torch.randint(self.most_steps, (n,), generator=generator)

@@ -29,6 +29,7 @@ from .checkpoints import (FolderLock, check_free, check_writable, checkpoints, s
 from .config import (DDPOConfig, RWRConfig, check_config, check_repeats, idle_notes, make_objective,
                             _KINDS, _USUAL)
 from .ddpo import DDPO
+from .direct import uphill
 from .loading import is_quantized
 from .models.modeling_sd_base import PipelinePolicy, as_policy, methods
 from .objectives import get_objective
@@ -36,7 +37,8 @@ from .policy import FlowPolicy
 from .prompts import InputError, prompt_flaw
 from .redact import hide
 from .resume import Resumable, Work, _plain, _task
-from .rewards import (ParallelReward, Stopped, _numbers, answer, check_prompts, check_rewards,
+from .rewards import (ParallelReward, Stopped, _numbers, answer, as_column, check_differentiable,
+                             check_prompts, check_rewards,
                              get_reward, reward_name, stopping, to_uint8)
 from .rollout import rollout, sample_generator
 from .rwr import RWR
@@ -253,7 +255,7 @@ def _check_stochastic(c, policy):
         else (own or ["sample_num_steps"])[0]
     )
     raise InputError(name, "no step is stochastic: there is no likelihood, and no policy gradient",
-                     "give steps noise, or choose RWR or NFT, which need none")
+                     "give steps noise, or choose RWR, NFT or DRaFT, which need none")
 
 def _check_steps(c, policy):
     "InputError if the model was not trained with so many steps."
@@ -323,6 +325,8 @@ class DDPOTrainer(Resumable, TrlTrainer):
         check_prompts(reward_function, prompt_function)
         self.sd_pipeline, self.policy = sd_pipeline, as_policy(sd_pipeline)
         self.objective, self._trained_steps, self._found = make_objective(config), None, None
+        if self.objective.of_gradients:
+            check_differentiable(reward_function, config.algorithm, "reward_function")
         TrlTrainer._check_overrides(self)  # even where this name is taken
         if isinstance(self.objective, DDPO): self._objective_of_own()
         # a used folder gets a numbered neighbour, unless it is gone on with
@@ -488,9 +492,9 @@ def _draw(self:DDPOTrainer, n):
     return [(prompt, copy(metadata) if i else metadata) for prompt, metadata in drawn for i in range(k)]
 
 @patch
-def sample(self:DDPOTrainer, on_batch=None):
+def sample(self:DDPOTrainer, on_batch=None, decode=None):
     """Draw prompts and roll out this process's share of the epoch's trajectories; `on_batch` sees images,
-    prompts and metadata of each batch."""
+    prompts and metadata of each batch, which `decode` may paint."""
     c, n, rank = self.config, self.config.samples_per_epoch, self.accelerator.process_index
     drawn = self._draw(n * self.accelerator.num_processes)[rank * n:(rank + 1) * n]
     prompts, metadata = [p for p, _ in drawn], [m for _, m in drawn]
@@ -508,7 +512,8 @@ def sample(self:DDPOTrainer, on_batch=None):
     with self.objective.sampling(self.policy), self.autocast():
         return rollout(
             self.policy, prompts, generators, metadata, c.sample_batch_size, on_step, on_decoded,
-            "cpu" if c.offload_trajectories else None, together, not self.objective.likelihoods
+            "cpu" if c.offload_trajectories else None, together,
+            self.objective.states_kept(c.sample_num_steps), decode
         )
 
 # %% ../nbs/09_trainer.ipynb #04fad1a3
@@ -627,12 +632,15 @@ def gradient(self:DDPOTrainer, trajectories, examples, advantages=None):
             by_sample(examples, self.config.train_batch_size),
             self.config.micro_batch_size or self.config.train_batch_size
         )
+    # a walk back through the steps calls the network as no wrapper expects it, and its processes meet after
+    by_hand = self.objective.of_gradients
     # equal parts: a small rest would take nearly as long as a whole one
     cuts = np.linspace(0, m, -(-m // size) + 1).astype(int).tolist()
     for i, j in zip(cuts, cuts[1:]):
         part = {k: v[i:j] for k, v in examples.items()}
         # processes exchange gradients once an update
-        with nullcontext() if j == m else self.accelerator.no_sync(self.policy.wrapped), self._undivided():
+        last = nullcontext() if j == m and not by_hand else self.accelerator.no_sync(self.policy.wrapped)
+        with last, self._undivided():
             if own: loss, figures = self._own_loss(trajectories, part, advantages)
             else:
                 with self.autocast(): loss, figures = self.objective.loss(self.policy, trajectories, part)
@@ -644,7 +652,17 @@ def gradient(self:DDPOTrainer, trajectories, examples, advantages=None):
                 sums.get("ratio_max", torch.zeros((), device=loss.device, dtype=torch.double)),
             )
         if self.accelerator.num_processes == 1: self._breathe()
+    if by_hand and self.accelerator.num_processes > 1: self._average_gradients()
     return sums
+
+@patch
+@torch.no_grad()
+def _average_gradients(self:DDPOTrainer):
+    "What DDP does for a network that is called through its wrapper."
+    parameters = self.policy.trainable_parameters()
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    flat = self.accelerator.reduce(flat, "mean")
+    for p, g in zip(parameters, flat.split([p.numel() for p in parameters])): p.grad = g.view_as(p).clone()
 
 # %% ../nbs/09_trainer.ipynb #034a52ad
 @patch
@@ -730,6 +748,7 @@ def figures(self:DDPOTrainer, work: Work) -> dict:
 def collect(self:DDPOTrainer) -> Work:
     "Sample an epoch's trajectories, ask for their rewards, and turn these into advantages."
     if self._samples_by_dictionary: return self._collect_dictionaries()
+    if self.objective.of_gradients: return self._collect_gradients()
     t, batches, waits, ask = [time.perf_counter()], [], [], self.ask()
     def on_batch(images, *about):
         kept = images.to("cpu") if self.config.offload_trajectories else images
@@ -739,6 +758,34 @@ def collect(self:DDPOTrainer) -> Work:
     trajectories = self.sample(on_batch); t.append(time.perf_counter())
     scored = self.judged(batches, waits); t.append(time.perf_counter())
     return self.weigh(trajectories, batches, scored, trajectories.latents[:, -1], t)
+
+@patch
+def _judge_with_gradient(self:DDPOTrainer, images, *about):
+    "The judges' answer about images that have a gradient, and what is to grow: the sum of the rewards."
+    rewards, info = answer(self.reward_function, images, *about)
+    with torch.no_grad(): watched = answer(self.watched, images, *about)[0] if self.watched else None
+    return (rewards, info, watched), as_column(rewards, reward_name(self.reward_function)).sum()
+
+@patch
+def _collect_gradients(self:DDPOTrainer) -> Work:
+    "The same where the rewards' gradients are learnt from: each picture is judged as soon as it is painted."
+    start, batches, scored, up, judging = time.perf_counter(), [], [], [], 0.0
+    # others wait for a process that stops in the middle of a batch: alone it may
+    heard = self._heard if self.accelerator.num_processes == 1 else lambda wait: wait()
+    keep = "cpu" if self.config.offload_trajectories else self.accelerator.device
+    def paint(x0, *about):
+        nonlocal judging
+        t = time.perf_counter()
+        judge = lambda images: heard(partial(self._judge_with_gradient, images, *about))
+        images, found, gradient = uphill(self.policy, x0, judge)
+        scored.append(self.checked(found, len(x0)))
+        up.append(gradient.to(keep))
+        judging += time.perf_counter() - t
+        return images
+    trajectories = self.sample(lambda images, *about: batches.append((images.to(keep), *about)), paint)
+    trajectories.uphill, end = torch.cat(up), time.perf_counter()
+    times = [start, end - judging, end]
+    return self.weigh(trajectories, batches, scored, trajectories.latents[:, -1], times)
 
 @patch
 def _collect_dictionaries(self:DDPOTrainer) -> Work:

@@ -66,7 +66,7 @@ def rwr(algorithm, **kw):
     work, first = t.collect(), rank * size
     examples = t.objective.examples(t.policy, work.trajectories, work.advantages, sample_generator(0, 0, 0))
     if algorithm == "nft": own_seeds(examples, first)
-    else: draws_of_their_own(examples, first, work.trajectories.latents.shape[2:])
+    elif algorithm != "draft": draws_of_their_own(examples, first, work.trajectories.latents.shape[2:])
     t.gradient(work.trajectories, examples)
     flat = lambda of: torch.cat([of(p).detach().flatten() for p in t.policy.trainable_parameters()])
     found = dict(weights=work.advantages, gradient=flat(lambda p: p.grad))
@@ -114,6 +114,7 @@ if not c.resume_from:
                per_prompt_stat_tracking=False)
     more |= rwr("rwr-sparse", rwr_fraction=0.4)
     more |= rwr("nft", train_timestep_fraction=1.0, nft_decay_rate=0.2, train_learning_rate=1e-2)
+    more |= rwr("draft", draft_steps=2, train_learning_rate=1e-2)
     more |= {f"family-{kind}": family(kind) for kind in ("sdxl", "sd3-without-t5", "flux")}
     if n > 1: more["stopped"] = stopped()
     save_file(more, out/f"more-{n}-{rank}.safetensors")
@@ -216,6 +217,18 @@ def test_nft_is_the_same_in_two_processes(runs):
     assert gap < 1e-4 * one["nft-gradient"].norm() > 0
     for what in ("trained", "averaged"): assert torch.equal(two[0][f"nft-{what}"], two[1][f"nft-{what}"])
     assert not torch.equal(two[0]["nft-trained"], two[0]["nft-averaged"])
+
+def test_draft_is_the_same_in_two_processes(runs):
+    "Its walk back through the steps goes round the wrapper that would have averaged the gradients"
+    home, *_ = runs
+    one, *two = (load_file(home/f"{n}/more-{n}-{r}.safetensors") for n, r in ((1, 0), (2, 0), (2, 1)))
+    joined = torch.cat([o["draft-weights"] for o in two])
+    assert (joined - one["draft-weights"]).abs().max() < 1e-3 and one["draft-weights"].std() > 0.01
+    assert torch.equal(two[0]["draft-gradient"], two[1]["draft-gradient"])
+    gap = (two[0]["draft-gradient"] - one["draft-gradient"]).norm()
+    assert gap < 1e-4 * one["draft-gradient"].norm() > 0
+    assert torch.equal(two[0]["draft-trained"], two[1]["draft-trained"])
+    assert (two[0]["draft-trained"] - one["draft-trained"]).abs().max() < 1e-3
 
 def test_a_stop_does_not_wait_for_a_reward(runs):
     "SIGTERM, as torchrun passes it on, in the middle of a reward that takes a minute: all leave at once."

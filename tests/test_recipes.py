@@ -3,7 +3,7 @@ import json
 import resource
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib import resources
 from shutil import copytree, ignore_patterns
 
@@ -14,6 +14,7 @@ from hypothesis import given, settings, strategies as st
 
 from ddpo_nb import recipes as R, trainer as T
 from ddpo_nb.batches import saved_bytes
+from ddpo_nb.direct import uphill
 from ddpo_nb.loading import family_of, quantized_parts
 from ddpo_nb.mdp import Trajectories
 from ddpo_nb.policy import EMOJI_SD, StableDiffusionPolicy, load_pipeline
@@ -494,14 +495,15 @@ def losses(config, numbers, lora):
         R._micro(config, numbers), config.sample_num_steps
     )
     if config.gradient_checkpointing: real.trained.enable_gradient_checkpointing()
-    x, draw = torch.randn(2, T + 1, *numbers.latent), torch.arange(m)
+    kept, draw = objective.states_kept(T) or T + 1, torch.arange(m)
     t = Trajectories(
-        x, real.timesteps, torch.zeros(2, T), real.stochastic, real.encode(["a cat", "an owl"]),
-        ["a cat", "an owl"], [{}] * 2
+        torch.randn(2, kept, *numbers.latent), real.timesteps, torch.zeros(2, T), real.stochastic,
+        real.encode(["a cat", "an owl"]), ["a cat", "an owl"], [{}] * 2, uphill=torch.ones(2, *numbers.latent)
     )
     e = dict(
         sample=draw % 2, step=draw % T, timestep=draw * 9, advantage=torch.ones(m), weight=torch.ones(m),
-        noise=torch.randn(m, *numbers.latent)
+        noise=torch.randn(m, *numbers.latent), reward=torch.ones(m),
+        passed=torch.ones(m, T, dtype=torch.bool)
     )
     return (
         imagined, list(ghost.pipeline.unet.parameters()), lambda: objective.loss(real, t, e)[0].sum(),
@@ -545,6 +547,22 @@ def test_training_peak_is_the_allocator_s(lora, checkpointing, emoji):
     assert estimate_memory(config, emoji, lora).activations == pytest.approx(
         allocator_peak(lambda: torch.autograd.backward(real())), rel=0.1
     )
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_walk_back_has_the_memory_of_one_step(steps, emoji):
+    "However many steps the gradient goes through; and what comes back through the decoder is counted"
+    config = make_config("draft", micro_batch_size=8, sample_num_steps=3, draft_steps=steps, lora_rank=8)
+    imagined, ghosts, real, weights = losses(config, emoji, True)
+    for p in weights:
+        if p.requires_grad: p.grad = torch.zeros_like(p)
+    m = estimate_memory(config, emoji, True)
+    assert m.activations == pytest.approx(allocator_peak(lambda: torch.autograd.backward(real())), rel=0.1)
+    if steps > 1:
+        one = replace(config, draft_steps=1)
+        assert m.activations < 1.15 * estimate_memory(one, emoji, True).activations
+    policy, x = StableDiffusionPolicy(load_pipeline()), torch.randn(16, *emoji.latent)
+    judge = lambda images: (None, images.sum())
+    assert m.decoding == pytest.approx(allocator_peak(lambda: uphill(policy, x, judge)), rel=0.1)
 
 @pytest.mark.parametrize("slicing", [True, False])
 def test_sampling_peaks_are_the_allocator_s(slicing, emoji):
