@@ -774,6 +774,8 @@ def check_published(embedder: Embedder, head: AestheticHead, expected: dict = OP
 class AestheticReward:
     """Reward: the predicted mean vote, from 1 to 10. CalibrationError, when it is built, if the head and
     its CLIP do not fit together."""
+    differentiable = True
+
     def __init__(self, embedder: Embedder, head: AestheticHead):
         self.embedder, self.head = embedder, head.eval().to(embedder.device)
         if head.kind == "linear": check_published(embedder, head)
@@ -788,7 +790,8 @@ class AestheticReward:
             raise InputError(
                 "images", f"their values go from {low:.3g} to {high:.3g}", "give values from 0 to 1"
             )
-        return self.head.score(self.embedder.images(images)).double().cpu().numpy(), {}
+        votes = self.head.score(self.embedder.images(images))
+        return (votes if votes.requires_grad else votes.double().cpu().numpy()), {}
 
 def aesthetic(
     model: str = EMOJI_SD,    # the diffusion model whose pictures it will see

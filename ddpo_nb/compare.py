@@ -33,8 +33,8 @@ from .prompts import (PROMPT_SETS, InputError, PromptSource, held_out_sets, prom
                              usual_prompts)
 from .redact import hide, keep_secret, named_secrets, redact
 from .reward_files import Guarded, RewardError, check_signature, guarded_file
-from .rewards import (PromptAlignment, answer, can_score, check_prompts, check_rewards, get_reward,
-                             parse_sum, reward_name, to_uint8)
+from .rewards import (PromptAlignment, answer, can_score, check_differentiable, check_prompts,
+                             check_rewards, get_reward, parse_sum, reward_name, to_uint8)
 from .rollout import rollout, sample_generator
 from .resume import RESULT_FREE, STATE_FILES, weighed_by_temperature, _plain
 from .trainer import (check_launcher, configure_policy, make_trainer, per_image, processes,
@@ -1297,6 +1297,8 @@ def compare(
     if output is not None and processes().is_main_process: check_free(output, "output")
     function, reward_name, spec, digest = load_reward(reward, str(model))
     check_prompts(function, source)
+    for a in algorithms:
+        if get_objective(a).of_gradients: check_differentiable(function, a)
     for name in {c.watch_reward for c in configs.values()} - {""}:
         check_prompts(get_reward(name, str(model)), source)
     plan = dict(

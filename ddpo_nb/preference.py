@@ -30,6 +30,8 @@ CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 class PickScore:
     "Reward: exp(logit_scale) times the cosine of picture and prompt (Kirstain et al. 2023)."
+    differentiable = True
+
     def __init__(self, embedder: Embedder):  # a CLIP that was tuned on preferences
         self.alignment = CLIPAlignment(embedder)
 

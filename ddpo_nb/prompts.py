@@ -96,7 +96,8 @@ def usual_prompts(
 ) -> str:
     "The set that is taken for a model and a reward if none is named: scenes where either knows nothing else."
     judges = {*re.split(r"[\s+*-]+", reward)} if isinstance(reward, str) else set()  # of a weighted sum
-    return "scenes" if model == "emoji-sd3" or judges & {"scenes", "scenes_strict"} else "simple_animals"
+    of_scenes = judges & {"scenes", "scenes_strict", "scenes_logprob"}
+    return "scenes" if model == "emoji-sd3" or of_scenes else "simple_animals"
 
 def held_out_sets(name: str) -> tuple:
     "Sets with prompts that no training on those of a set, or on others of its kind, has seen."

@@ -11,7 +11,7 @@ from importlib.machinery import PathFinder
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from .prompts import InputError
-from .rewards import RewardError, answer, reward_name, their_frames
+from .rewards import RewardError, answer, differentiable, reward_name, their_frames
 
 # %% ../nbs/05f_reward_files.ipynb #c91658e4
 _lock = threading.RLock()
@@ -172,6 +172,16 @@ class Guarded:
             return dict(name=None if "<lambda>" in self.__name__ else self.__name__, digest=own.get("digest"))
         digest = hashlib.sha256(self.file.read_bytes()).hexdigest()[:16]
         return dict(name=f"{self.file.name}:{self.__name__}", digest=digest)
+
+    @property
+    def differentiable(self) -> bool|None:
+        "What the function says of its gradient."
+        return differentiable(self.function)
+
+    @property
+    def parts(self) -> dict:
+        "Of a sum, its parts."
+        return getattr(self.function, "parts", {})
 
     def __reduce__(self):
         if self.file: return guarded_file, (self.file.absolute(), self.__name__, self.module)

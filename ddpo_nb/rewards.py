@@ -88,6 +88,7 @@ REWARDS = {  # name -> reward, or where the function stands that makes it for a 
     "geneval_strict": "ddpo_nb.geneval:geneval_strict",
     "scenes": "ddpo_nb.scenes:scenes",
     "scenes_strict": "ddpo_nb.scenes:scenes_strict",
+    "scenes_logprob": "ddpo_nb.scenes:scenes_logprob",
 }
 
 def _reward_file(name):
@@ -246,8 +247,7 @@ def answer(reward, images: Tensor, prompts: list, metadata: list, name: str|None
 def differentiable(reward) -> bool|None:
     """Does a reward's answer have a gradient in the pictures? None of a user's that does not say, with an
     attribute `differentiable`; what is ours says it, or has none."""
-    said = getattr(reward, "differentiable", None)
-    if said is not None: return bool(said)
+    if hasattr(reward, "differentiable"): return reward.differentiable
     function = getattr(reward, "func", reward)
     module = getattr(function, "__module__", None) or type(function).__module__
     return False if str(module).startswith("ddpo_nb.") else None
@@ -320,7 +320,7 @@ class WeightedSum:
 
     def __call__(self, images: Tensor, prompts: list, metadata: list) -> tuple:
         "Rewards (N,) and the parts' rewards and metadata, from images (N, 3, H, W) in [0, 1]."
-        total, info = 0.0, {}
+        total, info, gradient = 0.0, {}, images.requires_grad and torch.is_grad_enabled()
         for name, (weight, r) in self.parts.items():
             found, own = answer(r, images, prompts, metadata, name)
             values = check_rewards(found, len(images), name)
@@ -330,7 +330,7 @@ class WeightedSum:
                     "return a dictionary"
                 )
             info |= {f"{name}/{k}": v for k, v in (own or {}).items()} | {f"reward/{name}": values}
-            total = total + weight * (as_column(found, name) if images.requires_grad else values)
+            total = total + weight * (as_column(found, name) if gradient else values)
         return total, info
 
 # %% ../nbs/05_rewards.ipynb #b8ffdea4

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['NOUNS', 'GROUNDS', 'RELATIONS', 'COUNTS', 'KINDS', 'SHOWN', 'WEIGHTS', 'Scene', 'turned', 'wordings', 'parse',
-           'shown', 'draw_scene', 'scene_prompts', 'SceneReader', 'Found', 'Reading', 'read', 'stands', 'facts',
-           'SceneReward', 'asked_for', 'load_reader', 'reader_from', 'scenes', 'scenes_strict']
+           'shown', 'draw_scene', 'scene_prompts', 'SceneReader', 'Found', 'Reading', 'read', 'readings', 'stands',
+           'facts', 'SceneReward', 'peaks', 'log_exactly', 'log_arranged', 'scene_log_prob', 'SceneLogProb',
+           'asked_for', 'load_reader', 'reader_from', 'scenes', 'scenes_strict', 'scenes_logprob']
 
 # %% ../nbs/05e_scenes.ipynb #0df55e00
 import hashlib, json, re
@@ -236,10 +237,15 @@ class Reading:
 @torch.no_grad()
 def read(reader: SceneReader, images: Tensor, threshold: float = 0.5) -> list:
     "A `Reading` of each of the images (N, 3, 64, 64) in [0, 1]."
-    logits, boxes, ground = reader(images)
+    return readings(reader(images), threshold)
+
+@torch.no_grad()
+def readings(outputs: tuple, threshold: float = 0.5) -> list:
+    "The `Reading`s that a reader's outputs amount to."
+    logits, boxes, ground = outputs
     score, noun = logits.float().sigmoid().max(1)
     peak = (score == F.max_pool2d(score[:, None], 5, 1, 2)[:, 0]) & (score >= threshold)
-    found = [[] for _ in images]
+    found = [[] for _ in logits]
     for i, row, column in peak.nonzero().tolist():
         dx, dy, size = boxes[i, :, row, column].tolist()
         x, y, name = 4 * (column + dx), 4 * (row + dy), NOUNS[noun[i, row, column]]
@@ -284,19 +290,89 @@ class SceneReward:
         except InputError as e:
             raise InputError("prompt", e.problem.removeprefix(f"{prompt!r} "), e.remedy) from None
 
+    def look(self, images: Tensor) -> tuple:
+        "The reader's outputs for images (N, 3, H, W) in [0, 1]."
+        images = images.to(next(self.reader.parameters()))
+        if images.shape[-2:] != (64, 64): images = F.interpolate(images, (64, 64), mode="area")
+        return self.reader(images)
+
     def __call__(self, images: Tensor, prompts: list, metadata: list) -> tuple:
         "Rewards (N,) of images (N, 3, H, W) in [0, 1]; whether each is right, by kind, NaN if of another."
+        with torch.no_grad(): return self.judged(self.look(images), prompts)
+
+    def judged(self, outputs: tuple, prompts: list) -> tuple:
+        "The same from the reader's outputs."
         scenes = [asked_for(prompt) for prompt in prompts]
-        weight = next(self.reader.parameters())
-        images = images.to(weight)
-        if images.shape[-2:] != (64, 64): images = F.interpolate(images, (64, 64), mode="area")
-        readings = read(self.reader, images, self.threshold)
-        held = [[*facts(scene, reading).values()] for scene, reading in zip(scenes, readings)]
+        seen = readings(outputs, self.threshold)
+        held = [[*facts(scene, reading).values()] for scene, reading in zip(scenes, seen)]
         share, right = np.array([np.mean(o) for o in held]), np.array([float(all(o)) for o in held])
         of_kind = {kind: np.array([o.kind == kind for o in scenes]) for kind in KINDS}
         info = {f"right_{kind}": np.where(mine, right, np.nan) for kind, mine in of_kind.items()}
         return right if self.strict else share, {"right": right} | info
 
+# %% ../nbs/05e_scenes.ipynb #5ce0a002
+_NOWHERE = -30.0  # log-odds of a place that is no peak
+
+def peaks(heat: Tensor) -> Tensor:
+    "Log-odds (N, 256) of heat (N, 16, 16) where it is higher than its neighbours, next to nothing elsewhere."
+    top = heat == F.max_pool2d(heat[:, None], 5, 1, 2)[:, 0]
+    return torch.where(top, heat, heat.new_tensor(_NOWHERE)).flatten(1)
+
+def log_exactly(
+    odds: Tensor,     # log-odds of K independent chances, (K,)
+    count: int,       # c
+    among: int = 16,  # the highest of them make up the number; the others are only to be absent
+) -> Tensor:          # a number
+    "log P(exactly `count` of them): log Π(1 - p) + log e_c(w)."
+    # log e_0 … log e_c of those seen so far; -1e4: none yet
+    sums = [odds.new_zeros(())] + [odds.new_tensor(-1e4)] * count
+    for o in odds.topk(min(among, len(odds)))[0]:
+        sums = [sums[0], *(torch.logaddexp(s, below + o) for s, below in zip(sums[1:], sums))]
+    return sums[count] - F.softplus(odds).sum()
+
+def log_arranged(
+    first: Tensor,        # log-odds of the first thing at K places, (K,)
+    second: Tensor,       # of the second
+    x: Tensor, y: Tensor, # where these places are, in pixels, (K,)
+    relation: str|None,   # where the first is to stand, seen from the second
+) -> Tensor:              # a number
+    "log P(exactly one of each, and they stand so)."
+    pairs = first[:, None] + second
+    if relation:
+        right, down = x[:, None] - x, y[:, None] - y
+        along, across = (right, down) if relation in ("left of", "right of") else (down, right)
+        fine = (-along if relation in ("left of", "above") else along) > across.abs()
+        pairs = pairs[fine]
+    return pairs.flatten().logsumexp(0) - F.softplus(first).sum() - F.softplus(second).sum()
+
+def scene_log_prob(scene: Scene, logits: Tensor, boxes: Tensor, ground: Tensor) -> Tensor:
+    """The log-probability of all that a scene asks for, and of nothing else, a number: from what the reader says
+    of one picture, logits (nouns, 16, 16), boxes (3, 16, 16), ground (grounds + 1,)."""
+    asked = [NOUNS.index(noun) for noun in scene.nouns]
+    odds = peaks(logits[asked])
+    if len(asked) == 1: found = log_exactly(odds[0], scene.count)
+    else:
+        row, column = torch.meshgrid(*[torch.arange(16, device=logits.device)] * 2, indexing="ij")
+        x, y = (4 * (column + boxes[0])).flatten().detach(), (4 * (row + boxes[1])).flatten().detach()
+        found = log_arranged(*odds, x, y, scene.relation)
+    others = [i for i in range(len(NOUNS)) if i not in asked]
+    found = found - F.softplus(peaks(logits[others].amax(0)[None])).sum()
+    return found + ground.log_softmax(0)[GROUNDS.index(scene.ground)] if scene.ground else found
+
+# %% ../nbs/05e_scenes.ipynb #5ce0a004
+class SceneLogProb(SceneReward):
+    "Reward: the reader's log-probability that the picture shows all that was asked for, and nothing else."
+    differentiable = True
+
+    def __call__(self, images: Tensor, prompts: list, metadata: list) -> tuple:
+        "Rewards (N,) of images (N, 3, H, W) in [0, 1], with a gradient if these have one; and what is right."
+        gradient = images.requires_grad and torch.is_grad_enabled()
+        with torch.set_grad_enabled(gradient):
+            outputs = tuple(o.float() for o in self.look(images))
+            found = torch.stack([scene_log_prob(asked_for(p), *said) for p, *said in zip(prompts, *outputs)])
+        return found if gradient else found.double().cpu().numpy(), self.judged(outputs, prompts)[1]
+
+# %% ../nbs/05e_scenes.ipynb #5ce0a005
 @lru_cache(4096)
 def asked_for(prompt: str) -> Scene:
     "The scene of a prompt that asks for something. InputError if it does not."
@@ -329,3 +405,7 @@ def scenes(model: str = "emoji-sd3") -> SceneReward:
 def scenes_strict(model: str = "emoji-sd3") -> SceneReward:
     "1 if a picture shows all that its prompt asks for, else 0."
     return SceneReward(*load_reader(), strict=True)
+
+def scenes_logprob(model: str = "emoji-sd3") -> SceneLogProb:
+    "The reader's log-probability that a picture shows all that its prompt asks for, and nothing else."
+    return SceneLogProb(*load_reader())

@@ -763,7 +763,7 @@ def collect(self:DDPOTrainer) -> Work:
 def _judge_with_gradient(self:DDPOTrainer, images, *about):
     "The judges' answer about images that have a gradient, and what is to grow: the sum of the rewards."
     rewards, info = answer(self.reward_function, images, *about)
-    with torch.no_grad(): watched = answer(self.watched, images, *about)[0] if self.watched else None
+    watched = answer(self.watched, images.detach(), *about)[0] if self.watched else None
     return (rewards, info, watched), as_column(rewards, reward_name(self.reward_function)).sum()
 
 @patch

@@ -79,7 +79,9 @@ def test_pictures_of_other_sizes_pass_the_processor(embedder):
 
 def test_weights_do_not_train(embedder):
     assert not embedder.model.training and not any(p.requires_grad for p in embedder.model.parameters())
-    assert not embedder.images(images(1).requires_grad_()).requires_grad
+    assert not embedder.images(images(1)).requires_grad
+    embedder.images(pictures := images(1).requires_grad_()).sum().backward()
+    assert pictures.grad.any() and all(p.grad is None for p in embedder.model.parameters())
 
 # The reward
 

@@ -1,19 +1,32 @@
 """Gradients through sampling, decoding and the reward: against autograd over the whole graph, against finite
 differences, and against what is known exactly; in the loop, resumed to the same bits."""
+import itertools
 import math
+from types import FunctionType
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, SiglipImageProcessor
+
+from ddpo_nb import scenes as scenes_module
+from ddpo_nb.aesthetic import AestheticReward, aesthetic
+from ddpo_nb.clip import (CLIPAlignment, Embedder, clip_alignment, clip_score, differentiable_pixels,
+                          load_embedder)
 from ddpo_nb.config import DDPOConfig, make_config
 from ddpo_nb.direct import AlignProp, DRaFT, uphill, walk_back
 from ddpo_nb.loading import family_of
 from ddpo_nb.mdp import Trajectories
 from ddpo_nb.nft import TinyFlow
+from ddpo_nb.preference import ImageReward, PickScore
 from ddpo_nb.prompts import InputError, PromptSource
-from ddpo_nb.rewards import (WeightedSum, as_column, check_differentiable, differentiable,
-                             jpeg_compressibility)
+from ddpo_nb.reward_files import Guarded, guarded_file
+from ddpo_nb.rewards import (PromptAlignment, WeightedSum, as_column, check_differentiable, differentiable,
+                             jpeg_compressibility, jpeg_incompressibility, to_uint8)
 from ddpo_nb.rollout import rollout, sample_generator
 from ddpo_nb.rwr import TinyDiffusion, x0_moments
+from ddpo_nb.scenes import SceneLogProb, SceneReward, scenes_logprob
 from ddpo_nb.tiny import TINY, tiny_pipeline
 from ddpo_nb.trainer import make_trainer
 from stopping import stop_after
@@ -329,6 +342,18 @@ def test_a_user_s_reward_that_says_nothing_is_taken_at_its_answer():
     with pytest.raises(InputError, match="^reward numbers: its answer has no gradient") as e: t.epoch()
     assert "\n" not in str(e.value) and torch.equal(weights(t), before)
 
+def test_a_file_s_reward_says_what_its_function_says(tmp_path):
+    (tmp_path/"r.py").write_text(
+        "def silent(images, prompts, metadata): return images.mean((1, 2, 3)), {}\n"
+        "def flat(images, prompts, metadata): return [0.0] * len(images), {}\n"
+        "flat.differentiable = False\n")
+    silent, flat = (guarded_file(tmp_path/"r.py", o) for o in ("silent", "flat"))
+    assert differentiable(silent) is None and differentiable(flat) is False
+    images = torch.rand(2, 3, 8, 8, requires_grad=True)
+    assert as_column(silent(images, ["a", "b"], [{}, {}])[0], "silent").requires_grad
+    summed = Guarded(WeightedSum({"silent": (1, silent), "flat": (1, flat)}), "silent+flat")
+    with pytest.raises(InputError, match="^--reward: flat has no gradient"): check_differentiable(summed, "draft")
+
 def test_a_sum_has_the_sum_of_the_gradients():
     images = torch.rand(2, 3, 8, 8, requires_grad=True)
     both = WeightedSum({"a": (2.0, Says(True)), "b": (-1.0, Says(True))})
@@ -363,3 +388,123 @@ def test_what_has_no_effect_or_cannot_work_is_refused_in_one_line(algorithm, set
     with pytest.raises(InputError, match=f"^{message}") as e:
         DDPOConfig(algorithm=algorithm, **few | settings)
     assert "\n" not in str(e.value)
+
+# ---- rewards that have a gradient ----
+
+def picture(n=3, size=80, seed=0):
+    "Smooth pictures, as a decoder paints them."
+    small = torch.rand(n, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(small, (size, size), mode="bicubic").clamp(0, 1)
+
+PROCESSORS = dict(
+    clip=lambda: CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+    siglip=lambda: SiglipImageProcessor(size={"height": 48, "width": 48}),
+    bilinear=lambda: CLIPImageProcessor(
+        size={"shortest_edge": 100}, crop_size={"height": 96, "width": 96}, resample=2),
+    plain=lambda: CLIPImageProcessor(do_resize=False, do_center_crop=False, do_normalize=False))
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("shape", [(80, 80), (90, 64)])
+def test_the_way_with_a_gradient_leads_to_the_processor_s_pixels(name, shape):
+    "Within a 255th of the range, for smaller and larger pictures and those that are no squares"
+    processor, images = PROCESSORS[name](), picture(size=90)[..., :shape[0], :shape[1]]
+    want = processor(images=list(to_uint8(images)), return_tensors="pt").pixel_values
+    found = differentiable_pixels(processor, images)
+    spread = min(processor.image_std) if processor.do_normalize else 1
+    assert found.shape == want.shape and (found - want).abs().max() < 1.6 / 255 / spread
+
+def test_an_interpolation_that_torch_lacks_is_refused():
+    with pytest.raises(InputError, match="^reward: its image processor interpolates as PIL's 1"):
+        differentiable_pixels(CLIPImageProcessor(resample=1), picture())
+
+def small_clip():
+    torch.manual_seed(0)
+    embedder = load_embedder()
+    vision, text = (
+        getattr(embedder.model.config, k).to_dict() | dict(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+        for k in ("vision_config", "text_config"))
+    model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=16))
+    return Embedder(model, embedder.image_processor, embedder.tokenizer)
+
+JUDGES = dict(
+    clip_alignment=lambda: clip_alignment(), clip_score=lambda: clip_score(), aesthetic=lambda: aesthetic(),
+    pickscore=lambda: PickScore(small_clip()), scenes_logprob=lambda: scenes_logprob())
+ASKED = ["a cat", "two cats on red", "a pig above a dog"]
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_a_reward_says_the_same_with_a_gradient_and_the_gradient_is_its_slope(name):
+    """The value within what rounding to 8 bits moves it; the gradient against differences along itself (an
+    ordinary answer has no graph)"""
+    judge, images = JUDGES[name](), picture(size=64)
+    assert differentiable(judge) is True
+    plain, _ = judge(images, ASKED, [{}] * 3)
+    assert isinstance(plain, np.ndarray)
+    seen = images.clone().requires_grad_()
+    found, info = judge(seen, ASKED, [{}] * 3)
+    scale = max(1.0, float(np.abs(plain).max()))
+    np.testing.assert_allclose(found.detach().numpy(), plain, atol=0.01 * scale)
+    pull, = torch.autograd.grad(found.sum(), seen)
+    size = pull.flatten(1).norm(dim=1)
+    # a CLIPScore is 0, and flat, where the cosine is below
+    assert pull.isfinite().all() and size.any() and (size > 0).tolist() == (plain != 0).tolist()
+    step = 0.02 * pull / size.clamp(min=1e-9).view(-1, 1, 1, 1)
+    with torch.enable_grad():
+        up, down = (judge((images + s * step).requires_grad_(), ASKED, [{}] * 3)[0].detach() for s in (1, -1))
+    torch.testing.assert_close((up - down) / 2, (pull * step).flatten(1).sum(1), rtol=0.15, atol=1e-4)
+    with torch.no_grad(): assert isinstance(judge(seen, ASKED, [{}] * 3)[0], np.ndarray)
+
+def test_all_that_the_package_names_says_whether_it_has_one():
+    "By name, without its weights: the class or function that a name stands for"
+    made_of = dict(
+        jpeg_compressibility=jpeg_compressibility, jpeg_incompressibility=jpeg_incompressibility,
+        clip_alignment=CLIPAlignment, clip_score=CLIPAlignment, hps_v2=CLIPAlignment, pickscore=PickScore,
+        aesthetic=AestheticReward, scenes_logprob=SceneLogProb, scenes=SceneReward, scenes_strict=SceneReward,
+        prompt_alignment=PromptAlignment, image_reward=ImageReward)
+    said = {name: differentiable(o if isinstance(o, FunctionType) else object.__new__(o))
+            for name, o in made_of.items()}
+    yes = {name for name, o in said.items() if o}
+    assert yes == {"clip_alignment", "clip_score", "hps_v2", "pickscore", "aesthetic", "scenes_logprob"}
+    assert {o for n, o in said.items() if n not in yes} == {False}
+
+# ---- the reader's log-probability ----
+
+def brute(odds, fine):
+    "The sum of the chances of all outcomes, of independent things, that are `fine`."
+    p = odds.double().sigmoid()
+    total = 0.0
+    for o in itertools.product((0, 1), repeat=len(p)):
+        o = torch.tensor(o)
+        if fine(o): total += torch.where(o == 1, p, 1 - p).prod().item()
+    return total
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(-8, 6), min_size=4, max_size=7), st.integers(0, 4))
+def test_exactly_so_many_by_counting_all_cases(odds, count):
+    odds = torch.tensor(odds)
+    found = scenes_module.log_exactly(odds, count).exp().item()
+    assert found == pytest.approx(brute(odds, lambda o: o.sum() == count), rel=1e-3, abs=1e-9)
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([None, "left of", "right of", "above", "below"]))
+def test_two_things_that_stand_so_by_counting_all_cases(seed, relation):
+    g = torch.Generator().manual_seed(seed)
+    a, b = 3 * torch.randn(4, generator=g), 3 * torch.randn(4, generator=g)
+    x, y = 64 * torch.rand(4, generator=g), 64 * torch.rand(4, generator=g)
+    def fine(o):
+        first, second = o[:4].nonzero().flatten().tolist(), o[4:].nonzero().flatten().tolist()
+        if len(first) != 1 or len(second) != 1: return False
+        at = lambda i: scenes_module.Found("cat", x[i].item(), y[i].item(), 20, 1)
+        return relation is None or scenes_module.stands(at(first[0]), relation, at(second[0]))
+    found = scenes_module.log_arranged(a, b, x, y, relation).exp().item()
+    assert found == pytest.approx(brute(torch.cat([a, b]), fine), rel=1e-3, abs=1e-9)
+
+def test_of_a_picture_it_is_highest_for_what_is_there():
+    from ddpo_nb.emoji_sd3 import paint
+    try: painted, _ = paint([("cat", 18, 20, 28), ("cat", 46, 44, 28)], "blue")
+    except InputError: pytest.skip("the font is not here")
+    image = torch.tensor(np.asarray(painted)).permute(2, 0, 1)[None] / 255
+    asked = ["two cats on a blue background", "three cats on a blue background", "a dog on blue", "a cat",
+             "two cats on a red background"]
+    found, info = scenes_logprob()(image.expand(5, -1, -1, -1), asked, [{}] * 5)
+    assert info["right"].tolist() == [1, 0, 0, 0, 0] and found[0] > -0.5 and (found[1:] < found[0] - 1).all()
