@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .models.modeling_sd_base import (DDPOPipelineOutput, DDPOSchedulerOutput,
                                           DDPOStableDiffusionPipeline, DefaultDDPOStableDiffusionPipeline)
-    from .trainer import DDPOConfig, DDPOTrainer, RWRConfig, RWRTrainer
+    from .trainer import (AlignPropConfig, AlignPropTrainer, DDPOConfig, DDPOTrainer, RWRConfig,
+                          RWRTrainer)
 
-_home = dict(DDPOConfig="trainer", DDPOTrainer="trainer", RWRConfig="trainer", RWRTrainer="trainer")
+_home = dict.fromkeys(
+    ("AlignPropConfig", "AlignPropTrainer", "DDPOConfig", "DDPOTrainer", "RWRConfig", "RWRTrainer"), "trainer"
+)
 _home |= dict.fromkeys(
     (
         "DDPOPipelineOutput", "DDPOSchedulerOutput", "DDPOStableDiffusionPipeline",

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['processes', 'usable_precision', 'check_launcher', 'policy_settings', 'check_family', 'configure_policy',
-           'DDPOTrainer', 'denoised_together', 'split_updates', 'per_image', 'RWRTrainer', 'make_trainer']
+           'DDPOTrainer', 'denoised_together', 'split_updates', 'per_image', 'RWRTrainer', 'AlignPropTrainer',
+           'make_trainer']
 
 # %% ../nbs/09_trainer.ipynb #8222ca9a
 import atexit, hashlib, json, math, os, resource, shutil, sys, tempfile, threading, time, warnings
@@ -26,8 +27,8 @@ from .advantages import BASELINES, PerPromptStatTracker
 from .batches import device_memory, example_cost, micro_batch, resident
 from .checkpoints import (FolderLock, check_free, check_writable, checkpoints, stop_signals,
                                  write_atomic)
-from .config import (DDPOConfig, RWRConfig, check_config, check_repeats, idle_notes, make_objective,
-                            _KINDS, _USUAL)
+from .config import (AlignPropConfig, DDPOConfig, RWRConfig, check_config, check_repeats, idle_notes,
+                            make_objective, _KINDS, _USUAL)
 from .ddpo import DDPO
 from .direct import uphill
 from .loading import is_quantized
@@ -409,7 +410,7 @@ class DDPOTrainer(Resumable, TrlTrainer):
         policy.in_training = True
         known = {id(p) for p in policy.trained.parameters()}
         if any(id(p) not in known for p in policy.trainable_parameters()) and not (
-            self._unbroken or self.overrides("calculate_loss")
+            self._unbroken or isinstance(self.objective, DDPO) and self.overrides("calculate_loss")
         ):
             raise InputError(
                 "get_trainable_layers",
@@ -626,7 +627,8 @@ def _undivided(self:DDPOTrainer):
 def gradient(self:DDPOTrainer, trajectories, examples, advantages=None):
     """Accumulate the gradient of the mean loss over `examples`; returns the sums of the figures to log,
     and the largest ratio."""
-    m, sums, size, own = len(examples["sample"]), {}, self.micro_batch_size, self.overrides("calculate_loss")
+    m, sums, size = len(examples["sample"]), {}, self.micro_batch_size
+    own = isinstance(self.objective, DDPO) and self.overrides("calculate_loss")
     if own:  # as TRL calls it, unless another size is asked for
         examples, size = (
             by_sample(examples, self.config.train_batch_size),
@@ -830,7 +832,7 @@ def weigh(self:DDPOTrainer, trajectories, batches, scored, x0, t) -> Work:
         [*batch, torch.as_tensor(rewards, device=self.accelerator.device), info]
         for batch, (rewards, info, _) in zip(batches, scored)
     ]
-    (self.hook or self._log_some)(seen, self.global_step, self.accelerator)
+    self._show(seen)
     rewards, prompts = np.array(
         gather_object([r for rewards, *_ in scored for r in rewards.tolist()])
     ), gather_object([p for b in batches for p in b[1]])
@@ -849,6 +851,11 @@ def weigh(self:DDPOTrainer, trajectories, batches, scored, x0, t) -> Work:
         trajectories, self.advantages(prompts, rewards),
         row | dict(seconds_sampling=t[1] - t[0], seconds_reward=t[2] - t[1], seconds_training=0.0),
     )
+
+@patch
+def _show(self:DDPOTrainer, batches):
+    "To the hook."
+    (self.hook or self._log_some)(batches, self.global_step, self.accelerator)
 
 @patch
 def _log_some(self:DDPOTrainer, batches, step, accelerator, most=8):
@@ -1278,8 +1285,55 @@ class RWRTrainer(DDPOTrainer):
             )
         super().__init__(config, *args, **kwargs)
 
+class AlignPropTrainer(DDPOTrainer):
+    """TRL's trainer by the reward's gradient; the config is an `AlignPropConfig`. The reward's answer has to have
+    a gradient in the pictures. The hook gets a dictionary of the last batch's images, prompts, prompt_metadata
+    and rewards, the update's number, and a tracker."""
+    _tag_names = ["alignprop"]
+    _of_gradients = ("compute_rewards", "calculate_loss")
+
+    def __init__(
+        self, config: AlignPropConfig, reward_function, prompt_function, sd_pipeline, image_samples_hook=None
+    ):
+        if not isinstance(config, AlignPropConfig):
+            raise InputError("config", f"a {type(config).__name__} is no AlignPropConfig", "give one")
+        config.__post_init__()  # it may have been changed since it was made
+        super().__init__(config, reward_function, prompt_function, sd_pipeline, image_samples_hook)
+
+    def compute_rewards(self, prompt_image_pairs: dict) -> torch.Tensor:
+        "Rewards (n,), with their gradient, of images, prompts and prompt_metadata."
+        batch = (prompt_image_pairs[k] for k in ("images", "prompts", "prompt_metadata"))
+        rewards, self._info = answer(self.reward_function, *batch)
+        return rewards
+
+    def calculate_loss(self, rewards: torch.Tensor) -> torch.Tensor:
+        "A batch's loss, of which the gradient is taken; a number."
+        return 10.0 - rewards.mean()
+
+    def save_model(self, output_dir: str|Path):
+        "`save_pretrained`, by the name that TRL's example script has for it."
+        self.save_pretrained(output_dir)
+
+    def _judge_with_gradient(self, images, *about):
+        "By TRL's two methods, which a subclass may override."
+        self._info, name = {}, reward_name(self.reward_function)
+        pairs = dict(zip(("images", "prompts", "prompt_metadata"), (images, *about)))
+        rewards = as_column(self.compute_rewards(pairs), name)
+        loss = self.calculate_loss(rewards)
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise InputError("calculate_loss", "it is not one number with a gradient", "return one, from the rewards")
+        watched = answer(self.watched, images.detach(), *about)[0] if self.watched else None
+        return (rewards, self._info, watched), -loss.sum() * len(images)  # the loss is a mean
+
+    def _show(self, batches):
+        "To the hook, as TRL's has it: the last batch, where it is due."
+        if self.hook is None: return super()._show(batches)
+        if (step := self.global_step + 1) % self.config.log_image_freq: return
+        names = ("images", "prompts", "prompt_metadata", "rewards")
+        self.hook(dict(zip(names, batches[-1])), step, self.accelerator.trackers[0])
+
 def make_trainer(config: DDPOConfig, reward_function, prompt_function, policy, **kwargs) -> DDPOTrainer:
     "The trainer for the config's algorithm."
-    return (RWRTrainer if issubclass(get_objective(config.algorithm), RWR) else DDPOTrainer)(
-        config, reward_function, prompt_function, policy, **kwargs
-    )
+    rwr = issubclass(get_objective(config.algorithm), RWR)
+    kind = RWRTrainer if rwr else AlignPropTrainer if isinstance(config, AlignPropConfig) else DDPOTrainer
+    return kind(config, reward_function, prompt_function, policy, **kwargs)

@@ -83,11 +83,13 @@ _OWN = {}  # name -> the library's own method: filled when the trainer is comple
 
 class TrlTrainer:
     "What TRL's trainer calls its parts."
-    _tag_names = []  # of the model card, besides its own
+    _tag_names = []     # of the model card, besides its own
+    _of_gradients = ()  # methods that have another meaning where rewards have gradients, and are called there
 
     def overrides(self, name: str) -> bool:
         "Is the trainer's method `name` something else than this library's own?"
-        return name in vars(self) or getattr(type(self), name) is not _OWN[name]
+        own = next(o for o in type(self).__mro__ if o.__module__.startswith("ddpo_nb."))
+        return name in vars(self) or getattr(type(self), name) is not getattr(own, name)
 
     @property
     def _samples_by_dictionary(self):
@@ -131,10 +133,15 @@ class TrlTrainer:
         c, plain = self.config, type(self.objective) is DDPO
         where = type(self).__name__
         for name in _OF_DDPO:
-            if self.overrides(name) and not isinstance(self.objective, DDPO):
+            if self.overrides(name) and name not in self._of_gradients and not isinstance(self.objective, DDPO):
                 raise InputError(
                     name, f"{where} overrides it, and {c.algorithm} does not call it", "take a ddpo algorithm"
                 )
+        if self.overrides("compute_rewards") and self.objective.of_gradients and not self._of_gradients:
+            raise InputError(
+                "compute_rewards", f"{where} overrides it, and {c.algorithm} asks for gradients as it paints",
+                "override AlignPropTrainer's, or the reward function"
+            )
         if self.overrides("loss") and not plain:
             raise InputError(
                 "loss", f"{where} overrides it, and {c.algorithm} has no ratio to clip",
