@@ -60,8 +60,8 @@ def differentiable_pixels(
     processor,       # an image processor of `transformers`
     images: Tensor,  # (N, 3, H, W), values in [0, 1]
 ) -> Tensor:         # (N, 3, S, S), as the network wants them
-    """What the processor makes of pictures, by torch alone, so that they keep their gradient; within a 255th of
-    a value's range. InputError for an interpolation that torch does not have."""
+    """What the processor makes of pictures, by torch alone, so that they keep their gradient; within a 255th
+    of a value's range. InputError for an interpolation that torch does not have."""
     if getattr(processor, "do_resize", True):
         kind, size = int(processor.resample), _size(processor.size)
         if kind not in _INTERPOLATIONS:
@@ -185,7 +185,8 @@ class CLIPAlignment:
     def to(self, device): self.embedder.to(device); return self
 
     def __call__(self, images: Tensor, prompts: list, metadata: list) -> tuple:
-        "Rewards (N,) from images (N, 3, H, W) in [0, 1] and their prompts; with a gradient, if these have one."
+        """Rewards (N,) from images (N, 3, H, W) in [0, 1] and their prompts; with a gradient, if these have
+        one."""
         words = self.embedder.texts([self.prefix + p for p in prompts])
         cosine = (self.embedder.images(images) * words).sum(1)
         if self.scale is not None: cosine = self.scale * cosine.clamp(min=0)

@@ -230,24 +230,29 @@ _choices = dict(
 def _follow_trl(c):
     "What TRL's settings of AlignProp come to here. InputError for values that cannot work."
     if c.algorithm != "alignprop":
-        raise InputError("algorithm", f"{c.algorithm!r} is not what an AlignPropConfig is for", "give a DDPOConfig")
+        raise InputError(
+            "algorithm", f"{c.algorithm!r} is not what an AlignPropConfig is for", "give a DDPOConfig")
     if c.mixed_precision == "none": c.mixed_precision = "no"  # as TRL's help has it
     counts = ("sample_num_steps", "train_batch_size", "train_gradient_accumulation_steps", "log_image_freq")
     kinds = dict.fromkeys(counts, int) | dict(truncated_backprop_rand=bool, truncated_backprop_timestep=int)
     for name, kind in kinds.items():
         setattr(c, name, value := _plain_value(name, getattr(c, name), kind))
         _check_value(name, value, kind)
-        if name in counts and value < 1: raise InputError(name, f"{value} is not positive", "give a number above 0")
-    c.sample_batch_size, c.sample_num_batches_per_epoch = c.train_batch_size, c.train_gradient_accumulation_steps
+        if name in counts and value < 1:
+            raise InputError(name, f"{value} is not positive", "give a number above 0")
+    c.sample_batch_size = c.train_batch_size
+    c.sample_num_batches_per_epoch = c.train_gradient_accumulation_steps
     steps, name, cut = c.sample_num_steps, "truncated_backprop_timestep", [c.truncated_backprop_timestep] * 2
     if c.truncated_backprop_rand:
         name, cut = "truncated_rand_backprop_minmax", c.truncated_rand_backprop_minmax
     cut = [_number(o, int) for o in cut] if isinstance(cut, (tuple, list)) else []
     if len(cut) != 2 or None in cut or not 0 <= cut[0] <= cut[1]:
-        raise InputError(name, f"{getattr(c, name)!r} does not say where to cut", "give whole numbers from 0 on")
+        raise InputError(
+            name, f"{getattr(c, name)!r} does not say where to cut", "give whole numbers from 0 on")
     if cut[0] >= steps:
         raise InputError(
-            name, f"no gradient is left of {steps} steps that are cut at {cut[0]}", "cut before the last step")
+            name, f"no gradient is left of {steps} steps that are cut at {cut[0]}",
+            "cut before the last step")
     c.alignprop_fewest, c.alignprop_most = steps - cut[1], steps - cut[0]
     c.alignprop_draw = "step" if c.truncated_backprop_rand else "chain"
 
@@ -481,7 +486,8 @@ def idle_notes(c) -> list:
     elif not c.per_prompt_stat_tracking:
         notes += [f"{name} does nothing without per_prompt_stat_tracking" for name in buffers]
     if isinstance(c, AlignPropConfig):
-        idle = "truncated_backprop_timestep" if c.truncated_backprop_rand else "truncated_rand_backprop_minmax"
+        both = "truncated_rand_backprop_minmax", "truncated_backprop_timestep"
+        idle = both[c.truncated_backprop_rand]
         if getattr(c, idle) != getattr(AlignPropConfig, idle):
             notes.append(f"{idle} does nothing, since truncated_backprop_rand is {c.truncated_backprop_rand}")
     if c.negative_prompts and c.sample_guidance_scale <= 1:

@@ -41,7 +41,7 @@ def uphill(
 
 # %% ../nbs/08c_direct.ipynb #d5af0030
 def _one_step_back(policy, x, t, prev, cond, guidance, down, parameters, further):
-    "What `down`, in the mean of a step's next latent, amounts to in x (None unless `further`), and in weights."
+    "What `down`, in the mean of a step's next latent, is in x (None unless `further`), and in the weights."
     with torch.enable_grad():
         x = x.detach().requires_grad_(further)
         with nullcontext() if parameters else torch.no_grad(): output = policy.predict(x, t, cond, guidance)
@@ -99,8 +99,9 @@ class _Walked(torch.autograd.Function):
 @objective("draft", label="DRaFT", colour="#d4a017")
 @dataclass
 class DRaFT(Objective):
-    """Direct reward fine-tuning (Clark et al. 2023, arXiv 2309.17400): the gradient of a differentiable reward
-    through decoder and sampler, of which the last K steps are differentiated. InputError for bad settings."""
+    """Direct reward fine-tuning (Clark et al. 2023, arXiv 2309.17400): the gradient of a differentiable
+    reward through decoder and sampler, of which the last K steps are differentiated. InputError for bad
+    settings."""
     steps: int = 1         # K, steps that the gradient goes back through, the last ones; 0: all
     guidance: bool = True  # classifier-free guidance in the gradient, as when sampling
 
@@ -127,10 +128,12 @@ class DRaFT(Objective):
         for name, unset in usual.items():
             if getattr(c, name) != unset:
                 raise InputError(
-                    name, f"{cls.name} follows the reward's own gradient, and compares nothing", "leave it out")
+                    name, f"{cls.name} follows the reward's own gradient, and compares nothing",
+                    "leave it out")
         if c.async_reward_computation:
             raise InputError(
-                "async_reward_computation", f"{cls.name} needs each reward's gradient at once", "leave it off")
+                "async_reward_computation", f"{cls.name} needs each reward's gradient at once",
+                "leave it off")
 
     def _check_steps(self, steps):
         if self.steps > steps:
@@ -196,11 +199,12 @@ DRAWS = ("chain", "step")
 @objective("alignprop", label="AlignProp", colour="#6d7f2e")
 @dataclass
 class AlignProp(DRaFT):
-    """AlignProp (Prabhudesai et al. 2023, arXiv 2310.03739): the same with a random K, so that early steps learn
-    as well, now and then. InputError for bad settings."""
+    """AlignProp (Prabhudesai et al. 2023, arXiv 2310.03739): the same with a random K, so that early steps
+    learn as well, now and then. InputError for bad settings."""
     fewest: int = 1      # K is drawn from so many steps; below 0 counts as 0
     most: int = 0        # to so many; 0: to all
-    draw: str = "chain"  # a K for each sample's "chain", as published, or for each "step", as the authors' code
+    # a K for each sample's "chain", as published, or anew for each "step", as in the authors' code
+    draw: str = "chain"
 
     settings = DRaFT.settings | {"steps": None}
 

@@ -346,8 +346,8 @@ def log_arranged(
     return pairs.flatten().logsumexp(0) - F.softplus(first).sum() - F.softplus(second).sum()
 
 def scene_log_prob(scene: Scene, logits: Tensor, boxes: Tensor, ground: Tensor) -> Tensor:
-    """The log-probability of all that a scene asks for, and of nothing else, a number: from what the reader says
-    of one picture, logits (nouns, 16, 16), boxes (3, 16, 16), ground (grounds + 1,)."""
+    """The log-probability of all that a scene asks for, and of nothing else, a number: from what the reader
+    says of one picture, logits (nouns, 16, 16), boxes (3, 16, 16), ground (grounds + 1,)."""
     asked = [NOUNS.index(noun) for noun in scene.nouns]
     odds = peaks(logits[asked])
     if len(asked) == 1: found = log_exactly(odds[0], scene.count)

@@ -1286,9 +1286,9 @@ class RWRTrainer(DDPOTrainer):
         super().__init__(config, *args, **kwargs)
 
 class AlignPropTrainer(DDPOTrainer):
-    """TRL's trainer by the reward's gradient; the config is an `AlignPropConfig`. The reward's answer has to have
-    a gradient in the pictures. The hook gets a dictionary of the last batch's images, prompts, prompt_metadata
-    and rewards, the update's number, and a tracker."""
+    """TRL's trainer by the reward's gradient; the config is an `AlignPropConfig`. The reward's answer has to
+    have a gradient in the pictures. The hook gets a dictionary of the last batch's images, prompts,
+    prompt_metadata and rewards, the update's number, and a tracker."""
     _tag_names = ["alignprop"]
     _of_gradients = ("compute_rewards", "calculate_loss")
 
@@ -1321,7 +1321,8 @@ class AlignPropTrainer(DDPOTrainer):
         rewards = as_column(self.compute_rewards(pairs), name)
         loss = self.calculate_loss(rewards)
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise InputError("calculate_loss", "it is not one number with a gradient", "return one, from the rewards")
+            raise InputError(
+                "calculate_loss", "it is not one number with a gradient", "return one, from the rewards")
         watched = answer(self.watched, images.detach(), *about)[0] if self.watched else None
         return (rewards, self._info, watched), -loss.sum() * len(images)  # the loss is a mean
 

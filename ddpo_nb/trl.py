@@ -133,7 +133,8 @@ class TrlTrainer:
         c, plain = self.config, type(self.objective) is DDPO
         where = type(self).__name__
         for name in _OF_DDPO:
-            if self.overrides(name) and name not in self._of_gradients and not isinstance(self.objective, DDPO):
+            called = isinstance(self.objective, DDPO) or name in self._of_gradients
+            if self.overrides(name) and not called:
                 raise InputError(
                     name, f"{where} overrides it, and {c.algorithm} does not call it", "take a ddpo algorithm"
                 )

@@ -75,7 +75,8 @@ def test_a_fixed_cut_gives_the_gradient_of_rgb_with_grad(folder, cut):
     t = make(folder, truncated_backprop_rand=False, truncated_backprop_timestep=cut, train_max_grad_norm=1e9)
     assert make_objective(t.config).passed(1, 4, torch.Generator()).tolist() == [[i >= cut for i in range(4)]]
     with torch.no_grad():
-        for p in t.trainable_layers: p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+        g = torch.Generator().manual_seed(1)
+        for p in t.trainable_layers: p.add_(0.1 * torch.randn(p.shape, generator=g))
     work = t.collect()
     examples = t.objective.examples(t.policy, work.trajectories, work.advantages, torch.Generator())
     t.gradient(work.trajectories, examples)
@@ -152,12 +153,14 @@ def test_what_would_not_be_called_or_cannot_be_is_refused_in_one_line(folder):
     with pytest.raises(InputError, match="^config: a DDPOConfig is no AlignPropConfig"):
         AlignPropTrainer(DDPOConfig(), warmth, prompt, DefaultDDPOStableDiffusionPipeline(folder))
 
+def fixed_at(cut): return dict(truncated_backprop_rand=False, truncated_backprop_timestep=cut)
+
 @pytest.mark.parametrize("settings,message", [
     (dict(truncated_rand_backprop_minmax=(50, 0)), "truncated_rand_backprop_minmax: .*where to cut"),
     (dict(truncated_rand_backprop_minmax="0"), "truncated_rand_backprop_minmax: .*where to cut"),
     (dict(truncated_rand_backprop_minmax=(50, 60)), "truncated_rand_backprop_minmax: no gradient is left"),
-    (dict(truncated_backprop_rand=False, truncated_backprop_timestep=50), "truncated_backprop_timestep: no grad"),
-    (dict(truncated_backprop_rand=False, truncated_backprop_timestep=-1), "truncated_backprop_timestep: .*cut"),
+    (fixed_at(50), "truncated_backprop_timestep: no gradient is left"),
+    (fixed_at(-1), "truncated_backprop_timestep: .*where to cut"),
     (dict(truncated_backprop_rand="maybe"), "truncated_backprop_rand: 'maybe' is not of type bool"),
     (dict(log_image_freq=0), "log_image_freq: 0 is not positive"),
     (dict(train_batch_size=0), "train_batch_size: 0 is not positive"),
@@ -206,9 +209,11 @@ def log_images(pair, global_step, tracker):
     tracker.log_images({f"{p}": o.unsqueeze(0).float() for p, o in zip(prompts, images)}, step=global_step)
 
 if __name__ == "__main__":
-    script_args, training_args = HfArgumentParser((ScriptArguments, AlignPropConfig)).parse_args_into_dataclasses()
+    parser = HfArgumentParser((ScriptArguments, AlignPropConfig))
+    script_args, training_args = parser.parse_args_into_dataclasses()
     training_args.project_kwargs = {
-        "logging_dir": "./logs", "automatic_checkpoint_naming": True, "total_limit": 5, "project_dir": "./save"}
+        "logging_dir": "./logs", "automatic_checkpoint_naming": True, "total_limit": 5, "project_dir": "./save"
+    }
     pipeline = DefaultDDPOStableDiffusionPipeline(
         script_args.pretrained_model, pretrained_model_revision="main", use_lora=script_args.use_lora)
     trainer = AlignPropTrainer(
@@ -237,7 +242,8 @@ def run_script(source, folder, place, monkeypatch):
 def test_a_trl_script_runs(folder, tmp_path, monkeypatch): run_script(SCRIPT, folder, tmp_path, monkeypatch)
 
 # where benchmarks/trl_agreement.py keeps it
-THEIRS = Path("~/.cache/ddpo_nb/trl-0.23.1").expanduser().glob("lib/*/site-packages/examples/scripts/alignprop.py")
+THEIRS = Path("~/.cache/ddpo_nb/trl-0.23.1").expanduser().glob(
+    "lib/*/site-packages/examples/scripts/alignprop.py")
 
 @pytest.mark.skipif(not (found := [*THEIRS]), reason="TRL's sources are not here")
 def test_trl_s_own_script_runs(folder, tmp_path, monkeypatch):
