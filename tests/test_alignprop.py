@@ -212,7 +212,8 @@ if __name__ == "__main__":
     parser = HfArgumentParser((ScriptArguments, AlignPropConfig))
     script_args, training_args = parser.parse_args_into_dataclasses()
     training_args.project_kwargs = {
-        "logging_dir": "./logs", "automatic_checkpoint_naming": True, "total_limit": 5, "project_dir": "./save"
+        "logging_dir": "./logs", "automatic_checkpoint_naming": True, "total_limit": 5,
+        "project_dir": "./save"
     }
     pipeline = DefaultDDPOStableDiffusionPipeline(
         script_args.pretrained_model, pretrained_model_revision="main", use_lora=script_args.use_lora)
