@@ -1,6 +1,7 @@
 """Gradients through sampling, decoding and the reward: against autograd over the whole graph, against finite
 differences, and against what is known exactly; in the loop, resumed to the same bits."""
 import itertools
+import json
 import math
 from types import FunctionType
 
@@ -14,6 +15,7 @@ from ddpo_nb import scenes as scenes_module
 from ddpo_nb.aesthetic import AestheticReward, aesthetic
 from ddpo_nb.clip import (CLIPAlignment, Embedder, clip_alignment, clip_score, differentiable_pixels,
                           load_embedder)
+from ddpo_nb.cli import main
 from ddpo_nb.config import DDPOConfig, make_config
 from ddpo_nb.direct import AlignProp, DRaFT, uphill, walk_back
 from ddpo_nb.loading import family_of
@@ -513,3 +515,45 @@ def test_of_a_picture_it_is_highest_for_what_is_there():
              "two cats on a red background"]
     found, info = scenes_logprob()(image.expand(5, -1, -1, -1), asked, [{}] * 5)
     assert info["right"].tolist() == [1, 0, 0, 0, 0] and found[0] > -0.5 and (found[1:] < found[0] - 1).all()
+
+# ---- from the command line ----
+
+FEW_WORDS = ("--queries 8 --sample-num-steps 2 --sample-batch-size 4 --sample-num-batches-per-epoch 1"
+             " --train-batch-size 4 --evaluation-samples 2 --samples-per-prompt 1 --no-progress").split()
+
+@pytest.mark.usefixtures("small_unet")
+def test_compare_has_it_beside_the_others_and_the_report_is_complete(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = ["ddpo-is", "nft", "draft", "rwr"]
+    line = ["compare", "--algorithms", ",".join(names), "--reward", "aesthetic", *FEW_WORDS, "--output", "out"]
+    assert main(line) == 0
+    rows = [json.loads(o) for o in (tmp_path/"out/metrics.jsonl").read_text().splitlines()]
+    spent = {name: max(r["queries"] for r in rows if r["algorithm"] == name) for name in names}
+    assert set(spent.values()) == {8}
+    report, told = (tmp_path/"out/report.html").read_text(), capsys.readouterr().out
+    for label in ("DDPO-IS", "DiffusionNFT", "DRaFT", "RWR"): assert label in report and label in told
+    for name in names: assert (tmp_path/f"out/weights/{name}-seed0/pytorch_lora_weights.safetensors").is_file()
+    assert (tmp_path/"out/curves.png").is_file() and (tmp_path/"out/before_after.png").is_file()
+
+@pytest.mark.parametrize("line,names", [
+    ("compare --algorithms ddpo-is,draft --reward jpeg_compressibility", "jpeg_compressibility has no gradient"),
+    ("train --algorithm draft", "jpeg_compressibility has no gradient"),
+    ("train --algorithm alignprop --reward aesthetic+0.1*jpeg_compressibility", "jpeg_compressibility has no"),
+    ("train --algorithm draft --reward scenes --prompts scenes", "scenes has no gradient"),
+    ("train --algorithm draft --reward aesthetic --draft-steps 11", "--draft-steps: 11 is more than the 10"),
+    ("train --algorithm draft --reward aesthetic --baseline group", "--baseline: draft follows"),
+])
+def test_the_command_line_refuses_it_in_one_line_and_writes_nothing(line, names, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*line.split(), *FEW_WORDS[:2]]) == 2
+    err = capsys.readouterr().err
+    assert names in err and err.count("\n") == 1 and not [*tmp_path.iterdir()]
+
+def test_a_dry_run_knows_the_walk_back(capsys):
+    "Three steps of sixteen pictures, twice for guidance: 96 rows in an update, with one step's activations"
+    line = "train --algorithm draft --reward aesthetic --dry-run --micro-batch-size 8 --draft-steps 3"
+    assert main(line.split()) == 0
+    out = capsys.readouterr().out
+    row = next(o for o in out.splitlines() if "training (forward and backward)" in o)
+    samples = int(next(o for o in out.splitlines() if "samples per epoch" in o).split()[-1])
+    assert int(row.split()[-1].replace(",", "")) == 3 * 2 * samples and "decoding its images" in out
