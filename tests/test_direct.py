@@ -525,25 +525,26 @@ FEW_WORDS = ("--queries 8 --sample-num-steps 2 --sample-batch-size 4 --sample-nu
 def test_compare_has_it_beside_the_others_and_the_report_is_complete(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = ["ddpo-is", "nft", "draft", "rwr"]
-    line = ["compare", "--algorithms", ",".join(names), "--reward", "aesthetic", *FEW_WORDS, "--output", "out"]
-    assert main(line) == 0
+    line = ["compare", "--algorithms", ",".join(names), "--reward", "aesthetic", "--output", "out"]
+    assert main([*line, *FEW_WORDS]) == 0
     rows = [json.loads(o) for o in (tmp_path/"out/metrics.jsonl").read_text().splitlines()]
     spent = {name: max(r["queries"] for r in rows if r["algorithm"] == name) for name in names}
     assert set(spent.values()) == {8}
     report, told = (tmp_path/"out/report.html").read_text(), capsys.readouterr().out
     for label in ("DDPO-IS", "DiffusionNFT", "DRaFT", "RWR"): assert label in report and label in told
-    for name in names: assert (tmp_path/f"out/weights/{name}-seed0/pytorch_lora_weights.safetensors").is_file()
+    for name in names:
+        assert (tmp_path/f"out/weights/{name}-seed0/pytorch_lora_weights.safetensors").is_file()
     assert (tmp_path/"out/curves.png").is_file() and (tmp_path/"out/before_after.png").is_file()
 
 @pytest.mark.parametrize("line,names", [
-    ("compare --algorithms ddpo-is,draft --reward jpeg_compressibility", "jpeg_compressibility has no gradient"),
+    ("compare --algorithms ddpo-is,draft --reward jpeg_incompressibility", "incompressibility has no gradient"),
     ("train --algorithm draft", "jpeg_compressibility has no gradient"),
-    ("train --algorithm alignprop --reward aesthetic+0.1*jpeg_compressibility", "jpeg_compressibility has no"),
+    ("train --algorithm alignprop --reward aesthetic+0.1*jpeg_compressibility", "jpeg_compressibility has"),
     ("train --algorithm draft --reward scenes --prompts scenes", "scenes has no gradient"),
     ("train --algorithm draft --reward aesthetic --draft-steps 11", "--draft-steps: 11 is more than the 10"),
     ("train --algorithm draft --reward aesthetic --baseline group", "--baseline: draft follows"),
 ])
-def test_the_command_line_refuses_it_in_one_line_and_writes_nothing(line, names, tmp_path, monkeypatch, capsys):
+def test_the_command_line_refuses_it_and_writes_nothing(line, names, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main([*line.split(), *FEW_WORDS[:2]]) == 2
     err = capsys.readouterr().err
