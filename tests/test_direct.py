@@ -537,7 +537,7 @@ def test_compare_has_it_beside_the_others_and_the_report_is_complete(tmp_path, m
     assert (tmp_path/"out/curves.png").is_file() and (tmp_path/"out/before_after.png").is_file()
 
 @pytest.mark.parametrize("line,names", [
-    ("compare --algorithms ddpo-is,draft --reward jpeg_incompressibility", "incompressibility has no gradient"),
+    ("compare --algorithms ddpo-is,draft --reward jpeg_incompressibility", "incompressibility has no"),
     ("train --algorithm draft", "jpeg_compressibility has no gradient"),
     ("train --algorithm alignprop --reward aesthetic+0.1*jpeg_compressibility", "jpeg_compressibility has"),
     ("train --algorithm draft --reward scenes --prompts scenes", "scenes has no gradient"),
