@@ -143,7 +143,7 @@ def _add_model(p):
     p.add_argument(
         "--model", default="emoji-sd", metavar="DIR_OR_ID",
         help=(
-            "emoji-sd (bundled), a folder in diffusers' format, a .safetensors file"
+            "emoji-sd or emoji-sd3 (bundled), a folder in diffusers' format, a .safetensors file"
             " (01b_loading), or a hub id"
         ),
     )
@@ -387,7 +387,7 @@ def _check_model(model):
     if model in ("emoji-sd", "emoji-sd3"): return
     path = Path(model).expanduser()
     remedy = (
-        "give emoji-sd, a folder in diffusers' format, a .safetensors file, or a hub id such as "
+        "give emoji-sd, emoji-sd3, a folder in diffusers' format, a .safetensors file, or a hub id such as "
         "stable-diffusion-v1-5/stable-diffusion-v1-5"
     )
     if path.is_dir():

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'ANIMALS', 'UNSEEN_ANIMALS', 'OBJECTS', 'GLYPHS', 'NOUNS', 'COLOURS', 'COLOUR_NAMES', 'FONT', 'load',
-           'write_vocabulary', 'save', 'glyph', 'scene', 'to_tensor', 'random_scenes', 'captions', 'build_tokenizer',
-           'build_text_encoder', 'build_vae', 'build_unet', 'build_scheduler', 'assemble', 'save_state', 'load_state',
-           'vae_loss', 'train_vae', 'encode_scenes', 'tokenize_captions', 'unet_loss', 'train_unet', 'main']
+           'write_vocabulary', 'load_in_single', 'save', 'glyph', 'scene', 'to_tensor', 'random_scenes', 'captions',
+           'build_tokenizer', 'build_text_encoder', 'build_vae', 'build_unet', 'build_scheduler', 'assemble',
+           'save_state', 'load_state', 'vae_loss', 'train_vae', 'encode_scenes', 'tokenize_captions', 'unet_loss',
+           'train_unet', 'main']
 
 # %% ../nbs/12_emoji_sd.ipynb #836ab624
 import argparse, json, os, sys
@@ -42,6 +43,13 @@ def write_vocabulary(folder: Path):
     (folder / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
 
+def load_in_single(encoder: Path):
+    """Let transformers 5 load what is in that folder in single precision unless it is told otherwise, as
+    diffusers and transformers 4 do, and not in the file's own."""
+    file = encoder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) | dict(dtype="float32")
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
 def save(pipe: StableDiffusionPipeline, folder: Path):
     "Write the pipeline in half precision, in diffusers' format, so that transformers 4 and 5 read it."
     for part in (pipe.vae, pipe.text_encoder, pipe.unet): part.half()
@@ -51,6 +59,7 @@ def save(pipe: StableDiffusionPipeline, folder: Path):
     named = {"text_model." + k.removeprefix("text_model."): v for k, v in load_file(text).items()}
     save_file(named, text, metadata=dict(format="pt"))
     write_vocabulary(Path(folder) / "tokenizer")
+    load_in_single(Path(folder) / "text_encoder")
 
 # %% ../nbs/12_emoji_sd.ipynb #fd7310e2
 _animals = """cat 1F431 dog 1F436 horse 1F434 monkey 1F435 rabbit 1F430 zebra 1F993 spider 1F577 bird 1F426

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, get_wsd_schedule
 from .emoji_sd import COLOURS, FONT, build_tokenizer, glyph, load_state, save_state, to_tensor
-from .emoji_sd import vae_loss, write_vocabulary
+from .emoji_sd import load_in_single, vae_loss, write_vocabulary
 from .policy import follow_umask
 from .prompts import InputError, plural
 from .scenes import GROUNDS, NOUNS, RELATIONS, Scene, shown, turned, wordings
@@ -178,11 +178,8 @@ def assemble(vae, tokenizer, text_encoder, text_encoder_2, transformer) -> Stabl
 WEIGHTS = "weights/emoji-sd3"  # inside the package
 
 def load(dtype: torch.dtype = torch.float32) -> StableDiffusion3Pipeline:
-    "The bundled Emoji Stable Diffusion 3, a `StableDiffusion3Pipeline` on the CPU. InputError if missing."
+    "The bundled Emoji Stable Diffusion 3, a `StableDiffusion3Pipeline` on the CPU."
     folder = resources.files("ddpo_nb") / WEIGHTS
-    if not (folder / "model_index.json").is_file():
-        raise InputError("model", "this package holds no weights of emoji-sd3",
-                         "train them: python -m ddpo_nb.emoji_sd3 --output DIR")
     pipe = StableDiffusion3Pipeline.from_pretrained(str(folder), dtype=dtype, trust_remote_code=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -193,6 +190,7 @@ def save(pipe: StableDiffusion3Pipeline, folder: Path):
         if isinstance(part, torch.nn.Module): part.half()
     pipe.save_pretrained(folder)
     for tokenizer in ("tokenizer", "tokenizer_2"): write_vocabulary(Path(folder) / tokenizer)
+    for encoder in ("text_encoder", "text_encoder_2", "text_encoder_3"): load_in_single(Path(folder) / encoder)
     for name in ("tokenizer_3/tokenizer_config.json", "model_index.json"):
         file = Path(folder) / name  # transformers 5 has a name for the class that transformers 4 lacks
         text = file.read_text(encoding="utf-8")
@@ -365,7 +363,7 @@ def main(argv: list|None = None) -> int:
     add("--output", type=Path, required=True, help="folder for checkpoints and, in pipeline/, the result")
     add("--font", default=FONT, help="NotoColorEmoji.ttf (default: %(default)s)")
     add("--vae-steps", type=int, default=2500, help="of 16 pictures (default: %(default)s)")
-    add("--steps", type=int, default=16000, help="of the transformer (default: %(default)s)")
+    add("--steps", type=int, default=10000, help="of the transformer (default: %(default)s)")
     add("--pictures", type=int, default=32768, help="in its training set (default: %(default)s)")
     add("--batch", type=int, default=64, help="of its training, in pictures (default: %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")

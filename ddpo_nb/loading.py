@@ -765,7 +765,8 @@ def load_pipeline(
     """A pipeline of one of `FAMILIES` from safetensors; Stable Diffusion's with a DDIM scheduler. ModelError
     says what is wrong."""
     with _no_bars() if model in BUNDLED or Path(model).expanduser().exists() else nullcontext():
-        remedy = f"give {EMOJI_SD!r}, a folder in diffusers' format, a .safetensors file, or a hub id"
+        known = ", ".join(BUNDLED)
+        remedy = f"give {known}, a folder in diffusers' format, a .safetensors file, or a hub id"
         with _one_line("--model", model, remedy):
             if quantize: check_quantize(quantize, model, lora)
             pipe = _load_base(model, revision, quantize)

@@ -342,7 +342,7 @@ def _named_class(library, name):
     raise ValueError(f"its model_index.json names {library}.{name}, which is no network and no scheduler")
 
 _remedy = (
-    f"give {EMOJI_SD}, a folder in diffusers' format, or the hub id of a text-to-image model that"
+    f"give {' or '.join(BUNDLED)}, a folder in diffusers' format, or the hub id of a text-to-image model that"
     " can be reached"
 )
 _CONFIGS = "model_index.json", "*/config.json", "*/scheduler_config.json", "*/tokenizer_config.json"

@@ -68,7 +68,7 @@ def folder():
     return resources.files("ddpo_nb") / emoji_sd.WEIGHTS
 
 def test_diffusers_loads_it_without_our_code():
-    plain = StableDiffusionPipeline.from_pretrained(str(folder()), dtype=torch.float32)
+    plain = StableDiffusionPipeline.from_pretrained(str(folder()))
     plain.set_progress_bar_config(disable=True)
     image = plain(
         "a cat on a blue background", num_inference_steps=2, generator=torch.Generator().manual_seed(0)

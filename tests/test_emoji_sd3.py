@@ -100,7 +100,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipe(folder):
-    pipe = StableDiffusion3Pipeline.from_pretrained(str(folder/"pipeline"), dtype=torch.float32)
+    pipe = StableDiffusion3Pipeline.from_pretrained(str(folder/"pipeline"))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
