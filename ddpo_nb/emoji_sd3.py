@@ -190,7 +190,7 @@ def save(pipe: StableDiffusion3Pipeline, folder: Path):
         if isinstance(part, torch.nn.Module): part.half()
     pipe.save_pretrained(folder)
     for tokenizer in ("tokenizer", "tokenizer_2"): write_vocabulary(Path(folder) / tokenizer)
-    for encoder in ("text_encoder", "text_encoder_2", "text_encoder_3"): load_in_single(Path(folder) / encoder)
+    for encoder in Path(folder).glob("text_encoder*"): load_in_single(encoder)
     for name in ("tokenizer_3/tokenizer_config.json", "model_index.json"):
         file = Path(folder) / name  # transformers 5 has a name for the class that transformers 4 lacks
         text = file.read_text(encoding="utf-8")

@@ -161,10 +161,6 @@ def test_a_missing_font_and_wrong_numbers_are_named(capsys, tmp_path):
         assert wrong in error and error.count("\n") == 1
     assert not (tmp_path/"o").exists()
 
-def test_without_weights_it_says_how_to_make_them(monkeypatch):
-    monkeypatch.setattr(emoji_sd3, "WEIGHTS", "weights/of-nobody")
-    with pytest.raises(InputError, match="python -m ddpo_nb.emoji_sd3"): emoji_sd3.load()
-
 def test_attention_alone_is_in_single_precision():
     q, w = torch.randn(1, 2, 4, 8), torch.randn(8, 8)
     with torch.autocast("cpu", torch.bfloat16), emoji_sd3.SingleAttention():
