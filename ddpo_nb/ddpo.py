@@ -53,7 +53,7 @@ class DDPO(Objective):
     defaults = {
         "emoji-sd": _emoji | dict(train_learning_rate=3e-3, train_clip_range=1e-3),
         "paper": _paper | dict(train_batch_size=64), "flow": FLOW | dict(train_batch_size=96),
-        "emoji-sd3": EMOJI3 | dict(train_batch_size=32, train_clip_range=1e-3, sample_window=4)}
+        "emoji-sd3": EMOJI3 | dict(train_clip_range=1e-3)}
 
     def __post_init__(self):
         if self.step_weighting not in STEP_WEIGHTINGS:
@@ -156,7 +156,7 @@ class DDPOSF(DDPO):
     defaults = {
         "emoji-sd": _emoji | dict(train_learning_rate=1e-3, sample_batch_size=16),
         "paper": _paper | dict(train_batch_size=256), "flow": FLOW | dict(train_batch_size=192),
-        "emoji-sd3": EMOJI3 | dict(sample_window=4)}
+        "emoji-sd3": EMOJI3}
 
     def objective(self, advantage: Tensor, ratio: Tensor, log_prob: Tensor) -> Tensor:
         "Minus advantage times log-probability, (M,)."

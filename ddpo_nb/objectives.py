@@ -196,8 +196,9 @@ FLOW = dict(
     sample_batch_size=8, sample_num_batches_per_epoch=24, lora_rank=32, train_learning_rate=3e-4
 )
 # a place to begin: no search has been made for this model yet
+# five steps: 70 % of 200 prompts right where ten make it 72 %, for half the time (seed 0, by the ODE)
 EMOJI3 = dict(
-    mixed_precision="no", sample_num_steps=10, sample_guidance_scale=1.0, sample_noise_level=0.7,
+    mixed_precision="no", sample_num_steps=5, sample_guidance_scale=1.0, sample_noise_level=0.7,
     sample_batch_size=64, sample_num_batches_per_epoch=1, train_batch_size=64, lora_rank=16,
     train_learning_rate=1e-3
 )

@@ -16,7 +16,7 @@ from ddpo_nb import emoji_sd3
 from ddpo_nb.emoji_sd import COLOURS, GLYPHS
 from ddpo_nb.emoji_sd3 import base_scene, completed, draw, told
 from ddpo_nb.policy import load_policy
-from ddpo_nb.prompts import InputError, plural
+from ddpo_nb.prompts import plural
 from ddpo_nb.recipes import model_numbers
 from ddpo_nb.scenes import GROUNDS, NOUNS, RELATIONS, Scene, parse, shown, turned, wordings
 from scene_world import pairs, scenes
