@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from ddpo_nb.compare import compare, exam_generators
-from ddpo_nb.config import ALGORITHMS, make_config
+from ddpo_nb.config import make_config
 from ddpo_nb.policy import load_policy
 from ddpo_nb.rewards import get_reward
 from ddpo_nb.rollout import rollout
@@ -60,11 +60,6 @@ def test_the_base_model_is_good_and_imperfect(drawn):
     assert min(drawn["single"], drawn["colour"]) >= 0.75  # large glyphs ask for steps and guidance
     assert 0.6 <= np.mean([*drawn.values()]) <= 0.85
     assert drawn["two"] < min(drawn["single"], drawn["colour"])
-
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_every_algorithm_has_settings_for_it(algorithm):
-    c = make_config(algorithm, "emoji-sd3")
-    assert c.mixed_precision == "no" and c.samples_per_epoch <= 512 and c.sample_num_steps <= 10
 
 def test_a_comparison_from_names_alone(tmp_path):
     c = compare(
