@@ -29,7 +29,7 @@ from .batches import Cost, device_memory, example_cost, micro_batch, resident
 from .compare import Table
 from .direct import uphill
 from .mdp import Trajectories
-from .loading import (BUNDLED, EMOJI_SD, QUANTIZED, config_beside, family_of, is_hub_id,
+from .loading import (BUNDLED, EMOJI_SD, EMOJI_SD3, QUANTIZED, config_beside, family_of, is_hub_id,
                              quantized_parts, _index, _parts_of, _quiet, _said)
 from .policy import Conditioning
 from .prompts import InputError
@@ -152,6 +152,11 @@ RECIPES = {
     "emoji-rwr": Recipe(
         "emoji that make large JPEG files, by reward-weighted regression", "jpeg_incompressibility", epochs=8,
         algorithm="rwr", **_emoji
+    ),
+    "emoji-scenes": Recipe(
+        "emoji counted and placed as they were asked for, by DiffusionNFT on a flow", "scenes",
+        model=EMOJI_SD3, prompts="scenes", needs="a CPU, a quarter of an hour", epochs=50, algorithm="nft",
+        settings=dict(mixed_precision="no"), source="the first settings that learned, of three: 12b"
     ),
 }
 

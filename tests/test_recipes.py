@@ -15,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 from ddpo_nb import recipes as R, trainer as T
 from ddpo_nb.batches import saved_bytes
 from ddpo_nb.direct import uphill
-from ddpo_nb.loading import family_of, quantized_parts
+from ddpo_nb.loading import BUNDLED, EMOJI_SD3, family_of, quantized_parts
 from ddpo_nb.mdp import Trajectories
 from ddpo_nb.policy import EMOJI_SD, StableDiffusionPolicy, load_pipeline
 from ddpo_nb.speed import SmallLora
@@ -71,7 +71,7 @@ def test_recipes_of_large_models_fit_on_the_card_that_they_name(name, card):
     assert f"{card} GB" in r.needs and p.fits[0][f"{card} GB"] == "yes" and f"{card} GB" in str(p)
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_builds_and_plans(name, sd, emoji):
+def test_recipe_builds_and_plans(name, sd):
     r = get_recipe(name)
     assert (
         r is RECIPES[name] and r.prompts in PROMPT_SETS and r.algorithm in ALGORITHMS and "\n" not in r.about
@@ -81,7 +81,7 @@ def test_recipe_builds_and_plans(name, sd, emoji):
     c = r.config()
     assert c == make_config(r.algorithm, r.model, num_epochs=r.epochs, **r.settings)
     if name in LARGE: return
-    p = plan(c, emoji if r.model == EMOJI_SD else sd, r.lora)
+    p = plan(c, model_numbers(r.model) if r.model in BUNDLED else sd, r.lora)
     assert p.queries == c.samples_per_epoch * r.epochs and p.updates == p.updates_per_epoch * r.epochs
     limit = dict(a100=40e9, emoji=1e9).get(name.partition("-")[0], 24e9)
     assert 1e8 < p.memory.peak < limit - (0 if "emoji" in name else 1e9)  # with a gigabyte for CUDA itself
@@ -145,12 +145,16 @@ def test_the_paper_s_tasks(name, epochs, samples, update, buffer, prompts):
 def test_emoji_recipes_are_for_a_laptop():
     emoji = {k: r for k, r in RECIPES.items() if k.startswith("emoji-")}
     assert len(emoji) >= 2
+    queries = {EMOJI_SD: 1024, EMOJI_SD3: 3200}
     for r in emoji.values():
-        assert (
-            r.model == EMOJI_SD
-            and r.config().mixed_precision == "no"
-            and r.config().samples_per_epoch * r.epochs == 1024
-        )
+        c = r.config()
+        assert c.mixed_precision == "no" and c.samples_per_epoch * r.epochs == queries[r.model]
+
+def test_the_recipe_for_scenes_fits_its_model():
+    recipe = get_recipe("emoji-scenes")
+    c, numbers = recipe.config(), model_numbers(recipe.model)
+    assert (recipe.model, recipe.reward, recipe.prompts) == (EMOJI_SD3, "scenes", "scenes")
+    assert numbers.text["text"][0] == 17 and c.samples_per_epoch % c.samples_per_prompt == 0
 
 def test_override():
     c = get_recipe("emoji-rwr").config(num_epochs=3, rwr_beta=.5)
