@@ -29,6 +29,10 @@ def test_small_half_precision_safetensors(folder, most):
         with safe_open(file, "pt") as tensors:
             assert {tensors.get_tensor(k).dtype for k in tensors.keys()} <= {torch.float16, torch.int64}
 
+def test_no_file_tells_where_it_was_made():
+    told = [o for o in WEIGHTS.rglob("*.json") if '"_name_or_path": "/' in o.read_text(encoding="utf-8")]
+    assert not told
+
 def test_diffusers_loads_it_with_no_code_of_ours():
     code = f"""
 import sys
