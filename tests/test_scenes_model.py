@@ -1,4 +1,5 @@
 "The bundled Emoji SD3 and its reader of scenes: what they can do, and that they come as anybody's models do."
+import json
 import subprocess
 import sys
 from importlib import resources
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from ddpo_nb.cli import main
 from ddpo_nb.compare import compare, exam_generators
 from ddpo_nb.config import make_config
 from ddpo_nb.policy import load_policy
@@ -64,6 +66,19 @@ def test_the_base_model_is_good_and_imperfect(drawn):
     assert min(drawn["single"], drawn["colour"]) >= 0.75  # large glyphs ask for steps and guidance
     assert 0.6 <= np.mean([*drawn.values()]) <= 0.85
     assert drawn["two"] < min(drawn["single"], drawn["colour"])
+
+def test_the_readme_s_command(tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[1]/"README.md").read_text(encoding="utf-8")
+    line = readme.partition("<!-- scenes-command -->\n```sh\n")[2].partition("\n")[0]
+    program, *words = line.split()
+    tiny = ("--queries 8 --evaluation-samples 5 --sample-num-steps 2 --sample-batch-size 8"
+            " --train-batch-size 8").split()
+    monkeypatch.chdir(tmp_path)
+    assert program == "ddpo-nb" and main(words + tiny + ["--output", "r"]) == 0
+    kept = json.loads((tmp_path/"r/config.json").read_text(encoding="utf-8"))
+    assert kept["prompts"] == "scenes"
+    report = (tmp_path/"r/report.html").read_text(encoding="utf-8")
+    assert "DiffusionNFT" in report and all(f"right {kind}" in report for kind in KINDS)
 
 def test_a_comparison_from_names_alone(tmp_path):
     c = compare(
