@@ -300,6 +300,8 @@ class DDPOTrainer(Resumable, TrlTrainer):
     """Fine-tunes a policy against a reward: DDPO-IS by default, or the algorithm that the config names.
     A subclass may override TRL's methods; one of ours only with the same arguments by the same names, or
     with `super()` where there are none: InputError for a method of another meaning."""
+    _of_library = True  # in the body of the library's own trainers: what they define overrides nothing
+
     def __init__(
         self,
         config: DDPOConfig,
@@ -1289,6 +1291,7 @@ class AlignPropTrainer(DDPOTrainer):
     """TRL's trainer by the reward's gradient; the config is an `AlignPropConfig`. The reward's answer has to
     have a gradient in the pictures. The hook gets a dictionary of the last batch's images, prompts,
     prompt_metadata and rewards, the update's number, and a tracker."""
+    _of_library = True
     _tag_names = ["alignprop"]
     _of_gradients = ("compute_rewards", "calculate_loss")
 

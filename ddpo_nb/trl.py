@@ -88,7 +88,7 @@ class TrlTrainer:
 
     def overrides(self, name: str) -> bool:
         "Is the trainer's method `name` something else than this library's own?"
-        own = next(o for o in type(self).__mro__ if o.__module__.startswith("ddpo_nb."))
+        own = next(o for o in type(self).__mro__ if "_of_library" in vars(o))
         return name in vars(self) or getattr(type(self), name) is not getattr(own, name)
 
     @property
