@@ -19,6 +19,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 from .clip import Embedder
 from .emoji_sd import (COLOUR_NAMES, FONT, NOUNS, WEIGHTS, _patterns, captions, glyph, load,
                               load_state, save_state, scene, to_tensor, tokenize_captions)
+from .policy import follow_umask
 from .prompts import InputError
 
 # %% ../nbs/12a_emoji_clip.ipynb #b98c7f66
@@ -127,6 +128,7 @@ def save_clip(embedder: Embedder, folder: Path):
     "Write it in half precision, in transformers' format."
     embedder.model.half()
     for part in (embedder.model, embedder.tokenizer, embedder.image_processor): part.save_pretrained(folder)
+    follow_umask(*Path(folder).glob("*.safetensors"))
 
 # %% ../nbs/12a_emoji_clip.ipynb #06fc46b4
 def retrieval(embedder: Embedder, images: Tensor, texts: list) -> tuple:

@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from .policy import follow_umask
 from .prompts import InputError
 
 # %% ../nbs/12_emoji_sd.ipynb #d2443f04
@@ -60,6 +61,7 @@ def save(pipe: StableDiffusionPipeline, folder: Path):
     save_file(named, text, metadata=dict(format="pt"))
     write_vocabulary(Path(folder) / "tokenizer")
     load_in_single(Path(folder) / "text_encoder")
+    follow_umask(*Path(folder).rglob("*.safetensors"))
 
 # %% ../nbs/12_emoji_sd.ipynb #fd7310e2
 _animals = """cat 1F431 dog 1F436 horse 1F434 monkey 1F435 rabbit 1F430 zebra 1F993 spider 1F577 bird 1F426

@@ -1,12 +1,12 @@
 "Emoji SD: its world, its training, and whether its pictures show what they were asked for."
-import json
+import json, os
 from collections import Counter
 import numpy as np, pytest, torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from hypothesis import given, settings, strategies as st
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
-from ddpo_nb import emoji_sd
+from ddpo_nb import emoji_clip, emoji_sd, emoji_sd3
 from ddpo_nb.clip import load_embedder
 from ddpo_nb.emoji_clip import retrieval
 from ddpo_nb.emoji_sd import (ANIMALS, COLOUR_NAMES, COLOURS, FONT, NOUNS, OBJECTS, UNSEEN_ANIMALS, captions,
@@ -154,3 +154,15 @@ def test_pictures_show_what_was_asked_for_to_a_judge_of_their_own(pipe):
     pairs = [(n, n % len(COLOUR_NAMES)) for n in range(len(NOUNS))]
     seen_object, seen_colour = accuracy(judge, pictures(pipe, pairs, 20), *zip(*pairs))
     assert seen_object >= 0.85 and seen_colour >= 0.95
+
+@pytest.mark.parametrize("write", [
+    lambda folder: emoji_sd.save(emoji_sd.load(), folder),
+    lambda folder: emoji_sd3.save(emoji_sd3.load(), folder),
+    lambda folder: emoji_clip.save_clip(load_embedder("emoji-clip"), folder),
+])
+def test_who_may_read_a_trained_model_is_for_the_umask_to_say(tmp_path, write):
+    usual = os.umask(0o027)
+    try: write(tmp_path/"model")
+    finally: os.umask(usual)
+    weights = [*(tmp_path/"model").rglob("*.safetensors")]
+    assert weights and {o.stat().st_mode & 0o777 for o in weights} == {0o640}
