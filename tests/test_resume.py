@@ -6,6 +6,7 @@ import pytest, torch
 from safetensors.torch import load_file
 from ddpo_nb import resume as T
 from ddpo_nb.checkpoints import CheckpointError, checkpoints, load_state, save_state, seal
+from ddpo_nb.objectives import get_objective
 from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
 from ddpo_nb.prompts import InputError, PromptSource
 from ddpo_nb.rewards import jpeg_compressibility
@@ -27,12 +28,14 @@ def weights(t): return torch.cat([p.detach().flatten() for p in t.policy.trainab
 def trainer(home, algorithm="ddpo-is", lora=True, reward=jpeg_compressibility, **kw):
     settings = (
         SMALL
-        | (dict(train_batch_size=8) if algorithm == "ddpo-sf" else {})
+        | (dict(train_batch_size=8) if get_objective(algorithm).on_policy else {})
+        | (dict(per_prompt_stat_tracking=False) if get_objective(algorithm).of_gradients else {})
         | (dict(train_num_inner_epochs=2) if algorithm == "ddpo-is" else {})
         | (dict(per_prompt_stat_tracking=False, samples_per_prompt=2) if algorithm == "flow-grpo" else {})
     )
     c = make_config(algorithm, **(settings | dict(logdir=str(home)) | kw))
     torch.manual_seed(c.seed)
+    if get_objective(algorithm).of_gradients: reward = lambda images, *about: (images[:, 0].mean((1, 2)), {})
     return make_trainer(
         c, reward, PromptSource(["cat", "dog"], c.seed), StableDiffusionPolicy(load_pipeline(), use_lora=lora)
     )

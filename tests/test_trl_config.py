@@ -86,7 +86,7 @@ def test_a_subclass_keeps_its_own_fields():
 TEXTS = [f.name for f in dataclasses.fields(DDPOConfig) if isinstance(f.default, str)]
 CHOICES = {
     "algorithm", "log_prob_reduction", "step_weighting", "baseline", "lr_scheduler", "reward_pool",
-    "rwr_normalizer", "rwr_rewards", "sample_sde", "quantize", "nft_space"
+    "rwr_normalizer", "rwr_rewards", "sample_sde", "quantize", "nft_space", "alignprop_draw"
 }
 
 @pytest.mark.parametrize("name", TEXTS)
