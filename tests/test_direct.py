@@ -43,9 +43,9 @@ def brightness(images, prompts, metadata):
 def make(family, lora=True, steps=3, guidance=3.0, **how):
     torch.manual_seed(0)
     pipe = tiny_pipeline(family)
-    of = family_of(pipe)
-    if "flux" in family or "sd3" in family: of.text_window = 16
-    policy = of(pipe, use_lora=lora, num_steps=steps, guidance_scale=guidance, resolution=16, **how)
+    policy = family_of(pipe)(
+        pipe, use_lora=lora, num_steps=steps, guidance_scale=guidance, resolution=16, **how)
+    policy.text_window = 16  # of the flows' alone
     torch.manual_seed(1)
     for p in policy.trainable_parameters():
         if lora: p.data += 0.1 * torch.randn(p.shape).to(p)  # or one of LoRA's two factors has no gradient
@@ -264,9 +264,9 @@ def config(algorithm="draft", kind="sd", out="", **settings):
 def bare(kind, lora=True):
     torch.manual_seed(0)
     pipe = tiny_pipeline(kind)
-    of = family_of(pipe)
-    if "flux" in kind or "sd3" in kind: of.text_window = 16
-    return of(pipe, use_lora=lora)
+    policy = family_of(pipe)(pipe, use_lora=lora)
+    policy.text_window = 16  # of the flows' alone
+    return policy
 
 def trainer(algorithm="draft", kind="sd", out="", lora=True, reward=brightness, **settings):
     c, prompts = config(algorithm, kind, out, **settings), PromptSource(["a cat", "a fox"], 0)

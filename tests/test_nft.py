@@ -326,9 +326,9 @@ def brightness(images, prompts, metadata): return images.mean((1, 2, 3)), {}
 def make(kind, lora=True):
     torch.manual_seed(0)
     pipe = tiny_pipeline(kind)
-    of = family_of(pipe)
-    if "flux" in kind or "sd3" in kind: of.text_window = 16
-    return of(pipe, use_lora=lora)
+    policy = family_of(pipe)(pipe, use_lora=lora)
+    policy.text_window = 16  # of the flows' alone
+    return policy
 
 def config(kind, out="", **settings):
     few = dict(
