@@ -89,8 +89,8 @@ def images(self: Embedder,
     images: Tensor,  # (N, 3, H, W), values in [0, 1]
 ) -> Tensor:         # (N, D) of length 1, fp32; with a gradient in the pictures, if these have one
     "Embed pictures. InputError if a value is not finite."
-    parameter, whole = next(self.model.parameters()), to_uint8(images)
-    gradient = images.requires_grad and torch.is_grad_enabled()
+    parameter, gradient = next(self.model.parameters()), images.requires_grad and torch.is_grad_enabled()
+    whole = None if gradient else to_uint8(images)
     def prepared(i):
         if gradient: return differentiable_pixels(self.image_processor, images[i:i + self.batch_size])
         return self.image_processor(

@@ -156,7 +156,7 @@ RECIPES = {
     "emoji-scenes": Recipe(
         "emoji counted and placed as they were asked for, by DiffusionNFT on a flow", "scenes",
         model=EMOJI_SD3, prompts="scenes", needs="a CPU, a quarter of an hour", epochs=50, algorithm="nft",
-        settings=dict(mixed_precision="no"), source="the first settings that learned, of three: 12b"
+        settings=dict(mixed_precision="no"), source="of three trials with one seed: notebook 08b"
     ),
 }
 
