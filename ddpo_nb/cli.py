@@ -379,6 +379,12 @@ def make_parser(
         help="go on with an unfinished run: that in --output, or the latest in runs/",
     )
     c.add_argument("--progress", action=_Switch, default=True, help="progress bars")
+    c = add("notebooks", _notebooks, "Copy the notebooks into a folder of your own, and open JupyterLab there.")
+    c.add_argument(
+        "folder", nargs="?", default="ddpo_nb-notebooks", metavar="DIR",
+        help="folder to write; what you have changed in it is kept (ddpo_nb-notebooks)"
+    )
+    c.add_argument("--open", action=_Switch, default=True, help="start JupyterLab; --no-open only copies")
     return p
 
 # %% ../nbs/11_cli.ipynb #488e68c1
@@ -891,6 +897,24 @@ def _train_aesthetic_in(output, args):
     print(f"trained on {report['pictures']:,} pictures with {args.clip}, examined on {report['held_out']:,}:")
     for name, value in report["metrics"].items(): print(f"  {name:9}{value:7.4f}")
     print(f"head: {report['head']}")
+    return 0
+
+# %% ../nbs/11_cli.ipynb #5483f5f6
+def _notebooks(args):
+    from importlib.util import find_spec
+    from ddpo_nb.notebooks import copy_notebooks, open_notebooks
+    if args.open and not find_spec("jupyterlab"):
+        raise InputError(
+            "--open", "JupyterLab is not installed",
+            'run pip install "ddpo_nb[notebooks]", or give --no-open for the copy alone'
+        )
+    done = copy_notebooks(args.folder)
+    count = sum(o.endswith(".ipynb") for o in (*done.written, *done.kept, *done.unchanged))
+    print(f"{count} notebooks in {done.folder}")
+    if done.kept:
+        print(f"kept as you changed them: {', '.join(done.kept)}; for fresh ones, name another folder")
+    if args.open: return open_notebooks(done.folder)
+    print(f"to open them: jupyter lab {shlex.quote(str(done.folder))}")
     return 0
 
 # %% ../nbs/11_cli.ipynb #db9c8ffa

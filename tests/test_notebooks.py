@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from shutil import copytree, ignore_patterns, rmtree
 
@@ -84,6 +85,55 @@ def test_readme_is_complete():
         r"\]\(https://colab.research.google.com/github/ddpo-nb/ddpo_nb/blob/main/nbs/(\S+)\.ipynb\)", text
     )
     assert badges == [o for o in names if o != "index"]
+
+FIRST_CELL = """#| hide
+import sys, importlib.util
+if "google.colab" in sys.modules and not importlib.util.find_spec("ddpo_nb"):
+    print("Installing ddpo_nb: about a minute, once for each runtime.")
+    %pip install -q git+https://github.com/ddpo-nb/ddpo_nb
+from ddpo_nb.notebooks import ready; ready()"""
+
+def named_font(node):
+    "The functions in a tree that draw from the font: they have an argument of that name."
+    functions = [o for o in ast.walk(node) if isinstance(o, ast.FunctionDef)]
+    return {f.name for f in functions if "font" in {a.arg for a in (*f.args.args, *f.args.kwonlyargs)}}
+
+@cache
+def named_font_in(module):
+    path = root.joinpath(*module.split(".")).with_suffix(".py")
+    # `ready` draws nothing: it installs the font
+    return named_font(ast.parse(path.read_text(encoding="utf-8"))) - {"ready"} if path.exists() else set()
+
+def draws_from_the_font(name):
+    "Does a notebook call a function that needs the font, of its own module or of another?"
+    drawing = named_font_in(f"ddpo_nb.{name.partition('_')[2]}")
+    for tree in code_of(name):
+        for o in ast.walk(tree):
+            if not (isinstance(o, ast.ImportFrom) and (o.module or "").startswith("ddpo_nb.")): continue
+            drawing |= {a.asname or a.name for a in o.names if a.name in named_font_in(o.module)}
+    calls = [o for t in code_of(name, exported=False) for o in ast.walk(t) if isinstance(o, ast.Call)]
+    return bool(drawing & {getattr(o.func, "id", getattr(o.func, "attr", "")) for o in calls})
+
+@pytest.mark.parametrize("name", [o for o in names if o != "index"])
+def test_first_cell_installs_what_the_notebook_needs(name):
+    """Each notebook opens in Colab, by one and the same cell; the font is for those that draw from it. And
+    that cell alone installs anything."""
+    cells = json.loads((root/"nbs"/f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    font = "font=True" if draws_from_the_font(name) else ""
+    assert code[0] == FIRST_CELL.replace("ready()", f"ready({font})")
+    assert not [o for o in code[1:] if re.search(r"(?m)^\s*[%!]\s*(pip|apt|apt-get)\b", o)]
+
+def test_no_cell_was_skipped_when_outputs_were_stored():
+    "Whoever runs a notebook again to store what it shows does so with DDPO_NB_SLOW=1."
+    from ddpo_nb.notebooks import SKIPPED
+    found = [name for name in names for text in outputs_of(name) if SKIPPED[:40] in text]
+    assert found == []
+
+def outputs_of(name):
+    nb = json.loads((root/"nbs"/f"{name}.ipynb").read_text(encoding="utf-8"))
+    printed = [o for c in nb["cells"] for o in c.get("outputs", []) if o["output_type"] == "stream"]
+    yield from ("".join(o["text"]) for o in printed)
 
 def text_of(nb):
     "All text in a notebook: sources and textual outputs"
