@@ -379,7 +379,7 @@ def make_parser(
         help="go on with an unfinished run: that in --output, or the latest in runs/",
     )
     c.add_argument("--progress", action=_Switch, default=True, help="progress bars")
-    c = add("notebooks", _notebooks, "Copy the notebooks into a folder of your own, and open JupyterLab there.")
+    c = add("notebooks", _notebooks, "Copy the notebooks into a folder and open JupyterLab there.")
     c.add_argument(
         "folder", nargs="?", default="ddpo_nb-notebooks", metavar="DIR",
         help="folder to write; what you have changed in it is kept (ddpo_nb-notebooks)"

@@ -113,7 +113,7 @@ SKIPPED = (
 def skip_slow(
     lines: list,  # of a cell
 ) -> list:
-    "A cell as it is, or if it begins with `#| slow` and DDPO_NB_SLOW is not 1, a cell that says it is skipped."
+    "The cell, or if it begins with `#| slow` and DDPO_NB_SLOW is not 1, one that says it is skipped."
     for line in lines:
         if line.strip() and not line.lstrip().startswith("#"): break
         if re.match(r"\s*#\s*\|\s*slow\b", line):

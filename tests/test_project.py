@@ -7,6 +7,7 @@ import re
 import struct
 import subprocess
 import sys
+import tarfile
 import zipfile
 from configparser import ConfigParser
 from importlib import import_module
@@ -19,6 +20,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import ddpo_nb
+from ddpo_nb.notebooks import course_files
 
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
@@ -73,9 +75,12 @@ def test_metadata_is_that_of_settings(ini):
     assert md["License-Expression"] == "Apache-2.0" and md["Author"] == ini["author"]
     found = [Requirement(o) for o in requires("ddpo_nb")]
     plain = {str(o) for o in found if not o.marker}
-    dev = {f"{o.name}{o.specifier}" for o in found if o.marker}
-    assert plain == {str(Requirement(o)) for o in ini["requirements"].split()}
-    assert dev == {str(Requirement(o)) for o in ini["dev_requirements"].split()}
+    asked = lambda name: [o for o in found if o.marker and o.marker.evaluate(dict(extra=name))]
+    extra = lambda name: {f"{o.name}{o.specifier}" for o in asked(name)}
+    listed = lambda *keys: {str(Requirement(o)) for k in keys for o in ini[k].split()}
+    assert plain == listed("requirements")
+    assert extra("dev") == listed("dev_requirements")
+    assert extra("notebooks") == listed("notebooks_requirements") <= extra("dev")
 
 def test_constraints(ini):
     "Each requirement is pinned within its range; CUDA's packages are torch's affair"
@@ -85,7 +90,7 @@ def test_constraints(ini):
         canonicalize_name(o.name): str(o.specifier)[2:] for o in pins if not o.marker or o.marker.evaluate()
     }
     assert not [o for o in here if re.match("nvidia|cuda|triton", o)]
-    for req in map(Requirement, (ini["requirements"] + " " + ini["dev_requirements"]).split()):
+    for req in map(Requirement, " ".join(v for k, v in ini.items() if k.endswith("requirements")).split()):
         assert req.specifier.contains(here[canonicalize_name(req.name)]), req
 
 def test_imports_are_declared(ini):
@@ -147,18 +152,23 @@ def test_python_m(): assert "compare" in run("-m", "ddpo_nb", "--help")
 # The wheel
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    tmp = tmp_path_factory.mktemp("wheel")
-    src = copytree(
-        root, tmp / "src",
-        ignore=ignore_patterns(".*", "*.egg-info", "build", "dist", "runs", "__pycache__", "venv", "nbs"),
+def source(tmp_path_factory):
+    "What there is to build from: a copy of the checkout."
+    return copytree(
+        root, tmp_path_factory.mktemp("checkout")/"src",
+        ignore=ignore_patterns(".*", "*.egg-info", "build", "dist", "runs", "__pycache__", "venv"),
     )
-    run("-m", "pip", "wheel", src, "--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", tmp)
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    tmp = tmp_path_factory.mktemp("wheel")
+    run("-m", "pip", "wheel", source, "--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", tmp)
     return next(tmp.glob("*.whl"))
 
 def test_wheel_holds(wheel):
-    """The modules, data, licence and weights, and nothing else; weights in fp16, without pickles, 20 MB
-    a model at most"""
+    """The modules, data, notebooks, licence and weights, and nothing else; weights in fp16, without pickles,
+    20 MB a model at most, and all of it in 50 MB"""
+    assert wheel.stat().st_size <= 50e6
     with zipfile.ZipFile(wheel) as z:
         sizes = {o.filename: o.file_size for o in z.infolist()}
         tops = {o.split("/")[0] for o in sizes}
@@ -177,8 +187,34 @@ def test_wheel_holds(wheel):
             with z.open(o) as f: head = json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))
             assert {v["dtype"] for k, v in head.items() if k != "__metadata__"} <= {"F16", "I64"}, o
 
+def test_wheel_holds_the_notebooks(wheel):
+    "All that the checkout has, as they are, and no other file"
+    with zipfile.ZipFile(wheel) as z:
+        inside = {o.removeprefix("ddpo_nb/nbs/"): z.read(o) for o in z.namelist() if "/nbs/" in o}
+    assert inside == {name: o.read_bytes() for name, o in course_files(root/"nbs").items()}
+    assert {"index.ipynb", "tutorials/a100.ipynb", "images/curves.png"} <= {*inside}
+
+def test_sdist_holds_what_a_wheel_is_built_from(source, tmp_path):
+    run("-c", f"from setuptools import build_meta as b; b.build_sdist({str(tmp_path)!r})", cwd=source)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as t:
+        names = {o.name.partition("/")[2] for o in t.getmembers() if o.isfile()}
+    assert {f"nbs/{o}" for o in course_files(root/"nbs")} == {o for o in names if o.startswith("nbs/")}
+    assert {"setup.py", "settings.ini", "pyproject.toml", "README.md", "LICENSE", "NOTICE"} <= names
+    package = {o.relative_to(root).as_posix() for o in (root/"ddpo_nb").rglob("*") if o.is_file()}
+    assert {o for o in package if "__pycache__" not in o} <= names
+
+def test_no_wheel_without_notebooks(tmp_path):
+    "A checkout in part is no source: the command `ddpo-nb notebooks` would have nothing to hand out"
+    for o in ("setup.py", "settings.ini", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        (tmp_path/o).write_bytes((root/o).read_bytes())
+    (tmp_path/"ddpo_nb").mkdir()
+    (tmp_path/"ddpo_nb/__init__.py").write_bytes((root/"ddpo_nb/__init__.py").read_bytes())
+    command = [sys.executable, "setup.py", "-q", "build"]
+    res = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert res.returncode and "there are no notebooks in nbs/" in res.stderr
+
 def test_wheel_works_elsewhere(wheel, tmp_path):
-    "Installed into an empty folder, it loads the bundled model from there"
+    "Installed into an empty folder, it loads the bundled model from there, and hands out its notebooks"
     target = tmp_path/"site"
     run("-m", "pip", "install", wheel, "--no-deps", "--no-index", "-q", "--target", target)
     code = (
@@ -187,6 +223,8 @@ def test_wheel_works_elsewhere(wheel, tmp_path):
     )
     env = {**os.environ, "PYTHONPATH": str(target)}
     file, kind, size = run("-c", code, cwd=tmp_path, env=env).splitlines()[-3:]
+    run("-m", "ddpo_nb", "notebooks", "mine", "--no-open", cwd=tmp_path, env=env)
+    assert {*course_files(tmp_path/"mine")} == {*course_files(root/"nbs")}
     assert Path(file).is_relative_to(target) and kind == "StableDiffusionPipeline" and size == "(64, 64)"
 
 # Readable without scrolling sideways
