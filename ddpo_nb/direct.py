@@ -109,13 +109,14 @@ class DRaFT(Objective):
     of_gradients = on_policy = True    # of the reward, at the pictures of the policy that is updated
     settings = {"guidance": "train_cfg"}
     _emoji = {k: v for k, v in EMOJI.items() if not k.startswith("per_prompt")}
-    # emoji-sd: of four short trials with one seed, on `aesthetic`, not of a search; emoji-sd3: a place to
-    # begin, on which one step alone did not move scenes; paper, flow: others' settings, untried
+    # emoji-sd: of four short trials with one seed, on `aesthetic`, not of a search; emoji-sd3: of two, on
+    # `scenes_logprob`, which moved with all steps and not with one; paper, flow: others' settings, untried
     defaults = {
         "emoji-sd": _emoji | dict(sample_batch_size=16, train_batch_size=16, train_learning_rate=1e-2),
         "paper": PAPER | dict(sample_num_batches_per_epoch=2, train_batch_size=16),
         "flow": FLOW | dict(sample_sde="ode", sample_num_batches_per_epoch=2, train_batch_size=16),
-        "emoji-sd3": EMOJI3 | dict(sample_sde="ode", sample_batch_size=16, train_batch_size=16)}
+        "emoji-sd3": EMOJI3 | dict(
+            sample_sde="ode", sample_batch_size=16, train_batch_size=16, draft_steps=0)}
 
     def __post_init__(self):
         if self.steps < 0:
@@ -209,6 +210,8 @@ class AlignProp(DRaFT):
     draw: str = "chain"
 
     settings = DRaFT.settings | {"steps": None}
+    defaults = DRaFT.defaults | {
+        "emoji-sd3": {k: v for k, v in DRaFT.defaults["emoji-sd3"].items() if k != "draft_steps"}}
 
     def __post_init__(self):
         super().__post_init__()

@@ -96,7 +96,7 @@ class RWR(Objective):
     _paper = PAPER | _fitted | dict(sample_num_batches_per_epoch=1280)
     _flow = FLOW | _fitted | dict(sample_num_batches_per_epoch=1280, samples_per_prompt=8)
     _emoji3 = EMOJI3 | dict(
-        sample_sde="ode", sample_num_batches_per_epoch=4, train_num_inner_epochs=2, rwr_rewards="normalized",
+        sample_sde="ode", sample_num_batches_per_epoch=4, train_num_inner_epochs=1, rwr_rewards="normalized",
         rwr_normalizer="batch", train_fresh_optimizer=False)
     defaults = {
         "emoji-sd": _emoji | dict(rwr_draws=2, rwr_beta=5.0), "paper": _paper | dict(rwr_draws=1),

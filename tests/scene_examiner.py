@@ -25,8 +25,8 @@ class Examiner(nn.Module):
     "Pictures (N, 3, 64, 64) in [0, 1] to counts (N, nouns, 6), mean places (N, nouns, 2) in [0, 1], ground."
     def __init__(self, width=96, layers=4):
         super().__init__()
-        half = width // 2
-        self.patches = nn.Sequential(nn.Conv2d(3, half, 4, 2, 1), nn.GELU(), nn.Conv2d(half, width, 4, 4))
+        halved = lambda n, m: (nn.Conv2d(n, m, 3, 2, 1), nn.GroupNorm(8, m), nn.GELU())
+        self.patches = nn.Sequential(*halved(3, 32), *halved(32, 64), *halved(64, width), nn.Conv2d(width, width, 1))
         self.places = nn.Parameter(torch.randn(64, width) * 0.02)
         layer = lambda kind: kind(width, 4, 4 * width, 0., "gelu", batch_first=True, norm_first=True)
         looking, asking = layer(nn.TransformerEncoderLayer), layer(nn.TransformerDecoderLayer)

@@ -1,0 +1,432 @@
+"""From RWR to DiffusionNFT in one table: every method of this library on equal reward queries, and on equal
+seconds.
+
+    python benchmarks/table.py search TASK METHOD [--output DIR]      # trials of one method on one task
+    python benchmarks/table.py run TASK METHOD SEED [--output DIR]    # train and examine; finished runs stay
+    python benchmarks/table.py judge --examiner DIR [--output DIR]    # scenes: a second reader's verdicts
+    python benchmarks/table.py time [TASK] [--output DIR]             # what a query of each costs, in turn
+    # all that is there, to benchmarks/results
+    python benchmarks/table.py collect [--output DIR]
+    # the tables and figures, from the results
+    python benchmarks/table.py table
+
+The rule of the search, the same for everybody: the settings that `compare` takes by default for the model,
+and three learning rates: a third of that default, the default, and three times it. Each is trained on half of
+the task's budget with seed 100, which no reported run has, and examined as the reported runs are; the highest
+mean reward on the prompts of training wins (on scenes: the largest share that the bundled reader finds wholly
+right).
+
+Several runs may share a machine, since no run's own clock is used: `time` measures what a query costs, one
+epoch of each method in turn and alone on the machine.
+"""
+import argparse
+import json
+import sys
+import time as clock
+from itertools import combinations
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from ddpo_nb.checkpoints import write_atomic
+from ddpo_nb.compare import BASE, Table, compare, mean_interval, pm
+from ddpo_nb.config import make_config
+from ddpo_nb.policy import load_policy
+from ddpo_nb.prompts import prompt_source
+from ddpo_nb.rewards import get_reward
+from ddpo_nb.scenes import facts, load_reader, read
+from ddpo_nb.trainer import make_trainer
+from scenes import asked_scenes, measure
+from speed import hardware
+
+RESULTS, SEARCH_SEED, RATES = Path(__file__).parent / "results" / "table", 100, (1 / 3, 1.0, 3.0)
+_emoji = dict(model="emoji-sd", prompts="simple_animals", queries=1024)
+_scenes = dict(model="emoji-sd3", prompts="scenes", queries=3072, each=60)
+TASKS = dict(
+    compressibility=_emoji | dict(reward="jpeg_compressibility"),
+    incompressibility=_emoji | dict(reward="jpeg_incompressibility"),
+    aesthetic=_emoji | dict(reward="aesthetic"), scenes=_scenes | dict(reward="scenes"))
+_group = dict(baseline="leave-one-out", per_prompt_stat_tracking=False)
+METHODS = {  # name -> the algorithm, and settings that make it another method
+    "rwr": ("rwr", {}),
+    "rwr-sparse": ("rwr-sparse", {}), "ddpo-sf": ("ddpo-sf", {}), "ddpo-is": ("ddpo-is", {}),
+    "leave-one-out": ("ddpo-is", _group), "flow-grpo": ("flow-grpo", {}), "nft": ("nft", {}),
+    "draft": ("draft", {})
+}
+LABELS = {
+    "rwr": "RWR", "rwr-sparse": "RWR-sparse", "ddpo-sf": "DDPO-SF", "ddpo-is": "DDPO-IS",
+    "leave-one-out": "DDPO-IS, leave-one-out", "flow-grpo": "Flow-GRPO", "nft": "DiffusionNFT",
+    "draft": "DRaFT"
+}
+
+def applies(task, method):
+    "A reward without a gradient cannot be followed by it."
+    return method != "draft" or task in ("aesthetic", "scenes")
+
+def settings_of(task, method, rate=1.0):
+    "The reward's name, the algorithm and its settings; InputError if they do not go together."
+    (algorithm, own), t, reward = METHODS[method], TASKS[task], TASKS[task]["reward"]
+    if method == "leave-one-out": own = own | dict(samples_per_prompt=8 if task == "scenes" else 4)
+    if method == "draft" and task == "scenes": reward = "scenes_logprob"  # the share of facts has no gradient
+    usual = make_config(algorithm, t["model"], True, logdir="", **own).train_learning_rate
+    return reward, algorithm, own | dict(train_learning_rate=float(f"{usual * rate:.3g}"))
+
+def by_reader(images, scenes):
+    "Whether the bundled reader finds all that was asked for, (N,) bool."
+    reader, threshold = load_reader()
+    return np.array([all(facts(o, r).values()) for o, r in zip(scenes, read(reader, images, threshold))])
+
+def verdicts_of(weights, settings, readers, each):
+    """What the readers say of the pictures that these weights paint of scenes of every kind, never those
+    of training."""
+    policy = load_policy("emoji-sd3", weights, use_lora=weights is not None)
+    policy.configure(settings["sample_num_steps"], settings["sample_guidance_scale"], kind="ode")
+    verdicts, sharp, variety = measure(policy, asked_scenes(each, 0), readers, 0)
+    listed = {"/".join(k): {who: o.astype(int).tolist() for who, o in v.items()} for k, v in verdicts.items()}
+    return dict(verdicts=listed, sharpness=sharp, variety=variety)
+
+def train(task, method, seed, folder, rate):
+    "Train and examine, and write `row.json`; a run that was stopped goes on, a finished one is left alone."
+    place, t = folder / task / f"{method}-{seed}-{rate:.2g}", TASKS[task]
+    if (place / "row.json").exists(): return json.loads((place / "row.json").read_text())
+    reward, algorithm, own = settings_of(task, method, rate)
+    c = compare(
+        reward, [algorithm], t["queries"] // (2 if seed == SEARCH_SEED else 1), [seed], model=t["model"],
+        prompts=t["prompts"], output=place / "comparison", overrides={algorithm: own}, progress=False
+    )
+    base, found = c.evaluations[BASE, seed], c.evaluations[algorithm, seed]
+    rounded = lambda numbers: [round(float(o), 5) for o in numbers]
+    kept = lambda e: dict(
+        rewards={k: rounded(v) for k, v in e.rewards.items()}, diversity=rounded(e.diversity.values()),
+        alignment={k: rounded(v) for k, v in e.second.items()})
+    row = dict(
+        task=task, method=method, seed=seed, rate=rate, reward=reward, settings=own,
+        queries=c.settings["queries"], machine=hardware(), base=kept(base), trained=kept(found),
+        curve=[[r["queries"], round(r["reward_mean"], 5)] for r in c.rows]
+    )
+    if task == "scenes":
+        weights = place / "comparison" / "weights" / f"{algorithm}-seed{seed}"
+        config = c.settings["configs"][algorithm]
+        row["scenes"] = verdicts_of(weights, config, dict(reader=by_reader), t["each"])
+    write_atomic(place / "row.json", json.dumps(row))
+    return row
+
+def score(row):
+    """What the search goes by: the mean reward on training's prompts; on scenes the share that is wholly
+    right."""
+    if "scenes" not in row: return float(np.mean(row["trained"]["rewards"]["seen"]))
+    return float(
+        np.mean([v for k, o in row["scenes"]["verdicts"].items() if k.endswith("/both") for v in o["reader"]])
+    )
+
+def search(task, method, folder):
+    "The trials of a method; prints and returns the rate that won, and its neighbours."
+    rows = {rate: train(task, method, SEARCH_SEED, folder, rate) for rate in RATES}
+    best = max(rows, key=lambda rate: score(rows[rate]))
+    for rate, row in rows.items():
+        print(f"{task}, {method}, learning rate {row['settings']['train_learning_rate']:g}: {score(row):.4f}"
+              + (" <- the best" if rate == best else ""), flush=True)
+    return best
+
+def chosen_rate(task, method, folder):
+    "The rate that the search found."
+    rows = [
+        o for o in kept_rows(folder) if (o["task"], o["method"], o["seed"]) == (task, method, SEARCH_SEED)
+    ]
+    if len(rows) < len(RATES): raise SystemExit(f"{task}, {method}: search first")
+    return max(rows, key=score)["rate"]
+
+def kept_rows(folder):
+    "Every finished run there."
+    return [json.loads(o.read_text()) for o in sorted(folder.glob("*/*/row.json"))]
+
+def judge(folder, examiner):
+    "Let the examiner look at what every trained model, and the base, paints of scenes."
+    from scene_examiner import load_examiner, shares_right
+    eyes = load_examiner(examiner)
+    readers = dict(reader=by_reader, examiner=lambda images, scenes: shares_right(eyes, images, scenes))
+    places = [o for o in sorted(folder.glob("scenes/*")) if (o / "row.json").exists()]
+    for place in places:
+        row = json.loads((place / "row.json").read_text())
+        if row["seed"] == SEARCH_SEED or "examiner" in row["scenes"]["verdicts"]["single/both"]: continue
+        weights = next((place / "comparison" / "weights").glob("*-seed*"))
+        config = next(
+            iter(json.loads((place / "comparison" / "config.json").read_text())["configs"].values())
+        )
+        print(place.name, flush=True)
+        row["scenes"] = verdicts_of(weights, config, readers, TASKS["scenes"]["each"])
+        write_atomic(place / "row.json", json.dumps(row))
+    if places:
+        print("base", flush=True)
+        found = verdicts_of(None, config, readers, TASKS["scenes"]["each"])
+        write_atomic(folder / "scenes-base.json", json.dumps(found))
+
+def seconds_of(task, rounds):
+    "method -> a query's seconds, one for each round: an epoch of each method in turn, after one to warm up."
+    t, trainers = TASKS[task], {}
+    for method in METHODS:
+        if not applies(task, method): continue
+        reward, algorithm, own = settings_of(task, method)
+        config = make_config(algorithm, t["model"], True, logdir="", num_epochs=rounds + 1, **own)
+        policy = load_policy(t["model"], lora_rank=config.lora_rank)
+        trainers[method] = make_trainer(
+            config, get_reward(reward, t["model"]), prompt_source(t["prompts"], 0), policy)
+    found = {method: [] for method in trainers}
+    for i in range(rounds + 1):
+        for method, trainer in trainers.items():
+            began = clock.perf_counter()
+            trainer.train(i + 1, progress=False)
+            if i: found[method].append((clock.perf_counter() - began) / trainer.config.samples_per_epoch)
+        print(i, {k: round(v[-1], 4) for k, v in found.items() if v}, flush=True)
+    return found
+
+def collect(folder, results=RESULTS):
+    "A file for each task, a line for each run, and what a query costs."
+    rows = kept_rows(folder)
+    results.mkdir(parents=True, exist_ok=True)
+    for task in TASKS:
+        mine = sorted(
+            (o for o in rows if o["task"] == task), key=lambda o: (o["method"], o["seed"], o["rate"])
+        )
+        if mine: write_atomic(results / f"{task}.jsonl", "".join(json.dumps(o) + "\n" for o in mine))
+    for o in [*folder.glob("seconds-*.json"), *folder.glob("scenes-base.json")]:
+        write_atomic(results / o.name, o.read_text())
+    print(f"{len(rows)} runs, in {results}")
+
+def reported(results, task):
+    "method -> seed -> row, of the runs that count: with the rate that the search found, and other seeds."
+    lines = (
+        (results / f"{task}.jsonl").read_text().splitlines() if (results / f"{task}.jsonl").exists() else []
+    )
+    rows, found = [json.loads(o) for o in lines], {}
+    for row in rows:
+        if row["seed"] != SEARCH_SEED: found.setdefault(row["method"], {})[row["seed"]] = row
+    return {m: found[m] for m in METHODS if m in found}
+
+def gain(row, key="seen"):
+    "Mean of the trained model's rewards less the base's, picture by picture."
+    return float(np.mean(np.subtract(row["trained"]["rewards"][key], row["base"]["rewards"][key])))
+
+def right(verdicts, who, to="both", kind=None):
+    """Share wholly right in somebody's eyes, of prompts shown to `to`, of one kind or of all; None if not
+    looked at."""
+    taken = [o[who] for k, o in verdicts.items() if k.endswith(f"/{to}") and kind in (None, k.split("/")[0])
+             and who in o]
+    return float(np.mean(np.concatenate(taken))) if taken else None
+
+def held_out(row):
+    "Mean gain over all prompts that training did not show."
+    keys = [k for k in row["trained"]["rewards"] if k != "seen"]
+    return float(np.mean([gain(row, k) for k in keys])) if keys else None
+
+def alignment(row):
+    "Mean change of the untouched model's alignment on the prompts of training."
+    return float(np.mean(np.subtract(row["trained"]["alignment"]["seen"], row["base"]["alignment"]["seen"])))
+
+def variety(row):
+    "Share of the base's variety that is left."
+    return float(np.mean(row["trained"]["diversity"]) / np.mean(row["base"]["diversity"]))
+
+def at_seconds(row, seconds_a_query, seconds):
+    "Mean reward of the last 256 pictures of training that so many seconds paid for."
+    spent = [o for o in row["curve"] if o[0] * seconds_a_query <= seconds * (1 + 1e-9)]
+    if not spent: return None
+    last = [r for q, r in spent if q > spent[-1][0] - 256] or [spent[-1][1]]
+    return float(np.mean(last))
+
+def figure_of(values, sign=True, scale=1.0, places=3):
+    "Mean and 95 % interval over seeds, as a table shows them."
+    values = [o * scale for o in values if o is not None]
+    return pm(*mean_interval(values), sign=sign, places=places) if values else ""
+
+def table_of(results, task):
+    "What each method did with the task's queries: one row a method."
+    found, rows = reported(results, task), []
+    seconds_at = results / f"seconds-{task}.json"
+    cost = json.loads(seconds_at.read_text())["seconds"] if seconds_at.exists() else {}
+    cost = {m: median(v) for m, v in cost.items()}
+    budget = min((cost[m] * TASKS[task]["queries"] for m in found if m in cost), default=None)
+    for method, by_seed in found.items():
+        runs = list(by_seed.values())
+        row = {
+            "": LABELS[method], "seeds": len(runs),
+            "learning rate": f"{runs[0]['settings']['train_learning_rate']:g}"
+        }
+        if task == "scenes":
+            verdicts = [o["scenes"]["verdicts"] for o in runs]
+            for who in ("reader", "examiner"):
+                row[f"right ({who}), %"] = figure_of([right(v, who) for v in verdicts], False, 100, 1)
+            for to, label in (("base", "new to fine-tuning"), ("neither", "new to the model")):
+                row[f"{label} (reader), %"] = figure_of(
+                    [right(v, "reader", to) for v in verdicts], False, 100, 1
+                )
+        if runs[0]["reward"] == TASKS[task]["reward"]:
+            row |= {"gain": figure_of(map(gain, runs)), "held-out gain": figure_of(map(held_out, runs))}
+        else: row |= {"gain": "", "held-out gain": ""}
+        row |= {
+            "alignment": figure_of(map(alignment, runs)),
+            "variety, %": figure_of(map(variety, runs), False, 100, 0)
+        }
+        if method in cost:
+            row["s a query"] = f"{cost[method]:.3f}"
+            row["reward at equal seconds"] = figure_of(
+                [at_seconds(o, cost[method], budget) for o in runs], False
+            )
+        rows.append(row)
+    return Table(rows), budget
+
+def outcome(row):
+    "The number that methods are ranked by."
+    return right(row["scenes"]["verdicts"], "reader") if row["task"] == "scenes" else gain(row)
+
+def pairs_of(results, task):
+    "Who is ahead of whom, seed by seed: one row a pair, the better method first."
+    found, rows = reported(results, task), []
+    for a, b in combinations(found, 2):
+        both = sorted(set(found[a]) & set(found[b]))
+        if len(both) < 2: continue
+        ahead = [outcome(found[a][s]) - outcome(found[b][s]) for s in both]
+        if np.mean(ahead) < 0: a, b, ahead = b, a, [-o for o in ahead]
+        mean, half = mean_interval(ahead)
+        rows.append({"ahead": LABELS[a], "of": LABELS[b], "by": pm(mean, half, sign=True), "seeds": len(both),
+                     "beyond doubt": "yes" if mean > half else "no"})
+    return Table(rows)
+
+def base_line(results):
+    "What the untouched Emoji SD3 gets right, in a sentence."
+    if not (results / "scenes-base.json").exists(): return ""
+    verdicts = json.loads((results / "scenes-base.json").read_text())["verdicts"]
+    said = [
+        f"{right(verdicts, who):.1%} by the {who}" for who in ("reader", "examiner") if right(verdicts, who)
+    ]
+    kept = [f"{right(verdicts, 'reader', to):.1%} of {what}" for to, what in
+            (("base", "combinations new to fine-tuning"), ("neither", "those new to the model"))]
+    return f"The untouched model: {', '.join(said)}; {', '.join(kept)}."
+
+def kinds_of(results):
+    "Emoji SD3: what each method gets right of each kind of prompt, in each reader's eyes."
+    found, rows = reported(results, "scenes"), []
+    base = json.loads(at.read_text()) if (at := results / "scenes-base.json").exists() else None
+    kinds = ("single", "colour", "counting", "two", "position")
+    for who in ("reader", "examiner"):
+        if base and right(base["verdicts"], who) is not None:
+            rows.append(
+                {"": "base", "eyes": who} | {k: f"{right(base['verdicts'], who, kind=k):.1%}" for k in kinds}
+            )
+        for method, by_seed in found.items():
+            verdicts = [o["scenes"]["verdicts"] for o in by_seed.values()]
+            if right(verdicts[0], who) is None: continue
+            rows.append({"": LABELS[method], "eyes": who} | {
+                k: figure_of([right(v, who, kind=k) for v in verdicts], False, 100, 1) for k in kinds})
+    return Table(rows)
+
+def searched(results, task):
+    "What the search saw: one row a method."
+    lines = (
+        (results / f"{task}.jsonl").read_text().splitlines() if (results / f"{task}.jsonl").exists() else []
+    )
+    trials = [o for o in map(json.loads, lines) if o["seed"] == SEARCH_SEED]
+    rows = []
+    for method in METHODS:
+        mine = sorted((o for o in trials if o["method"] == method), key=lambda o: o["rate"])
+        if len(mine) < len(RATES): continue
+        best = max(mine, key=score)
+        shown = [f"{o['settings']['train_learning_rate']:g}: {score(o):.4f}" for o in mine]
+        rows.append({"": LABELS[method], "a third": shown[0], "default": shown[1], "three times": shown[2],
+                     "won": f"{best['settings']['train_learning_rate']:g}"})
+    return Table(rows)
+
+def markdown(results):
+    "All tables, as text."
+    parts = ["# From RWR to DiffusionNFT, in numbers\n\nMade by `python benchmarks/table.py table`;"
+             " intervals are 95 % by Student's t over seeds."]
+    for task, t in TASKS.items():
+        table, budget = table_of(results, task)
+        if not table: continue
+        some = next(iter(next(iter(reported(results, task).values())).values()))
+        parts.append(
+            f"## {task}\n\n`{t['model']}`, reward `{t['reward']}`, {t['queries']:,} queries each;"
+            f" {some['machine']}."
+        )
+        if task == "scenes" and (line := base_line(results)): parts.append(line)
+        parts.append(table.markdown())
+        if budget: parts.append(f"Equal seconds: {budget:.0f} of training each.")
+        if task == "scenes": parts += ["By kind of prompt, %:", kinds_of(results).markdown()]
+        if pairs := pairs_of(results, task): parts += ["Who is ahead:", pairs.markdown()]
+        if trials := searched(results, task): parts += ["Trials, by learning rate:", trials.markdown()]
+    return "\n\n".join(o.strip("\n") for o in parts) + "\n"
+
+def plot(results, task):
+    "Training reward against queries, a line a method with the range of its seeds."
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for i, (method, by_seed) in enumerate(reported(results, task).items()):
+        runs = [o for o in by_seed.values() if o["reward"] == TASKS[task]["reward"]]
+        if not runs: continue
+        window = 256
+        grid = np.arange(window, min(o["queries"] for o in runs) + 1, window)
+        curves = np.array(
+            [[np.mean([r for q, r in o["curve"] if at - window < q <= at]) for at in grid] for o in runs]
+        )
+        ax.plot(grid, curves.mean(0), color=f"C{i}", label=LABELS[method])
+        ax.fill_between(grid, curves.min(0), curves.max(0), color=f"C{i}", alpha=0.15, lw=0)
+    ax.set(xlabel="reward queries", ylabel=f"{TASKS[task]['reward']}, mean of {window} pictures of training")
+    ax.legend(fontsize=7)
+    fig.savefig(results / f"{task}.png", dpi=110)
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--output", type=Path, default=Path("out-table"), help="folder of the runs")
+    task, method = dict(choices=list(TASKS)), dict(choices=list(METHODS))
+    for name in ("search", "run"):
+        one = commands.add_parser(name, parents=[common])
+        one.add_argument("task", **task)
+        one.add_argument("method", **method)
+        if name == "run":
+            one.add_argument("seed", type=int)
+            one.add_argument(
+                "--rate", type=float, help="times the default learning rate; default: what the search found"
+            )
+    one = commands.add_parser("judge", parents=[common])
+    one.add_argument("--examiner", type=Path, required=True)
+    one = commands.add_parser("time", parents=[common])
+    one.add_argument("task", nargs="*", choices=list(TASKS), default=list(TASKS))
+    one.add_argument("--rounds", type=int, default=3)
+    commands.add_parser("collect", parents=[common])
+    one = commands.add_parser("table")
+    one.add_argument("--results", type=Path, default=RESULTS)
+    one.add_argument(
+        "--check", action="store_true", help="say whether table.md is what it makes, and write nothing"
+    )
+    args = parser.parse_args()
+    if args.command in ("search", "run") and not applies(args.task, args.method):
+        raise SystemExit(f"{args.task} has no gradient for {args.method} to follow")
+    if args.command == "search": search(args.task, args.method, args.output)
+    if args.command == "run":
+        if args.seed == SEARCH_SEED: raise SystemExit(f"seed {SEARCH_SEED} is the search's: choose another")
+        rate = args.rate or chosen_rate(args.task, args.method, args.output)
+        row = train(args.task, args.method, args.seed, args.output, rate)
+        print(f"{args.task}, {args.method}, seed {args.seed}: {outcome(row):+.4f}", flush=True)
+    if args.command == "judge": judge(args.output, args.examiner)
+    if args.command == "time":
+        for task in args.task:
+            about = dict(machine=hardware(), torch=torch.__version__, seconds=seconds_of(task, args.rounds))
+            write_atomic(args.output / f"seconds-{task}.json", json.dumps(about))
+    if args.command == "collect": collect(args.output)
+    if args.command == "table":
+        text, at = markdown(args.results), args.results / "table.md"
+        if args.check:
+            raise SystemExit(
+                None if at.exists() and at.read_text() == text else f"{at} is not what the rows make"
+            )
+        write_atomic(at, text)
+        for task in TASKS:
+            if reported(args.results, task): plot(args.results, task)
+        print(text)
+
+if __name__ == "__main__": main()

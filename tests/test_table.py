@@ -1,0 +1,101 @@
+"""benchmarks/table.py: what is made of the rows, on rows that are made up and on those that are kept."""
+import json, sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1]/"benchmarks"))
+import table
+
+def row(method, seed, gained, rate=1.0, task="compressibility", right=None, **kw):
+    "A finished run whose pictures all gained as much."
+    base = dict(rewards=dict(seen=[1.0, 2.0], unseen_animals=[1.0]), diversity=[1.0, 2.0],
+                alignment=dict(seen=[0.5, 0.5]))
+    trained = dict(
+        rewards=dict(seen=[1 + gained, 2 + gained], unseen_animals=[1 + gained / 2]), diversity=[0.5, 1.0],
+        alignment=dict(seen=[0.6, 0.6]))
+    found = dict(
+        task=task, method=method, seed=seed, rate=rate, reward=table.TASKS[task]["reward"], queries=1024,
+        settings=dict(train_learning_rate=1e-3 * rate), machine="a machine", base=base, trained=trained,
+        curve=[[128 * i, 1 + gained * i / 8] for i in range(1, 9)])
+    if right is not None:
+        said = lambda share: [1] * round(10 * share) + [0] * round(10 - 10 * share)
+        shown = ("both", "base", "neither")
+        found["scenes"] = dict(verdicts={
+            f"{kind}/{to}": dict(reader=said(right), examiner=said(right - 0.1))
+            for kind in ("single", "colour", "counting", "two", "position") for to in shown
+            if to == "both" or kind not in ("single", "colour")}, sharpness=0.05, variety=1.0)
+    return found | kw
+
+def written(folder, rows):
+    for task in table.TASKS:
+        mine = [json.dumps(o) for o in rows if o["task"] == task]
+        if mine: (folder / f"{task}.jsonl").write_text("\n".join(mine) + "\n")
+    return folder
+
+def test_gains_are_paired_and_intervals_are_over_seeds(tmp_path):
+    rows = [row("ddpo-is", s, g) for s, g in enumerate((0.1, 0.2, 0.3))]
+    (line,), _ = table.table_of(written(tmp_path, rows), "compressibility")
+    half = 4.302653 * 0.1 / 3**0.5  # Student's t with two degrees of freedom
+    assert line["gain"] == table.pm(0.2, half, sign=True)
+    assert line["held-out gain"] == table.pm(0.1, half / 2, sign=True)
+    assert line["alignment"].startswith("+0.100 ± 0.000") and line["variety, %"].startswith("50 ± 0")
+    assert line["seeds"] == 3
+
+def test_trials_count_for_the_search_and_for_nothing_else(tmp_path):
+    trials = [row("ddpo-is", table.SEARCH_SEED, g, rate) for rate, g in zip(table.RATES, (0.1, 9.0, 0.2))]
+    folder = written(tmp_path, [*trials, row("ddpo-is", 0, 0.1), row("ddpo-is", 1, 0.1)])
+    (line,), _ = table.table_of(folder, "compressibility")
+    assert line["seeds"] == 2 and line["gain"].startswith("+0.100")
+    (trial,) = table.searched(folder, "compressibility")
+    assert trial["won"] == "0.001" and trial["three times"] == "0.003: 1.7000"
+
+def test_an_unfinished_search_chooses_nothing(tmp_path):
+    place = tmp_path / "compressibility" / "ddpo-is-100-1"
+    place.mkdir(parents=True)
+    (place / "row.json").write_text(json.dumps(row("ddpo-is", table.SEARCH_SEED, 0.1)))
+    with pytest.raises(SystemExit, match="search first"):
+        table.chosen_rate("compressibility", "ddpo-is", tmp_path)
+
+def test_who_is_ahead_of_whom(tmp_path):
+    gains = dict(rwr=(0.1, 0.2, 0.3), nft=(0.6, 0.71, 0.8), draft=(0.1, 0.25, 0.25))
+    rows = [row(m, s, g) for m, of in gains.items() for s, g in enumerate(of)]
+    pairs = {(o["ahead"], o["of"]): o for o in table.pairs_of(written(tmp_path, rows), "compressibility")}
+    sure = pairs["DiffusionNFT", "RWR"]
+    assert sure["by"].startswith("+0.503") and sure["beyond doubt"] == "yes"
+    assert [o["beyond doubt"] for o in pairs.values() if {o["ahead"], o["of"]} == {"RWR", "DRaFT"}] == ["no"]
+
+def test_equal_seconds_cut_the_dearer_method_short(tmp_path):
+    folder = written(tmp_path, [row(m, s, 0.8) for m in ("rwr", "nft") for s in (0, 1)])
+    (folder / "seconds-compressibility.json").write_text(json.dumps(
+        dict(seconds={"rwr": [0.1, 0.1], "nft": [0.2, 0.2]})))
+    lines, budget = table.table_of(folder, "compressibility")
+    assert budget == pytest.approx(102.4)
+    reached = {o[""]: float(o["reward at equal seconds"].split()[0]) for o in lines}
+    # the last 256 pictures of 1,024 and of 512 queries
+    assert reached == {"RWR": pytest.approx(1.75), "DiffusionNFT": pytest.approx(1.35)}
+
+def test_scenes_are_ranked_by_what_is_wholly_right_in_each_readers_eyes(tmp_path):
+    rows = [row(m, s, 0.1, task="scenes", right=r) for m, r in (("rwr", 0.6), ("nft", 0.9)) for s in (0, 1)]
+    folder = written(tmp_path, rows)
+    (_, line), _ = table.table_of(folder, "scenes")
+    assert line["right (reader), %"].startswith("90.0") and line["right (examiner), %"].startswith("80.0")
+    assert table.pairs_of(folder, "scenes")[0]["ahead"] == "DiffusionNFT"
+    assert {o["eyes"] for o in table.kinds_of(folder)} == {"reader", "examiner"}
+    text = table.markdown(folder)
+    assert "By kind of prompt" in text and "Who is ahead" in text
+    table.plot(folder, "scenes")
+    assert (folder / "scenes.png").stat().st_size > 5000
+
+def test_every_method_makes_a_config_for_every_task_it_applies_to():
+    for task in table.TASKS:
+        for method in filter(lambda m: table.applies(task, m), table.METHODS):
+            rates = [table.settings_of(task, method, rate)[2]["train_learning_rate"] for rate in table.RATES]
+            assert np.allclose(np.array(rates) / rates[1], table.RATES, rtol=0.01)
+            assert table.TASKS[task]["queries"] % 512 == 0
+    assert not table.applies("compressibility", "draft")
+
+def test_the_kept_table_is_made_of_the_kept_rows():
+    "What `python benchmarks/table.py table --check` says."
+    assert (table.RESULTS / "table.md").read_text() == table.markdown(table.RESULTS)
