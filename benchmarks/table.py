@@ -3,6 +3,8 @@ seconds.
 
     python benchmarks/table.py search TASK METHOD [--output DIR]      # trials of one method on one task
     python benchmarks/table.py run TASK METHOD SEED [--output DIR]    # train and examine; finished runs stay
+    # one factor at a time, from the best setting
+    python benchmarks/table.py vary FACTOR SEED [--output DIR]
     python benchmarks/table.py judge --examiner DIR [--output DIR]    # scenes: a second reader's verdicts
     python benchmarks/table.py time [TASK] [--output DIR]             # what a query of each costs, in turn
     # all that is there, to benchmarks/results
@@ -62,6 +64,19 @@ LABELS = {
     "draft": "DRaFT"
 }
 
+_some = lambda name, *values: [{name: v} for v in values]
+# factor -> what it takes, one change at a time, from VARIED's best setting
+VARIED = ("compressibility", "leave-one-out")
+FACTORS = {
+    "step weighting": _some("step_weighting", "equal", "variance"),
+    "clip range": _some("train_clip_range", 1e-4, 1e-3, 1e-2, 1e-1),
+    "group size": _some("samples_per_prompt", 2, 4, 8, 16),
+    "share of the steps": _some("train_timestep_fraction", 0.2, 0.5, 1.0),
+    "window of noisy steps": [
+        dict(sample_window=0), dict(sample_window=3), dict(sample_window=3, sample_window_start=6)],
+    "price on leaving": _some("kl_coef", 0.0, 0.01, 0.1, 1.0),
+    "guidance in training": _some("train_cfg", True, False)}
+
 def applies(task, method):
     "A reward without a gradient cannot be followed by it."
     return method != "draft" or task in ("aesthetic", "scenes")
@@ -73,6 +88,12 @@ def settings_of(task, method, rate=1.0):
     if method == "draft" and task == "scenes": reward = "scenes_logprob"  # the share of facts has no gradient
     usual = make_config(algorithm, t["model"], True, logdir="", **own).train_learning_rate
     return reward, algorithm, own | dict(train_learning_rate=float(f"{usual * rate:.3g}"))
+
+def is_usual(change):
+    "Whether VARIED has these values anyway, so that its reported runs show what they do."
+    (algorithm, _), (_, _, own) = METHODS[VARIED[1]], settings_of(*VARIED)
+    config = make_config(algorithm, TASKS[VARIED[0]]["model"], True, logdir="", **own)
+    return all(getattr(config, k) == v for k, v in change.items())
 
 def by_reader(images, scenes):
     "Whether the bundled reader finds all that was asked for, (N,) bool."
@@ -88,11 +109,13 @@ def verdicts_of(weights, settings, readers, each):
     listed = {"/".join(k): {who: o.astype(int).tolist() for who, o in v.items()} for k, v in verdicts.items()}
     return dict(verdicts=listed, sharpness=sharp, variety=variety)
 
-def train(task, method, seed, folder, rate):
+def train(task, method, seed, folder, rate, changes=None):
     "Train and examine, and write `row.json`; a run that was stopped goes on, a finished one is left alone."
-    place, t = folder / task / f"{method}-{seed}-{rate:.2g}", TASKS[task]
+    name = ",".join([f"{method}-{seed}-{rate:.2g}"] + [f"{k}={v}" for k, v in (changes or {}).items()])
+    place, t = folder / task / name, TASKS[task]
     if (place / "row.json").exists(): return json.loads((place / "row.json").read_text())
     reward, algorithm, own = settings_of(task, method, rate)
+    own = own | (changes or {})
     c = compare(
         reward, [algorithm], t["queries"] // (2 if seed == SEARCH_SEED else 1), [seed], model=t["model"],
         prompts=t["prompts"], output=place / "comparison", overrides={algorithm: own}, progress=False
@@ -103,7 +126,7 @@ def train(task, method, seed, folder, rate):
         rewards={k: rounded(v) for k, v in e.rewards.items()}, diversity=rounded(e.diversity.values()),
         alignment={k: rounded(v) for k, v in e.second.items()})
     row = dict(
-        task=task, method=method, seed=seed, rate=rate, reward=reward, settings=own,
+        task=task, method=method, seed=seed, rate=rate, changes=changes or {}, reward=reward, settings=own,
         queries=c.settings["queries"], machine=hardware(), base=kept(base), trained=kept(found),
         curve=[[r["queries"], round(r["reward_mean"], 5)] for r in c.rows]
     )
@@ -203,7 +226,8 @@ def reported(results, task):
     )
     rows, found = [json.loads(o) for o in lines], {}
     for row in rows:
-        if row["seed"] != SEARCH_SEED: found.setdefault(row["method"], {})[row["seed"]] = row
+        if row["seed"] != SEARCH_SEED and not row["changes"]:
+            found.setdefault(row["method"], {})[row["seed"]] = row
     return {m: found[m] for m in METHODS if m in found}
 
 def gain(row, key="seen"):
@@ -306,6 +330,27 @@ def base_line(results):
             (("base", "combinations new to fine-tuning"), ("neither", "those new to the model"))]
     return f"The untouched model: {', '.join(said)}; {', '.join(kept)}."
 
+def pieces_of(results):
+    "factor -> value -> gains, one a seed; the best setting's own runs stand for the value that it has."
+    task, method = VARIED
+    lines = (
+        (results / f"{task}.jsonl").read_text().splitlines() if (results / f"{task}.jsonl").exists() else []
+    )
+    rows = [o for o in map(json.loads, lines) if o["method"] == method and o["seed"] != SEARCH_SEED]
+    found = {}
+    for factor, values in FACTORS.items():
+        for change in values:
+            name = ", ".join(f"{k} {v}" for k, v in change.items())
+            same = {} if is_usual(change) else change
+            gains = {o["seed"]: gain(o) for o in rows if o["changes"] == same}
+            if gains: found.setdefault(factor, {})[name] = gains
+    return found
+
+def pieces_table(results):
+    "One row for each value of each factor."
+    return Table([{"factor": factor, "value": name, "gain": figure_of(gains.values()), "seeds": len(gains)}
+                  for factor, by_value in pieces_of(results).items() for name, gains in by_value.items()])
+
 def kinds_of(results):
     "Emoji SD3: what each method gets right of each kind of prompt, in each reader's eyes."
     found, rows = reported(results, "scenes"), []
@@ -357,6 +402,9 @@ def markdown(results):
         if task == "scenes": parts += ["By kind of prompt, %:", kinds_of(results).markdown()]
         if pairs := pairs_of(results, task): parts += ["Who is ahead:", pairs.markdown()]
         if trials := searched(results, task): parts += ["Trials, by learning rate:", trials.markdown()]
+    if pieces := pieces_table(results):
+        parts += [f"## What the pieces are worth\n\n{VARIED[0]}, {LABELS[VARIED[1]]}, one change at a time.",
+                  pieces.markdown()]
     return "\n\n".join(o.strip("\n") for o in parts) + "\n"
 
 def plot(results, task):
@@ -377,6 +425,25 @@ def plot(results, task):
     ax.legend(fontsize=7)
     fig.savefig(results / f"{task}.png", dpi=110)
 
+def plot_pieces(results):
+    "A small figure for each factor: every seed's gain, and their mean."
+    import matplotlib.pyplot as plt
+    found = pieces_of(results)
+    if not found: return
+    fig, axes = plt.subplots(
+        len(found), 1, figsize=(6, 1.7 * len(found)), layout="constrained", squeeze=False
+    )
+    for ax, (factor, by_value) in zip(axes[:, 0], found.items()):
+        for i, gains in enumerate(by_value.values()):
+            ax.plot([*gains.values()], [i] * len(gains), "o", ms=4, color="C0", alpha=0.6)
+            ax.plot(np.mean([*gains.values()]), i, "|", ms=16, mew=2, color="C3")
+        ax.set_yticks(range(len(by_value)), [*by_value], fontsize=7)
+        ax.set_ylim(-0.6, len(by_value) - 0.4)
+        ax.set_title(factor, fontsize=9, loc="left")
+        ax.tick_params(axis="x", labelsize=7)
+    axes[-1, 0].set_xlabel(f"gain in {TASKS[VARIED[0]]['reward']}; dots: seeds, bar: their mean", fontsize=8)
+    fig.savefig(results / "pieces.png", dpi=110)
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -392,6 +459,9 @@ def main():
             one.add_argument(
                 "--rate", type=float, help="times the default learning rate; default: what the search found"
             )
+    one = commands.add_parser("vary", parents=[common])
+    one.add_argument("factor", choices=list(FACTORS))
+    one.add_argument("seed", type=int)
     one = commands.add_parser("judge", parents=[common])
     one.add_argument("--examiner", type=Path, required=True)
     one = commands.add_parser("time", parents=[common])
@@ -412,6 +482,12 @@ def main():
         rate = args.rate or chosen_rate(args.task, args.method, args.output)
         row = train(args.task, args.method, args.seed, args.output, rate)
         print(f"{args.task}, {args.method}, seed {args.seed}: {outcome(row):+.4f}", flush=True)
+    if args.command == "vary":
+        rate = chosen_rate(*VARIED, args.output)
+        for change in FACTORS[args.factor]:
+            if is_usual(change): continue
+            row = train(*VARIED, args.seed, args.output, rate, change)
+            print(f"{args.factor}, {change}, seed {args.seed}: {outcome(row):+.4f}", flush=True)
     if args.command == "judge": judge(args.output, args.examiner)
     if args.command == "time":
         for task in args.task:
@@ -427,6 +503,7 @@ def main():
         write_atomic(at, text)
         for task in TASKS:
             if reported(args.results, task): plot(args.results, task)
+        plot_pieces(args.results)
         print(text)
 
 if __name__ == "__main__": main()

@@ -7,6 +7,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1]/"benchmarks"))
 import table
+from ddpo_nb.config import make_config
 
 def row(method, seed, gained, rate=1.0, task="compressibility", right=None, **kw):
     "A finished run whose pictures all gained as much."
@@ -16,9 +17,10 @@ def row(method, seed, gained, rate=1.0, task="compressibility", right=None, **kw
         rewards=dict(seen=[1 + gained, 2 + gained], unseen_animals=[1 + gained / 2]), diversity=[0.5, 1.0],
         alignment=dict(seen=[0.6, 0.6]))
     found = dict(
-        task=task, method=method, seed=seed, rate=rate, reward=table.TASKS[task]["reward"], queries=1024,
-        settings=dict(train_learning_rate=1e-3 * rate), machine="a machine", base=base, trained=trained,
-        curve=[[128 * i, 1 + gained * i / 8] for i in range(1, 9)])
+        task=task, method=method, seed=seed, rate=rate, changes={}, reward=table.TASKS[task]["reward"],
+        queries=1024, settings=dict(train_learning_rate=1e-3 * rate), machine="a machine", base=base,
+        trained=trained, curve=[[128 * i, 1 + gained * i / 8] for i in range(1, 9)]
+    )
     if right is not None:
         said = lambda share: [1] * round(10 * share) + [0] * round(10 - 10 * share)
         shown = ("both", "base", "neither")
@@ -87,6 +89,31 @@ def test_scenes_are_ranked_by_what_is_wholly_right_in_each_readers_eyes(tmp_path
     assert "By kind of prompt" in text and "Who is ahead" in text
     table.plot(folder, "scenes")
     assert (folder / "scenes.png").stat().st_size > 5000
+
+def test_the_pieces_are_told_from_the_reported_runs(tmp_path):
+    varied = [row("leave-one-out", s, g, changes=change) for s in (0, 1) for change, g in
+              ((dict(train_cfg=False), 0.1), (dict(kl_coef=1.0), 0.0))]
+    folder = written(tmp_path, [*varied, row("leave-one-out", 0, 0.5)])
+    (line,), _ = table.table_of(folder, "compressibility")
+    assert line["seeds"] == 1 and line["gain"].startswith("+0.50")
+    pieces, usual = table.pieces_of(folder), {0: pytest.approx(0.5)}  # the reported run stands for its values
+    assert pieces["price on leaving"] == {
+        "kl_coef 0.0": usual, "kl_coef 1.0": {0: pytest.approx(0.0), 1: pytest.approx(0.0)}}
+    assert pieces["guidance in training"] == {
+        "train_cfg True": usual, "train_cfg False": {0: pytest.approx(0.1), 1: pytest.approx(0.1)}}
+    table.plot_pieces(folder)
+    assert (folder / "pieces.png").stat().st_size > 5000 and "What the pieces are worth" in table.markdown(
+        folder
+    )
+
+def test_every_change_of_a_piece_makes_a_config():
+    task, method = table.VARIED
+    _, algorithm, own = table.settings_of(task, method)
+    for factor, values in table.FACTORS.items():
+        assert len(values) > 1
+        for change in values:
+            config = make_config(algorithm, "emoji-sd", True, logdir="", **own | change)
+            assert all(getattr(config, k) == v for k, v in change.items()), factor
 
 def test_every_method_makes_a_config_for_every_task_it_applies_to():
     for task in table.TASKS:
