@@ -1,9 +1,9 @@
 """What a model of scenes gets right, by kind of prompt and by what is kept aside, in the eyes of two readers.
 
-`python benchmarks/scenes.py --examiner DIR` paints prompts of every kind with the bundled Emoji SD3; `--lora
+`python benchmarks/scenes.py` paints prompts of every kind with the bundled Emoji SD3; `--lora
 DIR`, given once or several times, with weights that were trained on it. It prints the shares that are right,
 with 95 % intervals over pictures, beside variety and sharpness; `--json` keeps every picture's verdict. The
-examiner is no part of the package: `python tests/scene_examiner.py` trains it.
+second reader, the examiner, is no part of the package: see `tests/scene_examiner.py`.
 """
 import argparse
 import json
@@ -17,7 +17,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from scene_examiner import load_examiner, shares_right
+from scene_examiner import WEIGHTS, load_examiner, shares_right
 from ddpo_nb.compare import exam_generators, latent_spread
 from ddpo_nb.emoji_sd import to_tensor
 from ddpo_nb.emoji_sd3 import completed, draw
@@ -72,7 +72,7 @@ def main():
     parser.add_argument("--model", default="emoji-sd3")
     parser.add_argument("--lora", action="append", default=[], help="trained weights; also: base")
     parser.add_argument("--reader", type=Path, help="default: the bundled one")
-    parser.add_argument("--examiner", type=Path)
+    parser.add_argument("--examiner", type=Path, help="weights of another examiner", default=WEIGHTS)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--noise-level", type=float, default=0.0, help="of a stochastic step; 0: the ODE")
@@ -86,8 +86,8 @@ def main():
     def by_reader(images, scenes):
         readings = read(reader, images, threshold)
         return np.array([all(facts(o, r).values()) for o, r in zip(scenes, readings)])
-    readers = dict(reader=by_reader)
-    if args.examiner: readers["examiner"] = lambda *o, e=load_examiner(args.examiner): shares_right(e, *o)
+    examiner = load_examiner(args.examiner)
+    readers = dict(reader=by_reader, examiner=lambda *o: shares_right(examiner, *o))
     how = dict(kind="flow-sde", noise_level=args.noise_level) if args.noise_level else dict(kind="ode")
     asked, found = asked_scenes(args.each, args.seed), []
     renders = to_tensor([draw(completed(o, rng := np.random.default_rng(i)), rng)[0]

@@ -5,7 +5,7 @@ seconds.
     python benchmarks/table.py run TASK METHOD SEED [--output DIR]    # train and examine; finished runs stay
     # one factor at a time, from the best setting
     python benchmarks/table.py vary FACTOR SEED [--output DIR]
-    python benchmarks/table.py judge --examiner DIR [--output DIR]    # scenes: a second reader's verdicts
+    python benchmarks/table.py base [--output DIR]                    # what the untouched Emoji SD3 gets right
     python benchmarks/table.py time [TASK] [--output DIR]             # what a query of each costs, in turn
     # all that is there, to benchmarks/results
     python benchmarks/table.py collect [--output DIR]
@@ -25,6 +25,7 @@ import argparse
 import json
 import sys
 import time as clock
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from statistics import median
@@ -41,6 +42,7 @@ from ddpo_nb.prompts import prompt_source
 from ddpo_nb.rewards import get_reward
 from ddpo_nb.scenes import facts, load_reader, read
 from ddpo_nb.trainer import make_trainer
+from scene_examiner import load_examiner, shares_right
 from scenes import asked_scenes, measure
 from speed import hardware
 
@@ -100,13 +102,17 @@ def by_reader(images, scenes):
     reader, threshold = load_reader()
     return np.array([all(facts(o, r).values()) for o, r in zip(scenes, read(reader, images, threshold))])
 
-def verdicts_of(weights, settings, readers, each):
-    """What the readers say of the pictures that these weights paint of scenes of every kind, never those
-    of training."""
+def verdicts_of(weights, settings, each):
+    """What reader and examiner say of the pictures that these weights, or the untouched model, paint of
+    scenes of every kind, never those of training."""
+    examiner = load_examiner()
+    readers = dict(reader=by_reader, examiner=lambda *o: shares_right(examiner, *o))
     policy = load_policy("emoji-sd3", weights, use_lora=weights is not None)
     policy.configure(settings["sample_num_steps"], settings["sample_guidance_scale"], kind="ode")
     verdicts, sharp, variety = measure(policy, asked_scenes(each, 0), readers, 0)
-    listed = {"/".join(k): {who: o.astype(int).tolist() for who, o in v.items()} for k, v in verdicts.items()}
+    listed = {
+        "/".join(k): {who: o.astype(int).tolist() for who, o in v.items()} for k, v in verdicts.items()
+    }
     return dict(verdicts=listed, sharpness=sharp, variety=variety)
 
 def train(task, method, seed, folder, rate, changes=None):
@@ -133,7 +139,7 @@ def train(task, method, seed, folder, rate, changes=None):
     if task == "scenes":
         weights = place / "comparison" / "weights" / f"{algorithm}-seed{seed}"
         config = c.settings["configs"][algorithm]
-        row["scenes"] = verdicts_of(weights, config, dict(reader=by_reader), t["each"])
+        row["scenes"] = verdicts_of(weights, config, t["each"])
     write_atomic(place / "row.json", json.dumps(row))
     return row
 
@@ -165,27 +171,6 @@ def chosen_rate(task, method, folder):
 def kept_rows(folder):
     "Every finished run there."
     return [json.loads(o.read_text()) for o in sorted(folder.glob("*/*/row.json"))]
-
-def judge(folder, examiner):
-    "Let the examiner look at what every trained model, and the base, paints of scenes."
-    from scene_examiner import load_examiner, shares_right
-    eyes = load_examiner(examiner)
-    readers = dict(reader=by_reader, examiner=lambda images, scenes: shares_right(eyes, images, scenes))
-    places = [o for o in sorted(folder.glob("scenes/*")) if (o / "row.json").exists()]
-    for place in places:
-        row = json.loads((place / "row.json").read_text())
-        if row["seed"] == SEARCH_SEED or "examiner" in row["scenes"]["verdicts"]["single/both"]: continue
-        weights = next((place / "comparison" / "weights").glob("*-seed*"))
-        config = next(
-            iter(json.loads((place / "comparison" / "config.json").read_text())["configs"].values())
-        )
-        print(place.name, flush=True)
-        row["scenes"] = verdicts_of(weights, config, readers, TASKS["scenes"]["each"])
-        write_atomic(place / "row.json", json.dumps(row))
-    if places:
-        print("base", flush=True)
-        found = verdicts_of(None, config, readers, TASKS["scenes"]["each"])
-        write_atomic(folder / "scenes-base.json", json.dumps(found))
 
 def seconds_of(task, rounds):
     "method -> a query's seconds, one for each round: an epoch of each method in turn, after one to warm up."
@@ -462,8 +447,7 @@ def main():
     one = commands.add_parser("vary", parents=[common])
     one.add_argument("factor", choices=list(FACTORS))
     one.add_argument("seed", type=int)
-    one = commands.add_parser("judge", parents=[common])
-    one.add_argument("--examiner", type=Path, required=True)
+    commands.add_parser("base", parents=[common])
     one = commands.add_parser("time", parents=[common])
     one.add_argument("task", nargs="*", choices=list(TASKS), default=list(TASKS))
     one.add_argument("--rounds", type=int, default=3)
@@ -488,7 +472,10 @@ def main():
             if is_usual(change): continue
             row = train(*VARIED, args.seed, args.output, rate, change)
             print(f"{args.factor}, {change}, seed {args.seed}: {outcome(row):+.4f}", flush=True)
-    if args.command == "judge": judge(args.output, args.examiner)
+    if args.command == "base":
+        usual = asdict(make_config("nft", "emoji-sd3", True, logdir=""))
+        found = verdicts_of(None, usual, TASKS["scenes"]["each"])
+        write_atomic(args.output / "scenes-base.json", json.dumps(found))
     if args.command == "time":
         for task in args.task:
             about = dict(machine=hardware(), torch=torch.__version__, seconds=seconds_of(task, args.rounds))

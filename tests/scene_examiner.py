@@ -4,7 +4,9 @@ the bundled one is found out by this one.
 Where the bundled reader is convolutions with a map of centres, this one is a transformer that asks a picture
 one question for each noun: how many, and where on average? It is taught by lessons from other seeds.
 
-`python tests/scene_examiner.py --output DIR --vae DIR` trains it and prints how often it is right.
+Its weights lie beside this file. `python tests/scene_examiner.py --output FILE --folder DIR` trains it, and
+prints how often it is right; as it is: 4,500 steps of 32, 55 minutes on one thread of an AMD EPYC with AVX-512
+beside other work, 100 % of 1,000 unseen scenes right, nothing found in 81.5 % of 1,000 broken pictures.
 """
 import argparse, json
 from pathlib import Path
@@ -19,6 +21,7 @@ from ddpo_nb.emoji_sd3 import fit
 from ddpo_nb.scene_reader import batch_of_lessons, broken_pictures, painter, unseen_scenes
 from ddpo_nb.scenes import GROUNDS, NOUNS, Found, Reading, facts
 
+WEIGHTS = Path(__file__).with_suffix(".safetensors")
 MOST = 5  # counts from 0 to "five or more"
 
 class Examiner(nn.Module):
@@ -93,17 +96,18 @@ def examine_examiner(examiner, n=1000):
     broken = read_by(examiner, broken_pictures(n, np.random.default_rng(996)))
     return dict(scenes=float(np.mean(found)), broken=float(np.mean([not o.objects for o in broken])))
 
-def load_examiner(folder):
+def load_examiner(weights=WEIGHTS):
     examiner = Examiner()
-    examiner.load_state_dict(load_file(Path(folder)/"examiner.safetensors"))
+    examiner.load_state_dict(load_file(weights))
     return examiner.float().eval()
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--vae", type=Path)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--output", type=Path, default=WEIGHTS, help="file for the weights")
+    parser.add_argument("--folder", type=Path, required=True, help="folder to train in; goes on where it stopped")
+    parser.add_argument("--vae", type=Path, help="autoencoder to look through (default: emoji-sd3's)")
+    parser.add_argument("--steps", type=int, default=4500)
     args = parser.parse_args()
-    examiner = train_examiner(args.output/"training", painter(args.vae), args.steps)
-    save_file({k: v.half() for k, v in examiner.state_dict().items()}, args.output/"examiner.safetensors")
+    examiner = train_examiner(args.folder, painter(args.vae), args.steps)
+    save_file({k: v.half().contiguous() for k, v in examiner.state_dict().items()}, args.output)
     print(json.dumps(examine_examiner(examiner)))
