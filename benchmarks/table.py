@@ -5,7 +5,7 @@ seconds.
     python benchmarks/table.py run TASK METHOD SEED [--output DIR]    # train and examine; finished runs stay
     # one factor at a time, from the best setting
     python benchmarks/table.py vary FACTOR SEED [--output DIR]
-    python benchmarks/table.py base [--output DIR]                    # what the untouched Emoji SD3 gets right
+    python benchmarks/table.py base [--output DIR]                    # what Emoji SD3 gets right as it comes
     python benchmarks/table.py time [TASK] [--output DIR]             # what a query of each costs, in turn
     # all that is there, to benchmarks/results
     python benchmarks/table.py collect [--output DIR]

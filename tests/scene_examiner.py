@@ -5,8 +5,8 @@ Where the bundled reader is convolutions with a map of centres, this one is a tr
 one question for each noun: how many, and where on average? It is taught by lessons from other seeds.
 
 Its weights lie beside this file. `python tests/scene_examiner.py --output FILE --folder DIR` trains it, and
-prints how often it is right; as it is: 4,500 steps of 32, 55 minutes on one thread of an AMD EPYC with AVX-512
-beside other work, 100 % of 1,000 unseen scenes right, nothing found in 81.5 % of 1,000 broken pictures.
+prints how often it is right. As it is: 4,500 steps of 32, 55 minutes on one thread of an AMD EPYC with AVX-512
+beside other work; 100 % of 1,000 unseen scenes right, nothing found in 81.5 % of 1,000 broken pictures.
 """
 import argparse, json
 from pathlib import Path
@@ -29,7 +29,8 @@ class Examiner(nn.Module):
     def __init__(self, width=96, layers=4):
         super().__init__()
         halved = lambda n, m: (nn.Conv2d(n, m, 3, 2, 1), nn.GroupNorm(8, m), nn.GELU())
-        self.patches = nn.Sequential(*halved(3, 32), *halved(32, 64), *halved(64, width), nn.Conv2d(width, width, 1))
+        self.patches = nn.Sequential(
+            *halved(3, 32), *halved(32, 64), *halved(64, width), nn.Conv2d(width, width, 1))
         self.places = nn.Parameter(torch.randn(64, width) * 0.02)
         layer = lambda kind: kind(width, 4, 4 * width, 0., "gelu", batch_first=True, norm_first=True)
         looking, asking = layer(nn.TransformerEncoderLayer), layer(nn.TransformerDecoderLayer)
@@ -104,7 +105,7 @@ def load_examiner(weights=WEIGHTS):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="file for the weights")
-    parser.add_argument("--folder", type=Path, required=True, help="folder to train in; goes on where it stopped")
+    parser.add_argument("--folder", type=Path, required=True, help="to train in; goes on where it stopped")
     parser.add_argument("--vae", type=Path, help="autoencoder to look through (default: emoji-sd3's)")
     parser.add_argument("--steps", type=int, default=4500)
     args = parser.parse_args()
