@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import subprocess
 import sys
 from functools import cache
@@ -13,6 +14,11 @@ from pathlib import Path
 from shutil import copytree, ignore_patterns, rmtree
 
 import pytest
+
+from ddpo_nb.cli import make_parser
+from ddpo_nb.objectives import get_objective, objective_modules
+from ddpo_nb.recipes import RECIPES
+from ddpo_nb.rewards import _built_in as BUILT_IN
 
 root = Path(__file__).resolve().parents[1]
 nbs = sorted(
@@ -69,11 +75,64 @@ def test_modules_are_exported(remade): assert differences(root/"ddpo_nb", remade
 
 def test_notebooks_are_clean(remade): assert differences(root/"nbs", remade/"nbs") == []
 
-def test_readme():
+@pytest.fixture(scope="module")
+def tool_of_the_readme():
     spec = importlib.util.spec_from_file_location("readme", root/"tools/readme.py")
     mod = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mod)
-    assert (root/"README.md").read_text(encoding="utf-8") == mod.readme(), "run `python tools/readme.py`"
+    return mod
+
+@pytest.fixture(scope="module")
+def readme(): return (root/"README.md").read_text(encoding="utf-8")
+
+def test_readme(tool_of_the_readme, readme):
+    assert readme == tool_of_the_readme.readme(), "run `python tools/readme.py`"
+
+def test_readme_counts_what_is_there(tool_of_the_readme, readme):
+    """Numbers that change with the project are counted, in the index too; how many tests there are nobody
+    counts, because that number would be wrong after each new one"""
+    counts = tool_of_the_readme.counts()
+    assert counts == dict(notebooks=len(names) - 1, recipes=len(RECIPES))
+    index = (root/"nbs/index.ipynb").read_text(encoding="utf-8")
+    assert index == tool_of_the_readme.with_counts(index, counts), "run `python tools/readme.py`"
+    said = re.findall(r"<!-- (\w+) -->(\d+)<!-- /\1 -->", readme)
+    assert {(k, int(v)) for k, v in said} == {*counts.items()}
+    assert not re.findall(r"\d+ (?:tests|passed|notebooks|recipes)\b", readme)
+    with pytest.raises(ValueError, match="'moons' is not one of notebooks, recipes"):
+        tool_of_the_readme.with_counts("<!-- moons -->3<!-- /moons -->", counts)
+
+def table_under(text, heading):
+    "The first column of the first table under a heading of the README."
+    lines = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0].splitlines()
+    return [o.split("|")[1].strip() for o in lines if o.startswith("|")][2:]
+
+def test_readme_lists_every_reward(readme):
+    listed = re.findall(r"`([^`]+)`", " ".join(table_under(readme, "What to reward")))
+    names_alone = [o for o in listed if re.fullmatch(r"\w+", o)]
+    assert sorted(names_alone) == sorted(BUILT_IN) and {*names_alone} < {*listed}
+
+def test_readme_names_every_algorithm(readme):
+    "In its first paragraphs, and in the comparison with other projects; and no other"
+    labels = {get_objective(o).label for o in objective_modules()}
+    compared = ", ".join(table_under(readme, "What else there is"))
+    for text in (readme.partition("\n## ")[0], compared):
+        assert [o for o in labels if not re.search(rf"(?<![\w-]){re.escape(o)}(?![\w-])", text)] == []
+
+def command_lines(text):
+    "What the README gives `ddpo-nb` to do, in blocks and between lines."
+    blocks = re.findall(r"(?ms)^```sh\n(.*?)^```", text)
+    lines = [o for b in blocks for line in b.splitlines() for o in line.split("&&")]
+    for line in lines + re.findall(r"`(ddpo-nb [^`]+)`", text):
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["ddpo-nb"]: yield words[1:]
+        elif words[:1] == ["accelerate"]: yield words[words.index("ddpo_nb") + 1:]
+
+def test_readme_commands_are_ones_that_there_are(readme):
+    found = [*command_lines(readme)]
+    assert {"compare", "train", "export", "notebooks", "train-aesthetic"} <= {o[0] for o in found}
+    for words in found: make_parser().parse_args(words)  # exits for what it does not know
+    assert {o[o.index("--recipe") + 1] for o in found if "--recipe" in o} <= {*RECIPES}
+    assert {*re.findall(r"recipe `([\w-]+)`", readme)} <= {*RECIPES}
 
 def test_readme_is_complete():
     "Nothing is left to fill in, every file it links to exists, and it lists every notebook with its badge"
@@ -82,7 +141,8 @@ def test_readme_is_complete():
     links = re.findall(r"""(?:\]\(|\b(?:src|href)=")(?![a-z]+:|[#/])([^)"\s#]+)""", text)
     assert [o for o in links if not (root/o).exists()] == []
     badges = re.findall(
-        r"\]\(https://colab.research.google.com/github/ddpo-nb/ddpo_nb/blob/main/nbs/(\S+)\.ipynb\)", text
+        r"\]\(https://colab.research.google.com/github/ddpo-nb/ddpo_nb/blob/main/nbs/(\S+)\.ipynb\)",
+        text.partition("\n## The notebooks\n")[2],
     )
     assert badges == [o for o in names if o != "index"]
 
