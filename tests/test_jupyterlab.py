@@ -15,9 +15,16 @@ policy, prompts = StableDiffusionPolicy(load_pipeline()), PromptSource(["a cat o
 t = make_trainer(make_config("ddpo-is", logdir="run", **few), brightness, prompts, policy)
 Dashboard(t).start()"""
 
-def write_notebook(path):
+TASTE = """import torch
+from ddpo_nb.taste import Pool, TasteWidget
+images = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+pool = Pool(images, ["left", "right"] * 6, list(range(12)), {})
+mine = TasteWidget(pool, images.mean((2, 3)).numpy(), "clicks.jsonl")
+mine.show()"""
+
+def write_notebook(path, cell):
     kernel = dict(kernelspec=dict(name="python3", display_name="Python 3"))
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL)], metadata=kernel), path)
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)], metadata=kernel), path)
 
 def private(home):
     "Environment of a JupyterLab that knows nobody's settings, and asks neither a question nor the network"
@@ -33,8 +40,8 @@ def private(home):
 
 @pytest.fixture
 def lab(tmp_path):
-    "The address of a JupyterLab on the loopback interface, in a folder that holds one notebook"
-    write_notebook(tmp_path/"board.ipynb")
+    "The address of a JupyterLab on the loopback interface, in a folder that holds the notebooks"
+    for name, cell in dict(board=CELL, taste=TASTE).items(): write_notebook(tmp_path/f"{name}.ipynb", cell)
     args, log = [
         f"--IdentityProvider.token={TOKEN}", f"--ServerApp.root_dir={tmp_path}", "--ServerApp.port=0"
     ], tmp_path / ".lab.log"
@@ -55,19 +62,25 @@ def lab(tmp_path):
         p.terminate()
         p.wait(60)
 
-def test_watch_pause_go_on_and_stop(lab, browser, tmp_path):
+def run_the_cell(lab, browser, name):
+    "A page with the notebook, whose cell was just run in a kernel of its own"
     from playwright.sync_api import expect
     page = browser.new_page(viewport=dict(width=1200, height=900))
     page.set_default_timeout(120_000)  # a cold start: JupyterLab's pages, the kernel, PyTorch
     # what is expected has a limit of its own, five seconds else, too few for a kernel on a busy
     # machine
     expect.set_options(timeout=120_000)
-    page.goto(f"{lab}lab/tree/board.ipynb?token={TOKEN}")
+    page.goto(f"{lab}lab/tree/{name}.ipynb?token={TOKEN}")
     # the kernel's, in the status bar; a cell run before is lost (the toolbar's indicator says idle
     # even before there is a kernel)
     expect(page.get_by_role("button", name=re.compile("[|] Idle$"))).to_be_visible()
     page.locator(".jp-Notebook .cm-content").first.click()
     page.get_by_role("button", name=re.compile("^Run this cell")).click()
+    return page
+
+def test_watch_pause_go_on_and_stop(lab, browser, tmp_path):
+    from playwright.sync_api import expect
+    page = run_the_cell(lab, browser, "board")
     text, (curve, pictures) = page.locator(".widget-html-content").first, (
         page.locator("img.widget-image").nth(i) for i in (0, 1)
     )
@@ -99,4 +112,28 @@ def test_watch_pause_go_on_and_stop(lab, browser, tmp_path):
         f"resume_from='run/checkpoints/{saved.name}'"
     )
     if place: page.screenshot(path=place.replace(".png", "-end.png"))
+    page.close()
+
+def test_choosing_with_keys(lab, browser, tmp_path):
+    "← → ↓ choose once somebody has clicked into the widget, and JupyterLab does not take them for its own"
+    from playwright.sync_api import expect
+    page = run_the_cell(lab, browser, "taste")
+    text = page.locator(".ddpo-taste .widget-html-content").first
+    says = lambda pattern: expect(text).to_have_text(re.compile(pattern))
+    says("^No clicks yet")
+    page.get_by_role("button", name="this one").first.click()
+    says("^1 click[.]")
+    for n, key in enumerate(("ArrowRight", "ArrowDown", "ArrowLeft"), 2):
+        page.keyboard.press(key)
+        says(f"^{n} clicks[.]")
+    page.locator(".ddpo-taste img.widget-image").first.click()   # a picture will do as well
+    page.keyboard.press("ArrowRight")
+    says("^5 clicks[.]")
+    page.keyboard.press("Control+ArrowDown")                     # this is not ours
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("ArrowRight")
+    says("^6 clicks[.]")
+    if place := os.environ.get("SCREENSHOT"): page.screenshot(path=place.replace(".png", "-taste.png"))
+    lines = [json.loads(o) for o in (tmp_path/"clicks.jsonl").read_text().splitlines()]
+    assert [o["choice"] for o in lines[1:]] == ["a", "b", "tie", "a", "b", "b"]
     page.close()

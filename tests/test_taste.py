@@ -1,6 +1,6 @@
 """One's own taste: the Bayesian head, the choice of pairs, the file of clicks, the widget, and a rater whose
 taste is known."""
-import csv, json, warnings
+import base64, csv, json, warnings
 import numpy as np
 import pytest
 import torch
@@ -258,21 +258,32 @@ def test_a_session_learns_undoes_and_goes_on(tmp_path):
 
 def test_a_session_asks_as_told():
     pool, u = squares()
-    s = click(TasteSession(pool, u, same_prompt=True), 12)
+    s = click(TasteSession(pool, u), 12)
     assert all(c["a"]["prompt"] == c["b"]["prompt"] for c in s.clicks)
-    assert (
-        len({frozenset((c["a"]["seed"], c["b"]["seed"])) for c in click(TasteSession(pool, u), 30).clicks})
-        == 30
-    )
+    mixed = click(TasteSession(pool, u, same_prompt=False), 30).clicks
+    assert len({frozenset((c["a"]["seed"], c["b"]["seed"])) for c in mixed}) == 30
+    assert any(c["a"]["prompt"] != c["b"]["prompt"] for c in mixed)
     assert len({TasteSession(pool, u, seed=i, informative=False).pair for i in range(5)}) > 1
     assert TasteSession(pool, u, seed=3).pair == TasteSession(pool, u, seed=3).pair
+
+def test_pictures_are_compared_with_others_of_their_prompt():
+    "What a prompt asks for is no taste; a pool that has no two pictures of one prompt needs to be told so"
+    pool, u = squares()
+    apart = u + 5 * np.eye(3)[np.arange(24) % 3]   # each prompt somewhere else: more informative to mix
+    s = click(TasteSession(pool, apart), 20)
+    assert all(c["a"]["prompt"] == c["b"]["prompt"] for c in s.clicks)
+    assert all(pool.prompts[a] == pool.prompts[b] for a, b in s._panel)   # what it says of itself, too
+    alone = Pool(pool.images[:3], ["a", "b", "c"], [0, 1, 2], pool.about)
+    with pytest.raises(InputError, match="no pair to show of one prompt; .* same_prompt=False"):
+        TasteSession(alone, u[:3])
+    assert len(TasteSession(alone, u[:3], same_prompt=False).pair) == 2
 
 def test_a_session_needs_its_pool(tmp_path):
     pool, u = squares()
     click(TasteSession(pool, u, tmp_path/"c.jsonl"), 8)
-    fewer = Pool(pool.images[:2], pool.prompts[:2], pool.seeds[:2], pool.about)
+    fewer = Pool(pool.images[:4], pool.prompts[:4], pool.seeds[:4], pool.about)
     with pytest.warns(UserWarning, match="pixel"), pytest.raises(InputError, match="no picture of the pool"):
-        TasteSession(fewer, u[:2], tmp_path / "c.jsonl")
+        TasteSession(fewer, u[:4], tmp_path / "c.jsonl")
     with pytest.raises(InputError, match="5 embeddings for 24"): TasteSession(pool, u[:5])
 
 def test_bad_pools():
@@ -289,7 +300,10 @@ def test_the_widget_by_its_buttons(tmp_path):
         and w.text.value.startswith("No clicks yet")
         and w.back.disabled
         and w.plot.layout.display == "none"
+        and (w.bar.value, w.bar.max, w.bar.description) == (0, 60, "0 of 60")
     )
+    still = w.view._repr_mimebundle_()["image/png"]   # for where no kernel is live
+    assert base64.b64decode(still) == w.still() and w.still().startswith(b"\x89PNG")
     first, pair = shown(), w.pair
     assert (
         all(o.startswith(b"\x89PNG") for o in first)
@@ -310,6 +324,7 @@ def test_the_widget_by_its_buttons(tmp_path):
     assert w.head.gap(u[[pair[0]]], u[[pair[1]]])[0] > 0
     w.better[1].click(); w.tie.click()
     assert [c["choice"] for c in w.clicks] == ["a", "b", "tie"] and w.text.value.startswith("3 clicks.")
+    assert w.bar.value == 3 and w.bar.description == "3 of 60" and w.bar.bar_style == ""
     for _ in range(3): w.back.click()
     assert shown() == first and w.pair == pair and w.back.disabled and not w.clicks
     w.better[1].click()
@@ -319,6 +334,11 @@ def test_the_widget_by_its_buttons(tmp_path):
         and [bytes(o.value) for o in again.pictures] == shown()
         and bytes(again.plot.value) == bytes(w.plot.value)
     )
+
+def test_the_bar_is_full_at_sixty():
+    pool, u = squares(60)
+    w = click(TasteWidget(pool, u, widgets=True, informative=False), 61)
+    assert (w.bar.value, w.bar.description, w.bar.bar_style) == (60, "61 of 60", "success")
 
 def test_in_a_terminal(capsys):
     w = TasteWidget(*squares())
@@ -425,8 +445,9 @@ def test_a_pool_can_be_drawn_again():
 
 @pytest.mark.slow
 def test_sixty_clicks_and_then_ddpo_raises_the_hidden_taste():
-    """The promise: at least 85 % agreement on unseen pairs of unseen pictures, informed questions beat
-    random ones, and fine-tuning raises what was never shown."""
+    """The promise: agreement on pairs of unseen pictures, 83 % on those of one prompt where prompts are not
+    mixed, 85 % on all where they are; informed questions beat random ones, and fine-tuning raises what was
+    never shown."""
     from scipy.stats import ttest_rel
     from ddpo_nb.clip import load_embedder
     from ddpo_nb.rollout import rollout, sample_generator
@@ -434,20 +455,24 @@ def test_sixty_clicks_and_then_ddpo_raises_the_hidden_taste():
     p, embedder = policy(), load_embedder()
     pool, unseen = draw_pool(p, ANIMALS, 16), draw_pool(p, ANIMALS, 12, first_seed=10_000)
     u, v = (embedder.images(o.images).double().numpy() for o in (pool, unseen))
-    pairs, found, sessions = np.c_[np.triu_indices(len(unseen), 1)], {}, []
-    for informative in (True, False):
+    every = np.c_[np.triu_indices(len(unseen), 1)]
+    within = every[[unseen.prompts[i] == unseen.prompts[j] for i, j in every]]
+    def examine(same, informative):
+        "Five raters: sessions, and agreement of each"
+        sessions, found = [], []
         for seed in range(5):
             rater = SimulatedRater(warm_and_bold, pool.images, seed=seed)
-            s = click(TasteSession(pool, u, informative=informative, seed=seed), 60, rater)
-            found.setdefault(informative, []).append(
-                agreement(s.head.utility(v)[0], rater.score(unseen.images), pairs)
-            )
-            sessions.append(s)
-    assert (
-        np.mean(found[True]) >= 0.85
-        and min(found[True]) >= 0.84
-        and np.mean(found[True]) > np.mean(found[False]) + 0.01
-    ), found
+            s = TasteSession(pool, u, same_prompt=same, informative=informative, seed=seed)
+            sessions.append(click(s, 60, rater))
+            truth = rater.score(unseen.images)
+            found.append(agreement(s.head.utility(v)[0], truth, within if same else every))
+        return sessions, np.array(found)
+    sessions, alike = examine(True, True)
+    _, mixed = examine(False, True)
+    assert alike.mean() >= 0.83 and alike.min() >= 0.80 and mixed.mean() >= 0.85 and mixed.min() >= 0.84
+    assert alike.mean() > examine(True, False)[1].mean() + 0.02
+    assert mixed.mean() > examine(False, False)[1].mean() + 0.01
+    rater = SimulatedRater(warm_and_bold, pool.images, seed=0)
     config = make_config("ddpo-is", num_epochs=6, logdir="", seed=0)
     draw = lambda: rollout(
         p, ANIMALS * 6, [sample_generator(0, 2**31, i) for i in range(48)], batch_size=48
