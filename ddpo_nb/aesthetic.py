@@ -116,19 +116,19 @@ def _row(words):
     return [*map(int, words)] if any(map(int, words[2:12])) else "holds no vote"
 
 def read_ava(
-    # a text file, a picture a line: index, image id, ten counts of votes, two tags, challenge
+    # a text file, a picture per line: index, image id, ten counts of votes, two tags, challenge
     path: str|Path,
 ) -> Ratings:
     "Ratings in the format of AVA.txt; InputError names the file's first line that is not in it."
     remedy = (
-        "write 15 whole numbers a line: index, image id, the counts of the votes 1 to 10, two tags, challenge"
+        "write 15 whole numbers per line: index, image id, counts of the votes 1 to 10, two tags, challenge"
     )
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as e:
         raise InputError(
             "--ratings",
-            f"cannot read {str(path)!r}: {getattr(e, 'strerror', None) or 'it is no text'}",
+            f"cannot read {str(path)!r}: {getattr(e, 'strerror', None) or 'it is not text'}",
             "give a file in the format of AVA.txt",
         ) from None
     rows, seen = [], {}
@@ -216,7 +216,7 @@ def _check_length(vectors, dim):
     if vectors.ndim != 2 or vectors.shape[1] != dim:
         raise CalibrationError(
             "aesthetic",
-            f"the head wants {dim} numbers a picture and was given {tuple(vectors.shape)[1:]}",
+            f"the head wants {dim} numbers per picture and was given {tuple(vectors.shape)[1:]}",
             "use the CLIP that it was trained with",
         )
     length = vectors.norm(dim=1)

@@ -257,7 +257,7 @@ def _parsed(line):
     except (ValueError, RecursionError): return None
 
 def read_lines(path: str|Path, ok=lambda o: isinstance(o, dict)) -> list:
-    """The JSON objects of a file, one a line, [] if there is no such file. Lines that are damaged, or not
+    """The JSON objects of a file, one per line, [] if there is no such file. Lines that are damaged, or not
     `ok`, are left out with a warning; half a line at the end, which a process that died may leave, without
     one."""
     path = Path(path)

@@ -185,7 +185,7 @@ def _add_prompts(p, what=""):
     p.add_argument(
         "--prompts", metavar="NAME_OR_FILE",
         help=(
-            f"{', '.join(PROMPT_SETS)}, or a file with one prompt a line{what} (scenes for emoji-sd3 and its"
+            f"{', '.join(PROMPT_SETS)}, or a file, one prompt per line{what} (scenes for emoji-sd3 and its"
             " rewards, else simple_animals)"
         ),
     )
@@ -237,7 +237,7 @@ def _add_run(p):
     )
     p.add_argument(
         "--evaluation-samples", type=_count, metavar="N",
-        help="pictures of each prompt set in the examination (one a prompt, at most 64)",
+        help="pictures of each prompt set in the examination (one per prompt, at most 64)",
     )
     p.add_argument("--progress", action=_Switch, default=True, help="progress bars")
     g = p.add_argument_group(
@@ -333,7 +333,7 @@ def make_parser(
     )
     _add_model(c); _add_weights(c); _add_reward(c); _add_prompts(c); _add_sampling(c)
     c.add_argument("--seed", type=_seed, default=0, help="of the noise (0)")
-    c.add_argument("--samples", type=_count, help="pictures to draw (one a prompt, at most 64)")
+    c.add_argument("--samples", type=_count, help="pictures to draw (one per prompt, at most 64)")
 
     c = add("export", _export, "Write a trained LoRA for other programs.")
     c.add_argument(
@@ -352,7 +352,7 @@ def make_parser(
     c = add("train-aesthetic", _train_aesthetic, "Train an aesthetic predictor on rated pictures.")
     c.add_argument(
         "--ratings", required=True, metavar="AVA.txt",
-        help="a picture a line: index, image id, the counts of the votes 1 to 10, two tags, challenge",
+        help="a picture per line: index, image id, the counts of the votes 1 to 10, two tags, challenge",
     )
     c.add_argument(
         "--images", required=True, metavar="DIR",

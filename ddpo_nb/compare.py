@@ -146,13 +146,13 @@ class Evaluation:
     "What one set of weights drew in the examination of one seed."
     name: str             # an algorithm, or "base"
     seed: int
-    rewards: dict         # set -> rewards, one a prompt
-    second: dict          # set -> alignment, one a prompt
+    rewards: dict         # set -> rewards, one per prompt
+    second: dict          # set -> alignment, one per prompt
     diversity: dict       # prompt -> mean distance of its pictures
     shown: list           # [set, index in it, prompt] of each picture kept
     pictures: list = field(default_factory=list, repr=False)  # PIL images, at most 256 pixels wide
     seconds: float = 0.0
-    # set -> name -> what the reward says besides of each picture, NaN if nothing
+    # set -> name -> what else the reward says of each picture, NaN if nothing
     details: dict = field(default_factory=dict)
 
     def json(self): return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "pictures"}
@@ -198,7 +198,7 @@ class Examiner:
             )
 
     def score(self, images, items):
-        "Checked rewards, one an image, and name -> what else the reward says of each in numbers."
+        "Checked rewards, one per image, and name -> what else the reward says of each in numbers."
         rewards, info = answer(self.reward_function, images, [p for p, _ in items], [m for _, m in items])
         rewards = check_rewards(rewards, len(items), self.reward_name)
         return rewards.tolist(), per_image([(rewards, info, None)])
@@ -243,7 +243,7 @@ _set_labels = dict(
 class Comparison:
     "The result of `compare`: `.table()`, `.plot()`, `.gallery()`, `.headline()`, `.report(path)`."
     settings: dict                                         # what was asked for, as in config.json
-    rows: list = field(default_factory=list, repr=False)   # metrics, one an epoch
+    rows: list = field(default_factory=list, repr=False)   # metrics, one per epoch
     evaluations: dict = field(default_factory=dict, repr=False)  # (name, seed) -> Evaluation
     folder: Path|None = None                               # where it is kept
     interrupted: bool = False                              # stopped before all runs were finished
@@ -353,8 +353,8 @@ def table(self:Comparison) -> Table:
 @patch
 def breakdown(self:Comparison,
     key: str = "seen",  # a set of prompts
-) -> Table:             # empty if the reward says nothing besides
-    """What the reward says besides of a set's pictures, means ± as in `table`; NaN for a picture counts
+) -> Table:             # empty if the reward says nothing else
+    """What else the reward says of a set's pictures, means ± as in `table`; NaN for a picture counts
     for nothing."""
     names = [BASE, *self.names] if self.seeds(BASE) else self.names
     said = lambda n, s: self.evaluations[n, s].details.get(key, {})
@@ -674,7 +674,7 @@ def _tables(self:Comparison):
 
 @patch
 def _detailed(self:Comparison):
-    "HTML of what the rewards say besides: a table for each set of prompts, if it says anything."
+    "HTML of what else the rewards say: a table for each set of prompts, if it says anything."
     for key in _set_labels:
         if not (found := self.breakdown(key)): continue
         names = [BASE, *self.names] if self.seeds(BASE) else self.names
@@ -879,17 +879,18 @@ def _load_evaluation(path):
     for o in (rewards, second):
         for key, values in o.items():
             _require(
-                isinstance(values, list) and values and all(map(_is_number, values)), "a reward is no number"
+                isinstance(values, list) and values and all(map(_is_number, values)),
+                "a reward is not a number"
             )
             _require(len(values) == len(rewards[key]), "rewards are missing")
             o[key] = _finite(values)
     for key, said in found["details"].items():
         fine = lambda v: isinstance(v, list) and len(v) == len(rewards[key]) and all(map(_is_number, v))
         _require(key in rewards and isinstance(said, dict) and all(map(fine, said.values())),
-                 "what the reward said in detail is no number")
+                 "what the reward said in detail is not a number")
         found["details"][key] = {name: _finite(values) for name, values in said.items()}
     _require(
-        found["diversity"] and all(map(_is_number, found["diversity"].values())), "the variety is no number"
+        found["diversity"] and all(map(_is_number, found["diversity"].values())), "variety is not a number"
     )
     found["diversity"] = dict(zip(found["diversity"], _finite(found["diversity"].values())))
     for o in found["shown"]:
@@ -1257,7 +1258,7 @@ def compare(
     # checkpoint
     output: str|Path|None = None,
     lora: bool = True,                      # train adapters; False: the whole network
-    # pictures of each prompt set in the examination; None: one a prompt, at most 64
+    # pictures of each prompt set in the examination; None: one per prompt, at most 64
     evaluation_samples: int|None = None,
     overrides: dict|None = None,            # algorithm -> settings for it alone
     progress: bool = True,                  # progress bars

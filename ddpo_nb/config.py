@@ -353,7 +353,7 @@ def check_config(c):
     if kind.on_policy and (n != m or c.train_num_inner_epochs > 1):
         raise InputError(
             "algorithm", f"{c.algorithm}'s gradient holds only for the policy that sampled",
-            f"take one update an epoch: train_batch_size {n}, train_num_inner_epochs 1; or choose ddpo-is",
+            f"take one update per epoch: train_batch_size {n}, train_num_inner_epochs 1; or choose ddpo-is",
         )
     if c.sample_eta == 0 and kind.likelihoods:
         raise InputError(

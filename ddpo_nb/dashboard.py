@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, fontManager, get_font
 from .checkpoints import checkpoints
 from .rewards import to_uint8
+from .lessons import with_still
 
 # %% ../nbs/09a_dashboard.ipynb #608836b6
 _FONTS = (
@@ -136,7 +137,11 @@ class Dashboard:
         self.trainer.on_progress = self._advance
         self.pause.observe(lambda change: self._pause(change["new"]), "value")
         self.stop.on_click(lambda _: self._stop())
-        self.view = w.VBox([self.text, w.HBox([self.pause, self.stop, self.bar]), self.curve, self.pictures])
+        buttons = w.HBox([self.pause, self.stop, self.bar])
+        # the curve stands for all where no kernel is live
+        self.view = with_still(
+            w.VBox([self.text, buttons, self.curve, self.pictures]), lambda: self.curve.value
+        )
 
     def _pause(self, on):
         self.trainer.paused = on

@@ -21,7 +21,7 @@ def clipped_surrogate(
     ratio: Tensor,       # p_θ / p_old of each example, (M,)
     clip_range: float,   # the ratio is cut to 1 ± this
 ) -> Tensor:             # to be minimised, (M,)
-    "PPO's pessimistic loss (Schulman et al. 2017, eq. 7), one value an example."
+    "PPO's pessimistic loss (Schulman et al. 2017, eq. 7), one value per example."
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 # %% ../nbs/08_ddpo.ipynb #00f91728
@@ -150,7 +150,7 @@ def cost(
 @dataclass
 class DDPOSF(DDPO):
     """DDPO-SF: the score-function (REINFORCE) estimator; valid only for the policy that sampled, so one
-    update a batch."""
+    update per batch."""
     on_policy = True
     settings = DDPO.settings | {"clip_range": None}  # there is no ratio to clip
     defaults = {

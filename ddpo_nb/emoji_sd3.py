@@ -65,7 +65,7 @@ def paint(
     ground: str,       # one of GROUNDS
     font: str = FONT,
 ) -> tuple:            # the picture, and [(noun, left, top, right, bottom), …] in pixels
-    "Glyphs on a plain ground, RGB, 64×64; what would stick out is moved inside."
+    "Glyphs on a plain background, RGB, 64×64; what would stick out is moved inside."
     image, boxes = Image.new("RGB", (64, 64), COLOURS[ground]), []
     for noun, x, y, size in objects:
         left, top = (int(np.clip(c - size // 2, 0, 64 - size)) for c in (x, y))
@@ -90,7 +90,7 @@ def draw(
 
 # %% ../nbs/12b_emoji_sd3.ipynb #eca8e6ad
 def completed(scene: Scene, rng: np.random.Generator, to: tuple = ("both", "base")) -> Scene:
-    "The scene with a ground and a relation, drawn if left open, the relation among those shown to `to`."
+    "The scene with a background and a relation, drawn if left open, the relation among those shown to `to`."
     if not scene.nouns: scene = base_scene(rng)
     ground = scene.ground or str(rng.choice(GROUNDS))
     relation = scene.relation

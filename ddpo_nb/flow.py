@@ -26,11 +26,11 @@ def _exact(device):
     return torch.float32 if device.type == "mps" else torch.float64
 
 def _column(name, value, n, device):
-    "One number, or one a sample, in full precision on `device`; ValueError if there are more."
+    "One number, or one per sample, in full precision on `device`; ValueError if there are more."
     value = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
     value = value.to(_exact(device)).to(device).reshape(-1)
     if len(value) in (1, n): return value
-    raise ValueError(f"{name} must be one number or one a sample ({n}), not {len(value)}")
+    raise ValueError(f"{name} must be one number or one per sample ({n}), not {len(value)}")
 
 def _check_noise(kind, noise_level):
     "ValueError unless there is such a kind of step, with such noise."
@@ -77,12 +77,12 @@ def noise_exchange(
 def flow_step(
     kind: str,                        # "flow-sde", "dance-sde", "cps" or "ode"
     velocity: Tensor,                 # v, the network's prediction at x, (N, ...)
-    sigma: Tensor|float,              # σ of x: one for all samples, or one a sample (N,)
+    sigma: Tensor|float,              # σ of x: one for all samples, or one per sample (N,)
     sigma_next: Tensor|float,         # σ' that the step goes to, below σ
     sample: Tensor,                   # x, (N, ...)
-    noise_level: Tensor|float,        # a, 0 for Euler's step; one, or one a sample; "ode" has no use for it
+    noise_level: Tensor|float,        # a, 0 for Euler's step; one, or one per sample; "ode" has no use for it
     prev_sample: Tensor|None = None,  # score this x' instead of drawing one
-    generator = None,                 # a torch.Generator, or a list of them, one a sample
+    generator = None,                 # a torch.Generator, or a list of them, one per sample
     # stands for σ where "flow-sde" divides by 1 - σ and σ is 1: the schedule's second level; None: σ'
     sigma_max: Tensor|float|None = None,
     reduction: str = "mean",          # of the log-density, see `gaussian_log_prob`
@@ -188,9 +188,9 @@ def step(
     self: FlowProcess,
     output: Tensor,                   # the network's velocity at x, (N, ...)
     x: Tensor,                        # (N, ...)
-    t: Tensor,                        # of `times`: one for all samples, or one a sample (N,)
+    t: Tensor,                        # of `times`: one for all samples, or one per sample (N,)
     prev_sample: Tensor|None = None,  # score this x' instead of drawing one
-    generator = None,                 # a torch.Generator, or a list of them, one a sample
+    generator = None,                 # a torch.Generator, or a list of them, one per sample
     reduction: str = "mean",          # of the log-density
 ) -> Step:
     "The step from time `t` to the next of `times`; ValueError if `t` is none of them, or as `flow_step`."

@@ -429,7 +429,7 @@ def _from_environment():
         try: found |= {name: float(text)} if text else {}
         except ValueError:
             flag = f"--geneval-{name.replace('_', '-')}"
-            raise InputError(flag, f"{text!r} is no number", "give one from 0 to 1") from None
+            raise InputError(flag, f"{text!r} is not a number", "give one from 0 to 1") from None
     return found
 
 def geneval(

@@ -22,7 +22,7 @@ def _stds(std, n, dtype, device):
         )
     std = std.to(device, dtype).reshape(-1)
     if len(std) not in (1, n):
-        raise ValueError(f"std must be one number or one a sample ({n}), not {len(std)}")
+        raise ValueError(f"std must be one number or one per sample ({n}), not {len(std)}")
     return std
 
 def _in_stds(x, mean, std, reduction):
@@ -42,11 +42,11 @@ def _in_stds(x, mean, std, reduction):
 def gaussian_log_prob(
     x: Tensor,                # where the density is evaluated, shape (N, ...)
     mean: Tensor,             # mean of the Gaussian, same shape as x
-    std: Tensor|float,        # one standard deviation for all samples, or one a sample (N,)
+    std: Tensor|float,        # one standard deviation for all samples, or one per sample (N,)
     # "sum": the exact log-density; "mean": divided by the number of dimensions, as DDPO's published
     # code does
     reduction: str = "mean",
-) -> Tensor:                  # log-density in nats, one value a sample, shape (N,)
+) -> Tensor:                  # log-density in nats, one value per sample, shape (N,)
     """Log-density of the isotropic Gaussian N(mean, std² I) at `x`, in at least fp32; ValueError if
     shapes, `std` or `reduction` do not fit."""
     z, std = _in_stds(x, mean, std, reduction)
@@ -57,9 +57,9 @@ def gaussian_log_prob(
 def gaussian_kl(
     mean: Tensor,             # of one Gaussian, shape (N, ...)
     other: Tensor,            # of the other, same shape
-    std: Tensor|float,        # the standard deviation of both: one for all samples, or one a sample (N,)
+    std: Tensor|float,        # the standard deviation of both: one for all samples, or one per sample (N,)
     reduction: str = "mean",  # "sum": the exact divergence; "mean": divided by the number of dimensions
-) -> Tensor:                  # in nats, one value a sample, shape (N,)
+) -> Tensor:                  # in nats, one value per sample, shape (N,)
     """Kullback–Leibler divergence of two isotropic Gaussians with one standard deviation, in at least
     fp32; ValueError if shapes, `std` or `reduction` do not fit."""
     z, _ = _in_stds(mean, other, std, reduction)

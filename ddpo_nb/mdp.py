@@ -96,7 +96,7 @@ class Step:
 # %% ../nbs/01_mdp.ipynb #1f1bfd0b
 def draw_noise(
     shape: tuple,
-    generator,            # a torch.Generator, a list of them, one a sample, or None
+    generator,            # a torch.Generator, a list of them, one per sample, or None
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
@@ -117,7 +117,7 @@ def _check_step(model_output, sample, t, prev_sample, generator):
             f" {tuple(sample.shape)}"
         )
     if len(t) not in (1, len(sample)):
-        raise ValueError(f"timestep must be one number or one a sample ({len(sample)}), not {len(t)}")
+        raise ValueError(f"timestep must be one number or one per sample ({len(sample)}), not {len(t)}")
     if prev_sample is not None and generator is not None:
         raise ValueError("give prev_sample to score it or generator to draw one, not both")
 
@@ -125,11 +125,11 @@ def _check_step(model_output, sample, t, prev_sample, generator):
 def ddim_step(
     scheduler,                        # a `diffusers.DDIMScheduler` after `set_timesteps`
     model_output: Tensor,             # the network's prediction at x_t, (N, C, H, W)
-    timestep: Tensor|int,             # t: one for all samples, or one a sample (N,)
+    timestep: Tensor|int,             # t: one for all samples, or one per sample (N,)
     sample: Tensor,                   # x_t, (N, C, H, W)
     eta: float,                       # 0: deterministic DDIM, 1: as much noise as DDPM
     prev_sample: Tensor|None = None,  # score this x_{t-1} instead of drawing one
-    generator = None,                 # a torch.Generator, or a list of them, one a sample
+    generator = None,                 # a torch.Generator, or a list of them, one per sample
     reduction: str = "mean",          # of the log-density, see `gaussian_log_prob`
 ) -> Step:
     """The DDIM step from x_t as a Gaussian policy over x_{t-1}, taken exactly as `DDIMScheduler.step`

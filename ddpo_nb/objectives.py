@@ -26,7 +26,7 @@ class Objective:
     defaults = {}
     refuses = ()           # settings of others that `check` says something about
     likelihoods = True     # learns from steps that have a likelihood; False: from finished latents alone
-    on_policy = False      # its gradient holds only for the policy that sampled: one update an epoch
+    on_policy = False      # its gradient holds only for the policy that sampled: one update per epoch
     copies = 0             # of the trained weights, kept beside them
     # True: learns from the reward's gradient in x_0, which is found as pictures are painted; a reward that
     # has none is refused

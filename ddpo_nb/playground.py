@@ -65,7 +65,7 @@ def draw_alike(
             if reading is None: continue
             _mark(ax, reading, picture.shape[0] / 64)
             right = all(facts(parse(prompt), reading).values())
-            ax.set_xlabel(f"{'✓' if right else '✗'} on {reading.ground or 'no ground'}", fontsize=8,
+            ax.set_xlabel(f"{'✓' if right else '✗'} on {reading.ground or 'no background'}", fontsize=8,
                           color="#2a7d2a" if right else "#b03030", labelpad=2)
         write(row[0].set_ylabel, name, 30, 16, fontsize=9)
     if several:

@@ -409,7 +409,7 @@ def step(self: DiffusionPolicy,
     t: Tensor,                       # (N,)
     cond: Conditioning,
     prev_sample: Tensor|None = None, # score this x_{t-1} instead of drawing one
-    generator = None,                # a torch.Generator, or a list of them, one a sample
+    generator = None,                # a torch.Generator, or a list of them, one per sample
     guidance: bool = True,
 ) -> Step:
     "The policy's Gaussian at the state (x_t, t, c), with an action drawn, or with `prev_sample` scored."

@@ -76,7 +76,7 @@ def read_weights(
         if type(e).__name__ != "UnpicklingError":
             raise  # what torch raises at anything but tensors
         raise ValueError(
-            f"{path.name} is no file of tensors, or holds more than tensors, which could run code as it is"
+            f"{path.name} is not a file of tensors, or holds more than tensors, which could run code as it is"
             " read"
         ) from None
     state = state.get("state_dict", state)

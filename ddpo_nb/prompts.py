@@ -214,7 +214,7 @@ def _depth(value):
         if deep > _DEEPEST: break
     return deep
 
-def _no_constant(name): raise ValueError(f"{name} is no number of JSON")
+def _no_constant(name): raise ValueError(f"{name} is not a JSON number")
 
 def _parsed(text):
     "(value, None), or (None, what is wrong with it)."
@@ -241,7 +241,7 @@ def _json_item(path, place, value, problem=None):
             return value["prompt"], {k: v for k, v in value.items() if k != "prompt"}
         else:
             problem = f"has a prompt that {flaw}"
-    raise _wrong(path, place, problem, 'write one object a line, such as {"prompt": "a cat"}')
+    raise _wrong(path, place, problem, 'write one object per line, such as {"prompt": "a cat"}')
 
 def _json_list(path, text):
     "(place, prompt) of a file that holds one JSON list, of strings or of objects."
@@ -258,7 +258,7 @@ def _json_list(path, text):
 
 def _line_item(path, number, line):
     "A prompt that stands on a line by itself."
-    if flaw := prompt_flaw(line): raise _wrong(path, f"line {number}", flaw, "write one prompt a line")
+    if flaw := prompt_flaw(line): raise _wrong(path, f"line {number}", flaw, "write one prompt per line")
     return line
 
 # %% ../nbs/04_prompts.ipynb #1d8942c3
@@ -319,7 +319,7 @@ def _tell_repeated(items, name):
         )
 
 def prompt_source(
-    # a name from `PROMPT_SETS`; a file: one prompt a line, or JSON lines (.jsonl); or
+    # a name from `PROMPT_SETS`; a file: one prompt per line, or JSON lines (.jsonl); or
     # dataset:NAME:COLUMN
     name_or_file: str|os.PathLike,
     seed: int = 0,                  # of the sequence of draws
@@ -330,7 +330,7 @@ def prompt_source(
     if str(name_or_file).startswith("dataset:"): found = _from_dataset(str(name_or_file))
     else: found = _from_file(Path(os.path.expanduser(name_or_file)))
     if not found:
-        raise InputError("--prompts", f"{str(name_or_file)!r} holds no prompt", "write one prompt a line")
+        raise InputError("--prompts", f"{str(name_or_file)!r} holds no prompt", "write one prompt per line")
     items = [item for _, item in found]
     _tell_repeated(items, name_or_file)
     source = PromptSource(items, seed)

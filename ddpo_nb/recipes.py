@@ -78,7 +78,7 @@ _harder = _tracked | dict(train_batch_size=128, per_prompt_stat_tracking_buffer_
 _emoji = dict(model=EMOJI_SD, needs="a CPU, minutes", settings=dict(mixed_precision="no"))
 # what fits a large network on one card: speed and memory, never the result
 _large = dict(gradient_checkpointing=True, vae_slicing=True, offload_trajectories=True, micro_batch_size=4)
-# flow_grpo's: 48 groups of 24 pictures an epoch, two updates; 32 GPUs there, one here
+# flow_grpo's: 48 groups of 24 pictures per epoch, two updates; 32 GPUs there, one here
 _groups = _large | dict(
     sample_resolution=512, sample_sde="flow-sde", sample_batch_size=8, sample_num_batches_per_epoch=144,
     train_batch_size=576, baseline="group", samples_per_prompt=24, train_timestep_fraction=0.99,
@@ -170,7 +170,7 @@ def get_recipe(name: str) -> Recipe:
     )
 
 def list_recipes() -> Table:
-    "All recipes, one a row."
+    "All recipes, one per row."
     def row(name, r):
         queries = f"{r.config().samples_per_epoch * r.epochs:,}"
         return dict(

@@ -271,7 +271,7 @@ def _is_row(o):
     )
 
 def _rows_until(checkpoint, epochs):
-    "The metrics of the epochs before a checkpoint: they stand in its run's metrics.jsonl, one line an epoch."
+    "The metrics of the epochs before a checkpoint: in its run's metrics.jsonl, one line per epoch."
     home = checkpoint.absolute().parent
     file = (home.parent if home.name == "checkpoints" else home)/"metrics.jsonl"
     rows = {r["epoch"]: r for r in read_lines(file, _is_row) if 1 <= r["epoch"] <= epochs}

@@ -169,8 +169,8 @@ def check_rewards(
     name: str,  # the function's name, for the message
 ) -> np.ndarray:# (n,), float64
     """Rewards as an array. InputError names the function and what it returned, unless that was one finite
-    number an image."""
-    remedy, argument = "return one finite number an image", f"reward {name}"
+    number per image."""
+    remedy, argument = "return one finite number per image", f"reward {name}"
     try: values = _numbers(rewards)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise InputError(argument, "returned values that are not numbers", remedy) from None
@@ -241,7 +241,7 @@ def answer(reward, images: Tensor, prompts: list, metadata: list, name: str|None
     result = ask(reward, images, prompts, metadata)
     if isinstance(result, tuple) and len(result) == 2: return result
     raise InputError(f"reward {name or reward_name(reward)}", f"returned {type(result).__name__}",
-                     "return a pair: rewards, one finite number an image, and a dictionary")
+                     "return a pair: rewards, one finite number per image, and a dictionary")
 
 # %% ../nbs/05_rewards.ipynb #d1f0a002
 def differentiable(reward) -> bool|None:
@@ -448,7 +448,7 @@ def _begin(reward):
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 def _end_with_parent():
-    "A main process that is killed tells nobody: without this, its workers would wait for work for ever."
+    "A main process that is killed tells nobody: without this, its workers would wait for work forever."
     multiprocessing.parent_process().join()
     os._exit(1)
 

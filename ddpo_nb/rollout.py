@@ -54,7 +54,7 @@ def _check_lists(prompts, generators, metadata, **sizes):
 def rollout(
     policy,                     # a policy: encode, initial_latents, step, decode
     prompts: list,              # N prompts
-    generators: list,           # N generators, one a sample, see `sample_generator`
+    generators: list,           # N generators, one per sample, see `sample_generator`
     metadata: list|None = None, # N prompt metadata
     # samples decoded together and shown to `on_batch`, None: all; speed and memory, never the result
     batch_size: int|None = None,

@@ -26,7 +26,7 @@ def _together(n, prompts):
     if prompts is None: return [list(range(n))]
     if len(prompts) != n:
         raise InputError(
-            "prompts", f"{len(prompts)} prompts do not name {n} samples", "give one prompt a sample"
+            "prompts", f"{len(prompts)} prompts do not name {n} samples", "give one prompt per sample"
         )
     return list(_groups(prompts))
 

@@ -72,7 +72,7 @@ def _copies(rng, font):
     for i in range(n * n): yield noun, int(step * (i % n + 0.5)), int(step * (i // n + 0.5)), int(step) - 1
 
 def lesson(rng: np.random.Generator, font: str = FONT) -> tuple:
-    "A picture, RGB, 64×64; its objects [(noun, x, y, size), …]; its ground."
+    "A picture, RGB, 64×64; its objects [(noun, x, y, size), …]; its background."
     layout = (_world, _free, _copies)[rng.choice(3, p=[0.65, 0.25, 0.1])]
     ground, objects = str(rng.choice(GROUNDS)), []
     shade = tuple(int(np.clip(c + rng.normal(0, 6), 0, 255)) for c in COLOURS[ground])
@@ -108,7 +108,7 @@ def weathered(images: Tensor) -> Tensor:
 MUSH = 0.55  # from this share of noise on, nobody can say what the latents were
 
 def batch_of_lessons(n: int, rng: np.random.Generator, vae: AutoencoderKL|None, font: str = FONT) -> tuple:
-    "Pictures (n, 3, 64, 64) in [0, 1], their objects, and the indices of their grounds (n,), -100 for mush."
+    "Pictures (n, 3, 64, 64) in [0, 1], their objects, and their backgrounds' indices (n,), -100 for mush."
     pictures, objects, grounds = zip(*(lesson(rng, font) for _ in range(n)))
     images, objects = to_tensor(pictures) / 2 + 0.5, list(objects)
     grounds = torch.tensor([GROUNDS.index(g) for g in grounds])
@@ -123,7 +123,7 @@ def batch_of_lessons(n: int, rng: np.random.Generator, vae: AutoencoderKL|None, 
         if rng.random() > 0.04: continue
         images[i] = torch.rand(3, 64, 64) if rng.random() < 0.5 else torch.rand(3, 4, 4).repeat_interleave(
             16, 1).repeat_interleave(16, 2)
-        objects[i], grounds[i] = [], len(GROUNDS)  # noise, or a patchwork: no object, and no ground
+        objects[i], grounds[i] = [], len(GROUNDS)  # noise, or a patchwork: no object, and no background
     return images, objects, grounds
 
 # %% ../nbs/12c_scene_reader.ipynb #13d6451f
@@ -143,7 +143,7 @@ def targets(objects: list) -> tuple:
     return heat, boxes, here
 
 def reading_loss(outputs: tuple, objects: list, grounds: Tensor) -> Tensor:
-    "Of what a `SceneReader` said of pictures, given their objects and grounds."
+    "Of what a `SceneReader` said of pictures, given their objects and backgrounds."
     logits, found, ground = (o.float() for o in outputs)
     heat, boxes, here = (o.to(logits.device) for o in targets(objects))
     p, centre = logits.sigmoid(), heat == 1
@@ -169,7 +169,7 @@ def train_reader(
 
 # %% ../nbs/12c_scene_reader.ipynb #74078ffc
 def reads_right(reading, objects: list, ground: str) -> bool:
-    "Whether the reading is the truth about a picture: objects [(noun, x, y, size), …] and ground."
+    "Whether the reading is the truth about a picture: objects [(noun, x, y, size), …] and background."
     left = list(objects)
     for o in reading.objects:
         match = next((t for t in left if t[0] == o.noun and max(abs(t[1] - o.x), abs(t[2] - o.y)) <= 6), None)

@@ -28,7 +28,8 @@ GROUNDS = "white gray red yellow green blue purple pink".split()
 # each with its opposite
 RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 COUNTS = (1, 2, 3, 4)
-KINDS = ("single", "colour", "counting", "two", "position")  # as GenEval lists them; colour is the ground's
+# as GenEval lists them; colour is the background's
+KINDS = ("single", "colour", "counting", "two", "position")
 
 # %% ../nbs/05e_scenes.ipynb #cd0ecb9a
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ _most_words = 14
 def _one(noun): return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 def _things(scene):
-    "The objects of a scene in words, without its ground."
+    "The objects of a scene in words, without its background."
     if scene.count > 1: return [f"{number} {plural(scene.nouns[0])}" for number in _numbers[scene.count]]
     if len(scene.nouns) == 1: return [_one(scene.nouns[0])]
     joints = _relations.get(scene.relation, ("and",))
@@ -145,7 +146,7 @@ _arrangements_aside = _kept_aside([o for pair in combinations(NOUNS, 2) if pair 
                                    for o in _arrangements(pair)])
 
 def shown(scene: Scene) -> str:
-    "Which trainings may see the scene, one of SHOWN: depends on what is combined in it, not on the ground."
+    "Which trainings may see the scene, one of SHOWN: what is combined in it decides, not the background."
     if scene.count > 1: return _counts_aside.get((*scene.nouns, scene.count), "both")
     if len(scene.nouns) < 2: return "both"
     pair = tuple(sorted(scene.nouns, key=NOUNS.index))
@@ -157,7 +158,7 @@ def draw_scene(
     rng: np.random.Generator,
     kind: str|None = None,   # one of KINDS; drawn if not given
     to: str = "both",        # one of SHOWN
-    on_ground: float = 0.5,  # how often a ground is named where the kind leaves it open
+    on_ground: float = 0.5,  # how often a background is named where the kind leaves it open
 ) -> Scene:
     "A scene of the kind, drawn among those that are shown to `to`. InputError if there are none."
     kind = kind or KINDS[rng.integers(len(KINDS))]
@@ -199,7 +200,7 @@ class _Residual(nn.Module):
     def forward(self, x): return torch.relu(x + self.layers(x))
 
 class SceneReader(nn.Module):
-    "Pictures (N, 3, 64, 64) in [0, 1] to what is where, on 16×16 places, and the ground."
+    "Pictures (N, 3, 64, 64) in [0, 1] to what is where, on 16×16 places, and the background."
     def __init__(self, width: int = 64):
         super().__init__()
         self.width = width
@@ -230,7 +231,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Reading:
-    "What a picture shows: objects from left to right, and a ground, None if it is plain in no known colour."
+    "What a picture shows: objects from left to right, and a background, None if of no known colour."
     objects: tuple
     ground: str|None
 
@@ -390,7 +391,7 @@ def load_reader() -> tuple:
     return reader_from(Path(str(folder)))
 
 def reader_from(folder: Path) -> tuple:
-    "The reader in a folder, and its threshold. InputError if it was made for other nouns or grounds."
+    "The reader in a folder, and its threshold. InputError if it was made for other nouns or backgrounds."
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if (config["nouns"], config["grounds"]) != (NOUNS, GROUNDS):
         raise InputError("reader", f"{str(folder)!r} was made for another world", "train it again")

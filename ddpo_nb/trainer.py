@@ -564,7 +564,7 @@ def checked(self:DDPOTrainer, answer, n):
 @patch
 def judged(self:DDPOTrainer, batches, waits):
     """What `judge` says. A process that is stopped meanwhile meets the others here before it leaves: they
-    would wait for it for ever."""
+    would wait for it forever."""
     try: found = self.judge(batches, waits)
     except Stopped:
         if self.accelerator.num_processes == 1: raise
@@ -573,7 +573,7 @@ def judged(self:DDPOTrainer, batches, waits):
 
 @patch
 def judge(self:DDPOTrainer, batches, waits):
-    "Checked answers, one a batch: those that are waited for, or what an overridden `compute_rewards` says."
+    "Checked answers, one per batch: those that are waited for, or what an overridden `compute_rewards` says."
     if not self.overrides("compute_rewards"):
         return [self.checked(wait(), len(b[1])) for wait, b in zip(waits, batches)]
     found = self.compute_rewards(
@@ -585,13 +585,13 @@ def judge(self:DDPOTrainer, batches, waits):
     except (TypeError, ValueError):
         raise InputError(
             "compute_rewards", f"it returned {type(found).__name__}",
-            "return two tuples: rewards and metadata, one entry a batch"
+            "return two tuples: rewards and metadata, one entry per batch"
         ) from None
     if not len(rewards) == len(infos) == len(batches):
         raise InputError(
             "compute_rewards",
             f"it returned {len(rewards)} rewards and {len(infos)} metadata for {len(batches)} batches",
-            "return one entry a batch",
+            "return one entry per batch",
         )
     watched = [answer(self.watched, *b)[0] if self.watched else None for b in batches]
     return [self.checked(o, len(b[1])) for o, b in zip(zip(rewards, infos, watched), batches)]
@@ -1098,7 +1098,7 @@ def train(self:DDPOTrainer,
     epochs: int|None = None,  # in all, those before a resume included; `num_epochs` by default
     on_row = None,            # sees each row of metrics as it comes
     progress: bool = True,    # a progress bar, unless `on_progress` draws one
-) -> list:                    # rows of metrics, one an epoch
+) -> list:                    # rows of metrics, one per epoch
     """Run all epochs that are left. SIGINT and SIGTERM end it in good order: a checkpoint, then
     KeyboardInterrupt or SystemExit(143)."""
     self._begin()

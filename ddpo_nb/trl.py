@@ -228,7 +228,7 @@ def _prompt_ids(tokenizer, prompts, device):
     ).input_ids.to(device)
 
 def _generate_samples(self, iterations: int, batch_size: int) -> tuple:
-    "Dictionaries of samples, one a batch, and [images, prompts, metadata] of each."
+    "Dictionaries of samples, one per batch, and [images, prompts, metadata] of each."
     policy, n, rank = self.policy, iterations * batch_size, self.accelerator.process_index
     drawn = self._draw(n * self.accelerator.num_processes)[rank * n:(rank + 1) * n]
     samples, pairs = [], []
@@ -268,7 +268,7 @@ def _call_pipeline(self, prompts, metadata, generators):
     return out.images, torch.stack(list(out.latents), 1), torch.stack(list(out.log_probs), 1)
 
 def compute_rewards(self, prompt_image_pairs: list, is_async: bool = False) -> tuple:
-    """(rewards, metadata), each a tuple with one entry a batch; the pairs are [images, prompts,
+    """(rewards, metadata), each a tuple with one entry per batch; the pairs are [images, prompts,
     metadata]. InputError for rewards that are none."""
     submit = self.ask(is_async)
     waiting = [submit(*pair) for pair in prompt_image_pairs]

@@ -77,7 +77,7 @@ class _Key:
     def __reduce__(self): raise TypeError("a key is not written anywhere")
     def reveal(self) -> str: return self._reveal()
     def hide(self, text):
-        """The text, or bytes, without the key. Stand-ins such as EMPTY are no secrets, and may be
+        """The text, or bytes, without the key. Stand-ins such as EMPTY are not secrets, and may be
         words of an answer."""
         if len(self.reveal()) < 8: return text
         return (
@@ -565,7 +565,7 @@ def _recall(self: VLMClient):
     its own."""
     with _answers_file(self.answers):
         if not self.answers.exists(): return
-        if not self.answers.is_file(): raise IsADirectoryError(0, "it is no file")
+        if not self.answers.is_file(): raise IsADirectoryError(0, "it is not a file")
         text = self.answers.read_text(encoding="utf-8", errors="replace")
     for line in text.split("\n"):
         try: found = json.loads(line); name, said = str(found["name"]), found["answer"] + ""

@@ -592,7 +592,7 @@ def test_a_low_threshold_is_not_lost_on_the_way(folders):
 
 def test_thresholds_of_the_environment_are_numbers(told, monkeypatch):
     monkeypatch.setenv("DDPO_GENEVAL_THRESHOLD", "much")
-    with pytest.raises(InputError, match="--geneval-threshold: 'much' is no number"): geneval()
+    with pytest.raises(InputError, match="--geneval-threshold: 'much' is not a number"): geneval()
 
 # by the command line
 

@@ -1,9 +1,17 @@
 "What the lessons show and say: saved results, stored outputs, and prose that fits them."
+import importlib
 import json
 import re
 from pathlib import Path
 
+import pytest
+
 root = Path(__file__).resolve().parents[1]
+NAMES = sorted(
+    o.relative_to(root/"nbs").with_suffix("").as_posix()
+    for o in (root/"nbs").rglob("*.ipynb")
+    if not any(p.startswith((".", "_")) for p in o.relative_to(root).parts)
+)
 
 def cells(name):
     "The cells of a notebook, each with its source as one string"
@@ -17,10 +25,128 @@ def test_the_comparison_that_comes_with_the_package():
     from ddpo_nb.compare import Comparison
     import ddpo_nb
     race = Comparison.load(Path(ddpo_nb.__file__).parent/"data/comparison")
-    assert race.names == ["ddpo-is", "ddpo-sf", "rwr", "rwr-sparse"] and race.missing == []
+    assert race.names == ["ddpo-is", "ddpo-sf", "rwr", "rwr-sparse"]
+    assert race.missing == []
     spent = {(r["algorithm"], r["seed"]): r["queries"] for r in race.rows}  # the last row of each run
     assert len(spent) == 12 and set(spent.values()) == {race.settings["queries"]} == {1024}
     said = prose("10_compare")
     for line in race.table().markdown().splitlines()[2:]: assert line in said, line
     assert race.settings["command"] in said
     assert all(len(e.pictures) == len(e.shown) for e in race.evaluations.values())
+
+# Exercises
+
+LESSONS = [
+    "00_likelihood", "01_mdp", "01a_flow", "02_policy", "02a_sd", "03_rollout", "06_advantages", "07_rwr",
+    "08_ddpo", "08b_nft", "08c_direct", "10_compare", "tutorials/a100", "tutorials/overoptimisation",
+    "tutorials/performance",
+]
+
+def exercise(name):
+    "Stub, check and answer of a lesson's exercise, and the module that it makes, None if it makes none"
+    found = cells(name)
+    code = [c["source"] for c in found if c["cell_type"] == "code"]
+    stubs = [i for i, s in enumerate(code) if s.rstrip().endswith("raise NotImplementedError")]
+    assert len(stubs) == 1, f"{name} has {len(stubs)} exercises"
+    after = prose(name).split("## Exercise\n")[-1]
+    answers = re.findall(r"<details><summary>Answer</summary>\n\n```python\n(.+?)\n```\n", after, re.S)
+    assert len(answers) == 1, f"{name} has {len(answers)} folded answers"
+    module = re.search(r"(?m)^#\| default_exp (\w+)", "\n".join(code))
+    return code[stubs[0]], code[stubs[0] + 1], answers[0], module and module[1]
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_an_exercise_tells_right_from_wrong(name, capsys):
+    "The stub waits, nothing at all is not enough, and the folded answer is right"
+    stub, check, answer, module = exercise(name)
+    known = dict(vars(importlib.import_module(f"ddpo_nb.{module}"))) if module else {}
+    said = []
+    empty = stub.replace("raise NotImplementedError", "return None")
+    for attempt in (stub, empty, answer):
+        exec(attempt, known)
+        exec(check, known)
+        said.append(capsys.readouterr().out)
+    assert said[0] == "Your turn: the function above is still empty.\n"
+    assert said[1].startswith("Not yet: ")
+    assert said[2] == "Right.\n"
+    stored = [c["outputs"] for c in cells(name) if c["source"] == check]
+    assert ["".join(o["text"]) for o in stored[0]] == [said[0]]   # nobody's solution is shown
+
+def test_every_lesson_has_an_exercise():
+    "Whatever the index calls a lesson, and no exercise besides"
+    having = [n for n in NAMES if n != "00a_lessons" and "raise NotImplementedError" in json.dumps(cells(n))
+              and "attempt(check" in json.dumps(cells(n))]
+    assert having == LESSONS
+
+def test_sliders_redraw_and_stand_still():
+    import base64
+    import ipywidgets
+    from matplotlib.figure import Figure
+    from ddpo_nb.lessons import with_sliders, with_still
+    drawn = []
+    def draw(width):
+        drawn.append(width)
+        fig = Figure(figsize=(width, 1))
+        return fig
+    slider = ipywidgets.IntSlider(2, 1, 4)
+    view = with_sliders(draw, width=slider)
+    still = view._repr_mimebundle_()
+    assert drawn == [2] and set(still) == {"image/png", "text/plain", WIDGET}
+    slider.value = 3
+    now = base64.b64decode(view._repr_mimebundle_()["image/png"])
+    assert drawn == [2, 3] and now == view.children[-1].value and now.startswith(b"\x89PNG")
+    assert "image/png" not in with_still(ipywidgets.HTML(), lambda: b"")._repr_mimebundle_()
+
+# Stored outputs: what somebody sees who runs nothing
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+def text_of(output): return "".join(output.get("text") or output.get("data", {}).get("text/plain", ""))
+
+def flaws(output):
+    "What a reader without a kernel would stumble over in a stored output"
+    data = output.get("data", {})
+    found = []
+    if "\\u001b" in json.dumps(output): found.append("terminal codes")
+    nothing = text_of(output).strip() in ("", "[]", "{}", "()", "None", "set()")
+    if nothing and not data.keys() - {"text/plain"}: found.append("nothing in it")
+    if WIDGET in data: found.append("a widget of a kernel that is gone: store the picture alone")
+    widget = re.match(r"(interactive|[VH]?Box|Output|HTML)\(", text_of(output))
+    if widget and not {"image/png", "image/jpeg", "text/html"} & data.keys():
+        found.append("a widget's name")
+    return found
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stored_outputs_can_be_read(name):
+    found = [
+        (i, flaw) for i, c in enumerate(cells(name)) for o in c.get("outputs", []) for flaw in flaws(o)
+        if "#| hide" not in c["source"]
+    ]
+    assert found == []
+
+def test_the_check_of_stored_outputs_finds_what_it_looks_for():
+    shown = lambda **data: flaws(dict(output_type="display_data", data=data))
+    printed = lambda text: flaws(dict(output_type="stream", text=text))
+    assert printed("\x1b[31mred") == ["terminal codes"] and printed("\n") == ["nothing in it"] == shown(
+        **{"text/plain": ["[]"]})
+    view = {"text/plain": "interactive(children=(…", WIDGET: "{}"}
+    assert len(shown(**view)) == 2 and len(shown(**view, **{"image/png": "…"})) == 1
+    assert printed("[1, 2]") == [] == shown(**{"image/png": "…", "text/plain": "VBox(children=(…"})
+
+# Prose and what it speaks of
+
+def test_what_the_front_page_says_of_notebook_10_is_there():
+    rises = r"Over three seeds the score rises from (.+?) by DDPO-IS and to (.+?) by RWR"
+    said = re.search(rises, prose("index"))
+    base, ddpo = said[1].split(" to ")
+    table = prose("10_compare")
+    assert all(f"| {o} |" in table or f"| {o} ±" in table for o in (base, ddpo, said[2]))
+
+SPEAKS_OF_OUTPUT = re.compile(r"The (last|first|second|printed|upper|lower) (line|numbers?|column|row)\b")
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prose_that_begins_with_an_output_follows_it(name):
+    "“The last line is why …” is lost on a reader once another cell has come between"
+    found = cells(name)
+    starts = lambda c: c["cell_type"] == "markdown" and SPEAKS_OF_OUTPUT.match(c["source"])
+    places = [i for i, c in enumerate(found) if starts(c)]
+    assert [i for i in places if not found[i - 1].get("outputs")] == []

@@ -123,7 +123,7 @@ x, mean, std = batch(0, (2, 2))
 @pytest.mark.parametrize("args, message", [
     ((x, mean[:1], std), r"one shape.*\(3, 2, 2\) and \(1, 2, 2\)"),
     ((x[0, 0, 0], mean[0, 0, 0], 1.), "samples first"),
-    ((x, mean, std[:2]), r"one a sample \(3\), not 2"),
+    ((x, mean, std[:2]), r"one per sample \(3\), not 2"),
     ((x, mean, 0.), "std must be positive, not 0"),
     ((x, mean, -1), "std must be positive, not -1"),
     ((x, mean, torch.tensor([1., 0., 1.])), "std must be positive, not 0"),

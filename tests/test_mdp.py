@@ -268,7 +268,7 @@ good = dict(zip(("sample", "model_output"), data())) | dict(scheduler=make(), ti
     (dict(eta=math.nan), "eta must be"),
     (dict(timestep=1000), "timestep must be between 0 and 999"),
     (dict(timestep=-1), "timestep must be between 0 and 999"),
-    (dict(timestep=torch.tensor([1, 51])), r"one a sample \(3\), not 2"),
+    (dict(timestep=torch.tensor([1, 51])), r"one per sample \(3\), not 2"),
     (dict(model_output=data()[1][:, :2]), "model_output and sample must have one shape"),
     (dict(prev_sample=data()[0], generator=rng()), "not both"),
     (dict(prev_sample=data()[0][:1]), "one shape"),

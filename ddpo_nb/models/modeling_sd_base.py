@@ -39,11 +39,11 @@ class DDPOPipelineOutput:
 def scheduler_step(
     scheduler,                        # a `diffusers.DDIMScheduler` after `set_timesteps`
     model_output: Tensor,             # the network's prediction at x_t, (N, C, H, W)
-    timestep: Tensor|int,             # t: one for all samples, or one a sample (N,)
+    timestep: Tensor|int,             # t: one for all samples, or one per sample (N,)
     sample: Tensor,                   # x_t, (N, C, H, W)
     eta: float = 0.0,                 # 0: deterministic DDIM, 1: as much noise as DDPM
     use_clipped_model_output: bool = False,
-    generator = None,                 # a torch.Generator, or a list of them, one a sample
+    generator = None,                 # a torch.Generator, or a list of them, one per sample
     prev_sample: Tensor|None = None,  # score this x_{t-1} instead of drawing one
     reduction: str = "mean",          # of the log-density over the latent's dimensions
 ) -> DDPOSchedulerOutput:
@@ -136,7 +136,7 @@ def pipeline_step(
     negative_prompt: str|list|None = None,
     num_images_per_prompt: int = 1,
     eta: float = 0.0,                      # share of DDPM's noise, in [0, 1]
-    generator = None,                      # a torch.Generator, or a list of them, one a picture
+    generator = None,                      # a torch.Generator, or a list of them, one per picture
     latents: Tensor|None = None,           # x_T
     prompt_embeds: Tensor|None = None,
     negative_prompt_embeds: Tensor|None = None,
