@@ -446,7 +446,8 @@ def test_answers_are_kept_where_the_environment_says(server, tmp_path, monkeypat
     c.ask(pictures(2), ["q"] * 2)
     assert len((tmp_path/"kept/answers.jsonl").read_text().splitlines()) == 2
     monkeypatch.setenv("DDPO_VLM_ANSWERS", str(tmp_path))
-    with pytest.raises(InputError, match="^DDPO_VLM_ANSWERS: .*it is not a file"): vlm_client(server.url, MODEL)
+    with pytest.raises(InputError, match="^DDPO_VLM_ANSWERS: .*it is not a file"):
+        vlm_client(server.url, MODEL)
     (tmp_path/"file").write_text("")
     c = vlm_client(server.url, MODEL, answers=tmp_path/"file/answers.jsonl")
     with pytest.raises(InputError, match="^DDPO_VLM_ANSWERS: answers cannot be kept in"):
