@@ -51,6 +51,6 @@ def attempt(
     "Print whether a solution passes its check, and what is missing if it does not."
     try: check(solution)
     except NotImplementedError: print("Your turn: the function above is still empty.")
-    except AssertionError as e: print(f"Not yet: {e}" if str(e) else "Not yet: the result is not the expected one.")
+    except AssertionError as e: print(f"Not yet: {str(e) or 'the result is not the expected one'}")
     except Exception as e: print(f"Not yet: it ends in {type(e).__name__}: {e}")
     else: print("Right.")

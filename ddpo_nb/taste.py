@@ -144,9 +144,9 @@ def random_pairs(
     if groups is not None: i, j = (o[np.asarray(groups)[i] == np.asarray(groups)[j]] for o in (i, j))
     if not len(i):
         raise InputError(
-            "pool", "there is no pair to show" + (" of one prompt" if groups is not None else ""),
+            "pool", "there is no pair to show" + (groups is not None) * " of one prompt",
             "give at least two pictures"
-            + (" of one prompt, or same_prompt=False to compare across prompts" if groups is not None else ""),
+            + (groups is not None) * " of one prompt, or same_prompt=False to compare across prompts",
         )
     k = rng.choice(len(i), min(most, len(i)), replace=False)
     return np.where(rng.random((len(k), 1)) < .5, np.c_[i, j][k], np.c_[j, i][k])  # which is left, is chance
