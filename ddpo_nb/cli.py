@@ -913,9 +913,8 @@ def _notebooks(args):
     print(f"{count} notebooks in {done.folder}")
     if done.kept:
         print(f"kept as you changed them: {', '.join(done.kept)}; for fresh ones, name another folder")
-    if args.open: return open_notebooks(done.folder)
-    print(f"to open them: jupyter lab {shlex.quote(str(done.folder))}")
-    return 0
+    print(f"to open them{' again' if args.open else ''}: jupyter lab {shlex.quote(str(done.folder))}")
+    return open_notebooks(done.folder) if args.open else 0
 
 # %% ../nbs/11_cli.ipynb #db9c8ffa
 _simple = str.maketrans(

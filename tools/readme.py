@@ -1,4 +1,4 @@
-"""Write README.md from nbs/index.ipynb: `python tools/readme.py`. (nbdev's own command for this needs Quarto.)
+"""Write README.md from nbs/index.ipynb: `python tools/readme.py`. (nbdev's command for it needs Quarto.)
 
 What the index counts stands between comments, as in <!-- notebooks -->51<!-- /notebooks -->, and is counted
 here, from the files themselves."""
