@@ -162,11 +162,9 @@ def search(task, method, folder):
 
 def chosen_rate(task, method, folder):
     "The rate that the search found."
-    rows = [
-        o for o in kept_rows(folder) if (o["task"], o["method"], o["seed"]) == (task, method, SEARCH_SEED)
-    ]
-    if len(rows) < len(RATES): raise SystemExit(f"{task}, {method}: search first")
-    return max(rows, key=score)["rate"]
+    trials = trials_of([o for o in kept_rows(folder) if o["task"] == task], method)
+    if not trials: raise SystemExit(f"{task}, {method}: search first")
+    return max(trials, key=score)["rate"]
 
 def kept_rows(folder):
     "Every finished run there."
@@ -204,14 +202,23 @@ def collect(folder, results=RESULTS):
         write_atomic(results / o.name, o.read_text())
     print(f"{len(rows)} runs, in {results}")
 
+def rows_of(results, task):
+    "Every kept run of a task, trials and changed ones too."
+    file = results / f"{task}.jsonl"
+    return [json.loads(o) for o in file.read_text().splitlines()] if file.exists() else []
+
+def trials_of(rows, method):
+    "A method's trials, by learning rate; none unless all of them are there."
+    mine = [o for o in rows if (o["method"], o["seed"]) == (method, SEARCH_SEED) and not o["changes"]]
+    return sorted(mine, key=lambda o: o["rate"]) if len(mine) == len(RATES) else []
+
 def reported(results, task):
-    "method -> seed -> row, of the runs that count: with the rate that the search found, and other seeds."
-    lines = (
-        (results / f"{task}.jsonl").read_text().splitlines() if (results / f"{task}.jsonl").exists() else []
-    )
-    rows, found = [json.loads(o) for o in lines], {}
+    "method -> seed -> row, of the runs that count: other seeds than the search's, with the rate that won."
+    rows, found = rows_of(results, task), {}
+    won = {m: max(trials, key=score)["rate"] for m in METHODS if (trials := trials_of(rows, m))}
     for row in rows:
-        if row["seed"] != SEARCH_SEED and not row["changes"]:
+        if row["seed"] == SEARCH_SEED or row["changes"]: continue
+        if won.get(row["method"], row["rate"]) == row["rate"]:
             found.setdefault(row["method"], {})[row["seed"]] = row
     return {m: found[m] for m in METHODS if m in found}
 
@@ -318,10 +325,7 @@ def base_line(results):
 def pieces_of(results):
     "factor -> value -> gains, one a seed; the best setting's own runs stand for the value that it has."
     task, method = VARIED
-    lines = (
-        (results / f"{task}.jsonl").read_text().splitlines() if (results / f"{task}.jsonl").exists() else []
-    )
-    rows = [o for o in map(json.loads, lines) if o["method"] == method and o["seed"] != SEARCH_SEED]
+    rows = [o for o in rows_of(results, task) if o["method"] == method and o["seed"] != SEARCH_SEED]
     found = {}
     for factor, values in FACTORS.items():
         for change in values:
@@ -355,19 +359,14 @@ def kinds_of(results):
 
 def searched(results, task):
     "What the search saw: one row a method."
-    lines = (
-        (results / f"{task}.jsonl").read_text().splitlines() if (results / f"{task}.jsonl").exists() else []
-    )
-    trials = [o for o in map(json.loads, lines) if o["seed"] == SEARCH_SEED]
-    rows = []
+    rows, found = rows_of(results, task), []
     for method in METHODS:
-        mine = sorted((o for o in trials if o["method"] == method), key=lambda o: o["rate"])
-        if len(mine) < len(RATES): continue
+        if not (mine := trials_of(rows, method)): continue
         best = max(mine, key=score)
         shown = [f"{o['settings']['train_learning_rate']:g}: {score(o):.4f}" for o in mine]
-        rows.append({"": LABELS[method], "a third": shown[0], "default": shown[1], "three times": shown[2],
-                     "won": f"{best['settings']['train_learning_rate']:g}"})
-    return Table(rows)
+        found.append({"": LABELS[method], "a third": shown[0], "default": shown[1], "three times": shown[2],
+                      "won": f"{best['settings']['train_learning_rate']:g}"})
+    return Table(found)
 
 def markdown(results):
     "All tables, as text."

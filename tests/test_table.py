@@ -50,6 +50,9 @@ def test_trials_count_for_the_search_and_for_nothing_else(tmp_path):
     folder = written(tmp_path, [*trials, row("ddpo-is", 0, 0.1), row("ddpo-is", 1, 0.1)])
     (line,), _ = table.table_of(folder, "compressibility")
     assert line["seeds"] == 2 and line["gain"].startswith("+0.100")
+    assert table.reported(folder, "compressibility")["ddpo-is"][0]["rate"] == 1.0
+    written(tmp_path, [*trials, row("ddpo-is", 0, 0.1), row("ddpo-is", 0, 0.7, 3.0), row("ddpo-is", 1, 0.1)])
+    assert {o["rate"] for o in table.reported(folder, "compressibility")["ddpo-is"].values()} == {1.0}
     (trial,) = table.searched(folder, "compressibility")
     assert trial["won"] == "0.001" and trial["three times"] == "0.003: 1.7000"
 
