@@ -150,3 +150,16 @@ def test_prose_that_begins_with_an_output_follows_it(name):
     starts = lambda c: c["cell_type"] == "markdown" and SPEAKS_OF_OUTPUT.match(c["source"])
     places = [i for i, c in enumerate(found) if starts(c)]
     assert [i for i in places if not found[i - 1].get("outputs")] == []
+
+FOREIGN = re.compile(
+    r"\bbelongs? into\b|\bare let \w+\b|\bthe own \w+|\bfor ever\b|\bdearer\b|\bis no (?:number|text)\b"
+    r"|\b(?:one|numbers?|prompt|line|row) an? (?:sample|picture|prompt|epoch|batch|line|image|update)\b"
+    r"|\b(?:plain|bold|which|the|eight|named?) grounds?\b(?! truth)"
+)
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_said_that_only_a_translation_says(name):
+    "Prose, comments and messages: what a native editor struck out stays out"
+    said = [c["source"] if c["cell_type"] == "markdown" else
+            "\n".join(re.findall(r'#[^\n]*|"[^"\n]*"', c["source"])) for c in cells(name)]
+    assert [m[0] for text in said for m in FOREIGN.finditer(text)] == []
