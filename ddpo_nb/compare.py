@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BASE', 'QUERIES', 't_quantile', 'mean_interval', 'fit_budget', 'exam_generators', 'spread', 'exam_sets',
-           'latent_spread', 'Evaluation', 'Examiner', 'Comparison', 'pm', 'Table', 'check_output', 'load_reward',
-           'compare']
+           'latent_spread', 'Evaluation', 'Examiner', 'Comparison', 'pm', 'Table', 'made_anew', 'check_output',
+           'load_reward', 'compare']
 
 # %% ../nbs/10_compare.ipynb #33e47295
 import base64, contextlib, hashlib, io, json, math, os, platform, shlex, shutil, sys, tempfile, time, warnings
@@ -233,7 +233,11 @@ def __call__(self:Examiner, policy, name: str, seed: int, on_step=None) -> Evalu
 BASE = "base"
 _labels = {BASE: "base"} | {o: get_objective(o).label for o in ALGORITHMS}
 _colours = {BASE: "#8a8f98"} | {o: get_objective(o).colour for o in ALGORITHMS}
-_units = dict.fromkeys(("jpeg_compressibility", "jpeg_incompressibility"), " (kB)")
+# what a reward is counted in; what is not named here is a number without a unit
+_units = dict(
+    jpeg_compressibility="kB, negated", jpeg_incompressibility="kB", aesthetic="points, from 1 to 10",
+    scenes_logprob="nats"
+)
 _set_labels = dict(
     seen="training prompts", unseen_animals="unseen animals", everyday_objects="everyday objects",
     new_scenes="scenes new to fine-tuning", unseen_scenes="scenes new to the model"
@@ -371,9 +375,29 @@ def breakdown(self:Comparison,
     )
 
 # %% ../nbs/10_compare.ipynb #abcbac24
+@patch(as_prop=True)
+def reward_label(self:Comparison) -> str:
+    "What the reward is called, with its unit if it has one."
+    name = self.settings["reward_name"]
+    return f"{name} ({_units[name]})" if name in _units else name
+
+@patch
+def amount(self:Comparison, mean: float, half: float, sign: bool = False) -> str:
+    "An amount of reward ± half its interval, with its unit if it has one."
+    unit = _units.get(self.settings["reward_name"], "").partition(",")[0]
+    return f"{pm(mean, half, sign)} {unit}".rstrip()
+
+@patch
+def one_seed(self:Comparison) -> str:
+    "The sentence that a result of one seed owes its reader; empty if there are several seeds of everything."
+    alone = [n for n in self.names if len(self.seeds(n)) < 2]
+    if not alone: return ""
+    of = "" if len(alone) == len(self.names) else " of " + " and ".join(_labels.get(n, n) for n in alone)
+    return f"One seed{of}: ± is over pictures, and says nothing about another seed."
+
 @patch
 def headline(self:Comparison) -> str:
-    "The result in a sentence or two."
+    "The result in a sentence or two, with its unit; if it rests on one seed, that too."
     if not self.names: return "No run is finished yet."
     if not self.seeds(BASE): return "The examination of the base model is missing."
     label, ranked = lambda n: _labels.get(n, n), sorted(self.names, key=lambda n: -self.summary(n)[0])
@@ -384,23 +408,24 @@ def headline(self:Comparison) -> str:
         else f"From {self.settings['queries']:,} scored pictures, "
     )
     moves = [
-        f"{label(n)} {'' if i else 'moved ' + self.settings['reward_name'] + ' '}by"
-        f" {pm(*gains[n], sign=True)}"
+        f"{label(n)} {'' if i else 'moved ' + self.reward_label + ' '}by"
+        f" {self.amount(*gains[n], sign=True)}"
         for i, n in enumerate(ranked)
     ]
     text += (
         ", ".join(moves[:-1])
         + " and " * (len(moves) > 1)
         + moves[-1]
-        + f"; the base model has {pm(*self.summary(BASE))}."
+        + f"; the base model has {self.amount(*self.summary(BASE))}."
     )
     if len(ranked) > 1:
         lead, half = self.summary(ranked[0], against=ranked[1])
         known = math.isfinite(half)
         first, second = map(label, ranked[:2])
-        if known and lead > half: text += f" {first} is ahead of {second} by {pm(lead, half)}."
-        else: text += f" {first} and {second} are too close to call ({pm(lead, half, sign=True)})."
-    return text
+        if known and lead > half: text += f" {first} is ahead of {second} by {self.amount(lead, half)}."
+        else:
+            text += f" {first} and {second} are too close to call ({self.amount(lead, half, sign=True)})."
+    return f"{text} {self.one_seed()}".rstrip()
 
 # %% ../nbs/10_compare.ipynb #bbeafbe4
 class _Figure(Figure):
@@ -468,7 +493,7 @@ def plot(self:Comparison, figsize=(6, 3), ink: str = "#333333", face: str = "whi
                     color=_colours[name], ls=":", lw=1.5, label=f"{_labels[name]}, seed {seed}, unfinished"
                 )
         ax.set_xlabel("reward queries spent")
-        write(ax.set_ylabel, self.settings["reward_name"] + _units.get(self.settings["reward_name"], ""), 60)
+        write(ax.set_ylabel, self.reward_label, 60)
         ax.grid(axis="y", color=ink, alpha=0.15, lw=0.6)
         if ax.get_legend_handles_labels()[0]: ax.legend(frameon=False, fontsize=8)
     return fig
@@ -525,18 +550,22 @@ def _data_uri(picture):
 
 _css = """
 :root{color-scheme:light dark;--page:#f6f7f9;--card:#fff;--ink:#1d2430;--soft:#5c6675;--line:#e1e5ea;
---accent:#3d85c6}
+--more:#0004}
 @media(prefers-color-scheme:dark){:root{--page:#12151a;--card:#1b2027;--ink:#e6e9ee;--soft:#a0a9b6;
---line:#303844;--accent:#7db4e6}}
+--line:#303844;--more:#fff5}}
 *{box-sizing:border-box}body{margin:0;background:var(--page);color:var(--ink);
 font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:60rem;margin:0 auto;padding:1.2rem .8rem 3rem}section,header{background:var(--card);
 border:1px solid var(--line);border-radius:14px;padding:1.1rem 1.2rem;margin:0 0 1rem}
 h1{font-size:1.05rem;font-weight:600;color:var(--soft);margin:0 0 .5rem}h2{font-size:1.1rem;margin:0 0 .5rem}
 p{margin:.4rem 0}.lead{font-size:1.28rem;line-height:1.4;font-weight:500;text-wrap:pretty}
-.soft,figcaption,small{color:var(--soft);font-size:.88rem}.warn{border-left:4px solid #e0a030;
+.soft,figcaption,small{color:var(--soft);font-size:.88rem}.warn{border-left:4px solid var(--soft);
 padding-left:.8rem}svg{width:100%;max-width:44rem;height:auto;display:block;margin:0 auto;color:var(--ink)}
-.wide{overflow-x:auto;margin:0 -.3rem;padding:0 .3rem}table{border-collapse:collapse;width:100%;
+.wide{overflow-x:auto;margin:0 -.3rem;padding:0 .3rem;background:
+linear-gradient(to left,var(--card) 35%,transparent) right/3rem 100% no-repeat local,
+linear-gradient(to left,var(--more),transparent) right/1.1rem 100% no-repeat scroll}
+.wide:has(th:nth-child(5))::after{content:"more columns to the right: scroll →";position:sticky;left:.3rem;
+color:var(--soft);font-size:.8rem;display:none;padding:.3rem 0}table{border-collapse:collapse;width:100%;
 font-size:.88rem;font-variant-numeric:tabular-nums}
 th,td{text-align:right;padding:.42rem .6rem;border-bottom:1px solid var(--line);white-space:nowrap}
 thead th{color:var(--soft);font-weight:500;white-space:normal;vertical-align:bottom;min-width:5.2rem}
@@ -548,11 +577,15 @@ tr:last-child td{border-bottom:0}
 .strip{display:grid;gap:.4rem}.strip figure{margin:0;text-align:center}.strip img{width:100%;aspect-ratio:1;
 border-radius:8px;image-rendering:pixelated;display:block;background:var(--line)}
 figcaption{font-size:.7rem;line-height:1.25;margin-top:.2rem;white-space:nowrap}.half{color:var(--soft)}
-.bar{display:flex;height:1.15rem;border-radius:6px;overflow:hidden;margin:.25rem 0 .7rem}.bar i{display:block}
+.bar{display:flex;height:1.15rem;border:1px solid var(--soft);border-radius:6px;overflow:hidden;
+margin:.25rem 0 .7rem}.key{display:inline-block;width:1.4em;height:.8em;border:1px solid var(--soft);
+margin-right:.4em}.sampling{background:var(--soft)}.training{background:none}
+.reward{background:repeating-linear-gradient(45deg,var(--soft) 0 2px,transparent 2px 6px)}
 .tag{font-size:.72rem;color:var(--soft);font-weight:400;margin-left:.4em}
 pre,code{font:.84rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 pre{background:var(--page);border:1px solid var(--line);border-radius:8px;padding:.7rem;overflow-x:auto;
-margin:.5rem 0}summary{cursor:pointer;color:var(--accent);padding:.3rem 0}
+margin:.5rem 0}summary{cursor:pointer;text-decoration:underline;padding:.3rem 0}
+@media(max-width:30rem){.wide:has(th:nth-child(5))::after{display:inline-block}}
 @media(max-width:40rem){.half{display:block;font-size:.88em}th,td{padding:.38rem .35rem}
 thead th{min-width:4.2rem}}
 @media(min-width:40rem){main{padding-top:2rem}section,header{padding:1.5rem 1.8rem}.lead{font-size:1.45rem}}
@@ -567,7 +600,10 @@ def _html_table(head, rows):
     "Cells are HTML already."
     cells = lambda tag, row: "<tr>" + "".join(f"<{tag}>{c}</{tag}>" for c in row) + "</tr>"
     head, body = cells("th", head), "".join(cells("td", r) for r in rows)
-    return f'<div class="wide"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+    return (
+        '<div class="wide" tabindex="0" role="group" aria-label="table, scrolls sideways if it is wide">'
+        f"<table><thead>{head}</thead><tbody>{body}</tbody></table></div>"
+    )
 
 @patch
 def _named(self:Comparison, name): return _dot(name) + escape(_labels.get(name, name))
@@ -611,7 +647,7 @@ def side_effects(self:Comparison) -> str:
         )
     return " ".join(map(of, self.names))
 
-_parts = dict(sampling="#3d85c6", reward="#e0b030", training="#8e6bbf")
+_parts = "sampling", "reward", "training"  # told apart by pattern: a colour is an algorithm's
 
 @patch
 def times(self:Comparison) -> dict:
@@ -625,14 +661,14 @@ def times(self:Comparison) -> dict:
 def _time_bars(self:Comparison):
     most = max((sum(t.values()) for t in self.times().values()), default=0) or 1
     legend = " ".join(
-        f'<span style="white-space:nowrap"><span class="dot" style="background:{c}"></span>{p}</span>'
-        for p, c in _parts.items()
+        f'<span style="white-space:nowrap;margin-right:1em"><span class="key {p}"></span>{p}</span>'
+        for p in _parts
     )
     bar = lambda name, t: (
         f'<div>{self._named(name)} <small>{sum(t.values()):.0f} s: '
         + ", ".join(f"{p} {s / (sum(t.values()) or 1):.0%}" for p, s in t.items())
         + f'</small><div class="bar" style="width:{max(3, 100 * sum(t.values()) / most):.1f}%">'
-        + "".join(f'<i style="flex:{s:.4f} 0 0;background:{_parts[p]}"></i>' for p, s in t.items())
+        + "".join(f'<i class="{p}" style="flex:{s:.4f} 0 0"></i>' for p, s in t.items())
         + "</div></div>"
     )
     return f'<p class="soft">{legend}</p>' + "".join(bar(n, t) for n, t in self.times().items())
@@ -682,6 +718,21 @@ def _detailed(self:Comparison):
         head = ["", *map(escape, [*found[0]][1:])]
         yield f'<p class="soft">{escape(_set_labels[key])}</p>' + _html_table(head, map(cells, names, found))
 
+def made_anew(command: str) -> str:
+    """`command` with a new folder to write to: in the old one everything is finished, and would be kept.
+    A line that names no folder stays as it is."""
+    lines = []
+    for line in command.splitlines():
+        kept, folder = [], ""
+        try: words = iter(shlex.split(line))
+        except ValueError: words = iter(())  # no command line
+        for word in words:
+            flag, equals, value = word.partition("=")
+            if flag in ("--output", "--resume-from"): folder = value if equals else next(words, "")
+            elif flag != "--resume": kept.append(word)
+        lines.append(shlex.join([*kept, "--output", folder.rstrip("/") + "-again"]) if folder else line)
+    return "\n".join(dict.fromkeys(lines))
+
 @patch
 def _about(self:Comparison):
     "Configuration, machine and command."
@@ -705,7 +756,7 @@ def _about(self:Comparison):
         for k, v in facts
     ]
     return (
-        (f"<pre>{escape(s['command'])}</pre>" if s["command"] else "")
+        (f"<pre>{escape(made_anew(s['command']))}</pre>" if s["command"] else "")
         + _html_table(["", ""], rows)
         + f"<details><summary>All settings</summary>{table}</details>"
     )
@@ -1095,16 +1146,32 @@ def _join(new: dict, old: dict) -> dict:
             "name a new folder, or give the settings it was made with",
         )
     both = lambda k: [*old[k], *(v for v in new[k] if v not in old[k])]
+    # a folder that was gone on with, with other seeds say, took all of these commands
+    lines = "\n".join(s.get("command") or "" for s in (old, new)).strip().splitlines()
     return new | dict(
-        algorithms=both("algorithms"), seeds=both("seeds"), configs=old["configs"] | new["configs"]
+        algorithms=both("algorithms"), seeds=both("seeds"), configs=old["configs"] | new["configs"],
+        command="\n".join(dict.fromkeys(lines))
     )
 
-def _plain_command(s, output):
+def _flags(settings):
+    "Fields of the config as flags of the command line, without those that may hold secrets."
+    for k, v in settings.items():
+        if k in _private or v is None: continue
+        flag = k.replace("_", "-")
+        if isinstance(v, bool): yield f"--{flag}" if v else f"--no-{flag}"
+        else: yield from (f"--{flag}", json.dumps(v) if isinstance(v, dict) else str(v))
+
+def _plain_command(s, output, settings=None, overrides=None):
+    "The command line that does what a call from Python does, as far as there is one."
     words = [
         "ddpo-nb", "compare", "--model", s["model"], "--reward", s["reward"], "--algorithms",
         ",".join(s["algorithms"]), "--prompts", str(s["prompts"]), "--queries", str(s["queries"]), "--seeds",
         ",".join(map(str, s["seeds"]))
     ]
+    words += _flags({k: s.get(k) for k in ("evaluation_samples", "init_lora")} | (settings or {}))
+    if not s.get("lora", True): words.append("--no-lora")
+    for a, own in (overrides or {}).items():
+        words += [o for k, v in own.items() if k not in _private for o in ("--set", f"{a}.{k}={v}")]
     return shlex.join(map(hide, words + (["--output", str(output)] if output else [])))
 
 def _digest(items): return hashlib.sha256(json.dumps(items, default=str).encode()).hexdigest()[:16]
@@ -1313,7 +1380,12 @@ def compare(
     extra = {a: {k: c.pop(k) for k in _private if k.endswith("kwargs")} for a, c in plan["configs"].items()}
     for c in plan["configs"].values():
         for k in _private: c.pop(k, None)
-    plan["command"] = command or _plain_command(plan, output)
+    plan["command"] = command or _plain_command(plan, output, settings, overrides)
+    if not command and (callable(reward) or not isinstance(prompts, (str, Path))):
+        plan["command"] = (
+            f"# from Python, where reward and prompts are not names: compare({reward_name}, …)\n"
+            + plan["command"]
+        )
     given = {k: plan[k] for k in ("model", "init_lora", "configs")}
     plan = redact(plan)  # it is written down, and shown
     folder = Path(output) if output is not None and processes().is_main_process else None

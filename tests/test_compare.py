@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from hypothesis import given, settings, strategies as st
 
 from ddpo_nb import compare as C
@@ -406,3 +407,111 @@ def test_write_atomic_leaves_the_old_file_whole(tmp_path, monkeypatch):
     )
     with pytest.raises(InputError, match="No space left"): write_atomic(tmp_path/"f", "new")
     assert (tmp_path/"f").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+# The report
+
+def made_up(algorithms=("ddpo-is", "rwr"), seeds=(0,), reward="jpeg_compressibility", **settings):
+    "A comparison whose numbers are invented: 4 pictures a set, for each algorithm and seed"
+    sets = ("seen", "unseen_animals", "everyday_objects")
+    facts = dict(
+        model="emoji-sd", reward=reward, reward_name=reward, prompts="simple_animals", queries=8,
+        algorithms=[*algorithms], seeds=[*seeds], lora=True, configs={a: dict(seed=0) for a in algorithms},
+        notes=["A note."], machine="two cores", versions="0", command=None
+    )
+    c = Comparison(facts | settings)
+    for i, name in enumerate((BASE, *algorithms)):
+        for s in seeds:
+            rng = np.random.default_rng([i, s])
+            numbers = lambda: {k: [*(i + rng.normal(size=4) / 9)] for k in sets}
+            c.keep(Evaluation(name, s, numbers(), numbers(), numbers(), [("seen", 0, "a cat")],
+                              [Image.new("RGB", (8, 8))], 1.0))
+            if i: c.add_row(dict(algorithm=name, seed=s, epoch=0, queries=8, reward_mean=1., reward_std=.1,
+                                 seconds_sampling=3., seconds_reward=1., seconds_training=2.))
+    return c
+
+def test_headline_says_what_its_numbers_count():
+    said = made_up().headline()
+    assert "moved jpeg_compressibility (kB, negated) by +" in said
+    assert len(re.findall(r"\d ± [\d.]+ kB\b", said)) == 4  # two gains, the base, the lead
+    assert "jpeg_incompressibility (kB) by" in made_up(reward="jpeg_incompressibility").headline()
+    points = made_up(reward="aesthetic").headline()
+    assert re.search(r"aesthetic \(points, from 1 to 10\) by \S+ ± \S+ points;", points)
+    own = made_up(reward="legs").headline()
+    assert "moved legs by +" in own and "kB" not in own and not re.search(r"\d [;.]|  ", own)
+    assert made_up().plot().axes[0].get_ylabel() == "jpeg_compressibility (kB, negated)"
+
+def test_headline_owns_up_to_one_seed():
+    assert made_up().headline().endswith(
+        "One seed: ± is over pictures, and says nothing about another seed.")
+    several = made_up(seeds=(0, 1, 2))
+    assert "One seed" not in several.headline()
+    del several.evaluations["rwr", 1], several.evaluations["rwr", 2]
+    assert "One seed of RWR: " in several.headline() and "One seed of RWR: " in several.html()
+
+def test_a_colour_of_the_report_means_one_algorithm():
+    page = re.sub(r"<svg.*?</svg>|data:[^\"]+", "", made_up().html(), flags=re.S)
+    hexes = [o.lower() for o in re.findall(r"#[0-9a-fA-F]{3,8}\b", page)]
+    style = page[page.index("<style>"):page.index("</style>")]
+    mine = {C._colours[o] for o in (BASE, "ddpo-is", "rwr")}
+    assert mine <= {*hexes} and not {*C._colours.values()} & {*re.findall(r"#\w{3,8}\b", style)}
+    # a dot of an algorithm's colour stands beside its name, and nowhere else
+    dots = re.findall(r'background:(#\w+)"></span>([\w -]+)', page)
+    assert {*dots} == {(C._colours[o], C._labels[o]) for o in (BASE, "ddpo-is", "rwr")}
+    assert page.count("background:#") - style.count("background:#") == len(dots)
+    far = lambda a, b: sum((int(a[k:k+2], 16) - int(b[k:k+2], 16)) ** 2 for k in (1, 3, 5)) ** .5
+    colours = [*C._colours.values()]
+    assert min(far(a, b) for i, a in enumerate(colours) for b in colours[:i]) > 30
+
+@pytest.mark.parametrize("command,again", [
+    ("ddpo-nb compare --output runs/a --seeds 0", "ddpo-nb compare --seeds 0 --output runs/a-again"),
+    ("ddpo-nb train --output='my runs/a/' --resume", "ddpo-nb train --output 'my runs/a-again'"),
+    ("ddpo-nb train --resume-from a --queries 8", "ddpo-nb train --queries 8 --output a-again"),
+    ("ddpo-nb compare --queries 8", "ddpo-nb compare --queries 8"),
+    ("it's mine", "it's mine"), ("# a note\nddpo-nb compare --output a\nddpo-nb compare --output a --resume",
+                                 "# a note\nddpo-nb compare --output a-again"),
+])
+def test_the_way_to_make_it_again_names_a_new_folder(command, again):
+    assert C.made_anew(command) == again
+    page = made_up(command=command).html()
+    assert f"<pre>{C.escape(again)}</pre>" in page
+
+def test_a_folder_gone_on_with_names_all_its_commands(run, tmp_path):
+    shutil.copytree(run[1], tmp_path/"more")
+    c = Comparison.load(tmp_path/"more")
+    new = c.settings | dict(seeds=[2], command="ddpo-nb compare --seeds 2 --output more")
+    joined = C._join(new, c.settings)
+    assert joined["command"].splitlines() == [c.settings["command"], new["command"]]
+    assert C._join(joined, joined)["command"] == joined["command"]
+
+def test_a_call_from_python_is_told_with_its_settings(run):
+    said = run[0].settings["command"]
+    flags = "--sample-num-steps 2", "--rwr-draws 1", "--evaluation-samples 2", "--seeds 0,1", "--queries 4"
+    assert all(o in said for o in flags)
+    plan = run[0].settings | dict(lora=False, init_lora=None, evaluation_samples=None)
+    given = dict(allow_tf32=False, tracker_kwargs=dict(key="k"))
+    more = C._plain_command(plan, "x", given, {"rwr": dict(rwr_beta=2.0)})
+    assert "--no-allow-tf32 --no-lora --set rwr.rwr_beta=2.0 --output x" in more and "key" not in more
+    from ddpo_nb.cli import make_parser
+    args = make_parser().parse_args(C.shlex.split(more)[1:])
+    assert args.lora is False and args.allow_tf32 is False and args.output == "x"
+
+def test_wide_tables_scroll_on_a_phone_and_say_so(browser, tmp_path):
+    made_up(seeds=(0, 1, 2)).report(tmp_path/"report.html")
+    page = browser.new_page(viewport=dict(width=390, height=844))
+    page.set_default_timeout(120_000)
+    page.goto((tmp_path/"report.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    tables = page.evaluate(
+        "[...document.querySelectorAll('.wide')].filter(o => o.checkVisibility()).map(o =>"
+        " [o.innerText.includes('alignment'), o.scrollWidth > o.clientWidth + 1,"
+        "  getComputedStyle(o, '::after').display != 'none', o.tabIndex])")
+    [alignment] = [o for o in tables if o[0]]
+    assert alignment == [True, True, True, 0]
+    assert all(hint == wide for _, wide, hint, _ in tables)  # said where it is so, and only there
+    last = "[...document.querySelectorAll('.wide')].find(o => o.innerText.includes('alignment'))"
+    page.evaluate(f"{last}.scrollLeft = 9999")
+    assert page.evaluate(f"{last}.querySelector('tr').lastChild.getBoundingClientRect().right") <= 390
+    page.set_viewport_size(dict(width=1280, height=900))
+    assert not page.evaluate("[...document.querySelectorAll('.wide')].some("
+                             "o => getComputedStyle(o, '::after').display != 'none')")
+    page.close()
