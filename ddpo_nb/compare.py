@@ -564,8 +564,10 @@ padding-left:.8rem}svg{width:100%;max-width:44rem;height:auto;display:block;marg
 .wide{overflow-x:auto;margin:0 -.3rem;padding:0 .3rem;background:
 linear-gradient(to left,var(--card) 35%,transparent) right/3rem 100% no-repeat local,
 linear-gradient(to left,var(--more),transparent) right/1.1rem 100% no-repeat scroll}
-.wide:has(th:nth-child(5))::after{content:"more columns to the right: scroll →";position:sticky;left:.3rem;
-color:var(--soft);font-size:.8rem;display:none;padding:.3rem 0}table{border-collapse:collapse;width:100%;
+.wide{animation:more linear both;animation-timeline:scroll(self inline)}
+@keyframes more{from,to{--hint:.8rem}}
+.wide::after{content:"more to the right: scroll →";position:sticky;left:.3rem;display:inline-block;
+color:var(--soft);font-size:var(--hint,0)}table{border-collapse:collapse;width:100%;
 font-size:.88rem;font-variant-numeric:tabular-nums}
 th,td{text-align:right;padding:.42rem .6rem;border-bottom:1px solid var(--line);white-space:nowrap}
 thead th{color:var(--soft);font-weight:500;white-space:normal;vertical-align:bottom;min-width:5.2rem}
@@ -585,7 +587,6 @@ margin-right:.4em}.sampling{background:var(--soft)}.training{background:none}
 pre,code{font:.84rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 pre{background:var(--page);border:1px solid var(--line);border-radius:8px;padding:.7rem;overflow-x:auto;
 margin:.5rem 0}summary{cursor:pointer;text-decoration:underline;padding:.3rem 0}
-@media(max-width:30rem){.wide:has(th:nth-child(5))::after{display:inline-block}}
 @media(max-width:40rem){.half{display:block;font-size:.88em}th,td{padding:.38rem .35rem}
 thead th{min-width:4.2rem}}
 @media(min-width:40rem){main{padding-top:2rem}section,header{padding:1.5rem 1.8rem}.lead{font-size:1.45rem}}
