@@ -564,7 +564,7 @@ padding-left:.8rem}svg{width:100%;max-width:44rem;height:auto;display:block;marg
 .wide{overflow-x:auto;margin:0 -.3rem;padding:0 .3rem;background:
 linear-gradient(to left,var(--card) 35%,transparent) right/3rem 100% no-repeat local,
 linear-gradient(to left,var(--more),transparent) right/1.1rem 100% no-repeat scroll}
-.wide{animation:more linear both;animation-timeline:scroll(self inline)}
+.wide{animation:more linear;animation-timeline:scroll(self inline)}
 @keyframes more{from,to{--hint:.8rem}}
 .wide::after{content:"more to the right: scroll →";position:sticky;left:.3rem;display:inline-block;
 color:var(--soft);font-size:var(--hint,0)}table{border-collapse:collapse;width:100%;

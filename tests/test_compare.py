@@ -512,6 +512,7 @@ def test_wide_tables_scroll_on_a_phone_and_say_so(browser, tmp_path):
     page.evaluate(f"{last}.scrollLeft = 9999")
     assert page.evaluate(f"{last}.querySelector('tr').lastChild.getBoundingClientRect().right") <= 390
     page.set_viewport_size(dict(width=1280, height=900))
+    page.reload()
     assert not page.evaluate("[...document.querySelectorAll('.wide')].some("
                              "o => parseFloat(getComputedStyle(o, '::after').fontSize) > 9)")
     page.close()
