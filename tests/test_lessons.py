@@ -37,9 +37,9 @@ def test_the_comparison_that_comes_with_the_package():
 # Exercises
 
 LESSONS = [
-    "00_likelihood", "01_mdp", "01a_flow", "02_policy", "02a_sd", "03_rollout", "06_advantages", "07_rwr",
-    "08_ddpo", "08b_nft", "08c_direct", "10_compare", "tutorials/a100", "tutorials/overoptimisation",
-    "tutorials/performance",
+    "00_0_whole_game", "00_likelihood", "01_mdp", "01a_flow", "02_policy", "02a_sd", "03_rollout",
+    "06_advantages", "07_rwr", "08_ddpo", "08b_nft", "08c_direct", "10_compare", "tutorials/a100",
+    "tutorials/overoptimisation", "tutorials/performance",
 ]
 
 def exercise(name):
