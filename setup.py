@@ -12,6 +12,7 @@ ini = ConfigParser(delimiters=["="], interpolation=None)
 ini.read(here/"settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
 
+docs = cfg["docs_requirements"].split()  # a test builds the site, so that `dev` has them too
 licences = dict(apache2="Apache-2.0")
 statuses = {"1": "1 - Planning", "2": "2 - Pre-Alpha", "3": "3 - Alpha", "4": "4 - Beta", "5": "5 - Production/Stable"}
 min_minor = int(cfg["min_python"].split(".")[1])
@@ -49,7 +50,7 @@ setup(
     packages=find_packages(include=["ddpo_nb", "ddpo_nb.*"]),
     package_data={"ddpo_nb": ["weights/**/*", "data/**/*"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(),
+    extras_require={"dev": [*dict.fromkeys([*cfg["dev_requirements"].split(), *docs])], "docs": docs,
                     "notebooks": cfg["notebooks_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": ["ddpo_nb=ddpo_nb._modidx:d"]},
     cmdclass={"build_py": build_with_notebooks},
