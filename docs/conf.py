@@ -24,6 +24,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "off"
 nb_merge_streams = True
 nb_ipywidgets_js = {}  # comes from another server; a page has no kernel to talk to anyway
+smartquotes = False  # a default of "" is no “”
 python_maximum_signature_line_length = 80
 add_module_names = False
 python_use_unqualified_type_names = True

@@ -257,9 +257,7 @@ def test_pages_fit_their_window_and_formulas_are_seen(tab, address):
 def test_search_finds_a_function_and_a_word(tab, address):
     for query, wanted in (("gaussian_log_prob", "likelihood"), ("over-optimisation", "overoptimisation")):
         tab.goto(f"{address}search.html?q={query}")
-        tab.wait_for_selector("#search-results ul.search li a")
-        hrefs = tab.eval_on_selector_all("#search-results ul.search li a", "o => o.map(a => a.href)")
-        assert any(wanted in o for o in hrefs)
+        tab.wait_for_selector(f"#search-results ul.search li a[href*='{wanted}']")
     if tab.viewport_size["width"] > 1000:  # the field beside every page leads there
         tab.goto(f"{address}01_mdp.html")
         tab.fill(".sidebar-search", "trajectory")
