@@ -6,6 +6,7 @@ import inspect
 import re
 import shutil
 import sys
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from pkgutil import walk_packages
@@ -204,18 +205,31 @@ def as_list(md: str) -> str:
         inside = bool(m)
     return "\n".join(lines)
 
+def overviews() -> list:
+    "Pages about the course rather than in it: neither numbered nor in a folder"
+    return [o for part in course().values() for o in part if o[0].isalpha() and "/" not in o]
+
+def course_picture() -> list:
+    "The cell that draws the course's map, without its code; nothing if there is none"
+    drawn = [deepcopy(c) for o in overviews() for c in lessons()[o].cells
+             if any("image/png" in out.get("data", {}) for out in c.get("outputs", []))]
+    for cell in drawn:
+        cell.metadata["tags"] = ["remove-input"]
+        cell.metadata["mystnb"] = dict(image=dict(alt="the map of the course"))
+        cell.pop("id", None)
+    return drawn[:1]
+
 def landing(nb):
     "The index notebook with the course before everything else, and the side bar's lists"
     table = max(nb.cells, key=lambda o: sum(map(bool, map(_row.match, o.source.splitlines()))))
     nb.cells.remove(table)
     table.source = as_list(table.source)
     parts = course()
-    first = next(o for part in parts.values() for o in part)
-    extra = [f"[{title_of(o)[0]}]({o}.ipynb)" for o in parts.get("Around the course", [])]
-    links = [f"**[Begin: {title_of(first)[0]}]({first}.ipynb)**", *extra, "[All modules](api/index.md)",
-             f"[Source]({repository.partition('/blob/')[0]})"]
-    nb.cells.insert(1, table)
-    nb.cells.insert(1, mk_cell(" · ".join(dict.fromkeys(links)), "markdown"))
+    first = next(o for part in parts.values() for o in part if o[0].isdigit())
+    links = [f"**[Begin: {title_of(first)[0]}]({first}.ipynb)**"]
+    links += [f"[{title_of(o)[0]}]({o}.ipynb)" for o in overviews()]
+    links += ["[All modules](api/index.md)", f"[Source]({repository.partition('/blob/')[0]})"]
+    nb.cells[1:1] = [mk_cell(" · ".join(links), "markdown"), *course_picture(), table]
     trees = [toctree(k, v) for k, v in parts.items()] + [toctree("Reference", ["api/index"])]
     nb.cells.append(mk_cell("\n\n".join(trees), "markdown"))
 

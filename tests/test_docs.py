@@ -104,6 +104,14 @@ def test_every_notebook_and_module_has_a_page_in_the_side_bar(site):
     modules = {o.stem for o in Path(ddpo_nb.__file__).parent.glob("[!_]*.py")}
     assert modules and {f"api/{o}.html" for o in modules} <= listed
 
+def test_the_landing_page_begins_with_the_course(site):
+    page = (site/"index.html").read_text(encoding="utf-8")
+    page = page[page.index("<article"):page.index("</article>")]
+    first = min(o for o in notebooks if o[0].isdigit())
+    assert page.index(f'href="{first}.html"') < page.index("The notebooks") < page.index("Try it")
+    assert page.index('href="course.html"') < page.index("The notebooks")
+    assert 'alt="what the cell above draws"' not in page and page.index("<img") < page.index("The notebooks")
+
 def test_llms_txt_names_every_page(site):
     text = (site/"llms.txt").read_text(encoding="utf-8")
     assert re.match(r"# ddpo_nb\n\n> .+\n\n.{200,}\n\n## ", text)
