@@ -223,7 +223,7 @@ def landing(nb):
     "The index notebook with the course before everything else, and the side bar's lists"
     table = max(nb.cells, key=lambda o: sum(map(bool, map(_row.match, o.source.splitlines()))))
     nb.cells.remove(table)
-    table.source = as_list(table.source)
+    table.source = as_list(table.source).replace("<details>", "<details open>")  # the README folds them
     parts = course()
     first = next(o for part in parts.values() for o in part if o[0].isdigit())
     links = [f"**[Begin: {title_of(first)[0]}]({first}.ipynb)**"]

@@ -111,6 +111,7 @@ def test_the_landing_page_begins_with_the_course(site):
     first = min(o for o in notebooks if o[0].isdigit())
     assert page.index(f'href="{first}.html"') < page.index("The notebooks") < page.index("Try it")
     assert page.index('href="course.html"') < page.index("The notebooks")
+    assert "<details>" not in page[:page.index("Try it")]  # nobody has to unfold the list of notebooks
     assert 'alt="what the cell above draws"' not in page and page.index("<img") < page.index("The notebooks")
 
 def test_llms_txt_names_every_page(site):
