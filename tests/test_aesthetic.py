@@ -109,7 +109,7 @@ def test_a_bad_line_is_named_by_its_number(tmp_path, line, says):
 
 def test_a_file_that_is_none(tmp_path):
     (tmp_path/"empty").write_text("\n \n"); (tmp_path/"binary").write_bytes(b"\xff\xfe\x00")
-    for name, says in dict(nowhere="No such file", empty="no ratings", binary="no text").items():
+    for name, says in dict(nowhere="No such file", empty="no ratings", binary="not text").items():
         with pytest.raises(InputError, match=says): read_ava(tmp_path/name)
     with pytest.raises(InputError, match="directory"): read_ava(tmp_path)
 

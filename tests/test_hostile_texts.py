@@ -95,7 +95,8 @@ def test_the_dashboards_figures(monkeypatch):
 def test_the_taste_widget():
     n = len(HOSTILE)
     pool = Pool(torch.rand(n, 3, 8, 8), HOSTILE, list(range(n)), {})
-    t = TasteWidget(pool, np.random.default_rng(0).normal(size=(n, 4)), widgets=True)
+    seen = np.random.default_rng(0).normal(size=(n, 4))
+    t = TasteWidget(pool, seen, widgets=True, same_prompt=False)
     for _ in range(3): t.choose("a")
     assert all("<b>" not in o.value and "<script>" not in o.value for o in t.names)
     assert draw_ranking(pool.images, np.zeros(n), np.ones(n))

@@ -15,10 +15,8 @@ from shutil import copytree, ignore_patterns, rmtree
 
 import pytest
 
-from ddpo_nb.cli import make_parser
-from ddpo_nb.objectives import get_objective, objective_modules
-from ddpo_nb.recipes import RECIPES
-from ddpo_nb.rewards import _built_in as BUILT_IN
+# Nothing of the package up here: a notebook that is run ALONE imports this file first, and huggingface_hub
+# reads its environment when it is imported.
 
 root = Path(__file__).resolve().parents[1]
 nbs = sorted(
@@ -91,6 +89,7 @@ def test_readme(tool_of_the_readme, readme):
 def test_readme_counts_what_is_there(tool_of_the_readme, readme):
     """Numbers that change with the project are counted, in the index too; how many tests there are nobody
     counts, because that number would be wrong after each new one"""
+    from ddpo_nb.recipes import RECIPES
     counts = tool_of_the_readme.counts()
     assert counts == dict(notebooks=len(names) - 1, recipes=len(RECIPES))
     index = (root/"nbs/index.ipynb").read_text(encoding="utf-8")
@@ -107,12 +106,14 @@ def table_under(text, heading):
     return [o.split("|")[1].strip() for o in lines if o.startswith("|")][2:]
 
 def test_readme_lists_every_reward(readme):
+    from ddpo_nb.rewards import _built_in as BUILT_IN
     listed = re.findall(r"`([^`]+)`", " ".join(table_under(readme, "What to reward")))
     names_alone = [o for o in listed if re.fullmatch(r"\w+", o)]
     assert sorted(names_alone) == sorted(BUILT_IN) and {*names_alone} < {*listed}
 
 def test_readme_names_every_algorithm(readme):
     "In its first paragraphs, and in the comparison with other projects; and no other"
+    from ddpo_nb.objectives import get_objective, objective_modules
     labels = {get_objective(o).label for o in objective_modules()}
     compared = ", ".join(table_under(readme, "What else there is"))
     for text in (readme.partition("\n## ")[0], compared):
@@ -128,6 +129,8 @@ def command_lines(text):
         elif words[:1] == ["accelerate"]: yield words[words.index("ddpo_nb") + 1:]
 
 def test_readme_commands_are_ones_that_there_are(readme):
+    from ddpo_nb.cli import make_parser
+    from ddpo_nb.recipes import RECIPES
     found = [*command_lines(readme)]
     assert {"compare", "train", "export", "notebooks", "train-aesthetic"} <= {o[0] for o in found}
     for words in found: make_parser().parse_args(words)  # exits for what it does not know
