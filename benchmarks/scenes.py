@@ -51,6 +51,18 @@ def interval(right):
     "Share and half the width of its 95 % interval (Wilson's would differ at the ends alone)."
     return f"{np.mean(right):6.1%} ± {1.96 * np.std(right) / np.sqrt(len(right)):5.1%}"
 
+def judges(reader=None, examiner=WEIGHTS):
+    "Who judges: name -> (images, scenes) to whether all that was asked for is there, (N,) bool."
+    (network, threshold), second = reader or load_reader(), load_examiner(examiner)
+    def by_reader(images, scenes):
+        readings = read(network, images, threshold)
+        return np.array([all(facts(o, r).values()) for o, r in zip(scenes, readings)])
+    return dict(reader=by_reader, examiner=lambda *o: shares_right(second, *o))
+
+def listed(verdicts):
+    "The same for JSON: kind/shown to -> who -> 0 or 1 for each picture."
+    return {"/".join(k): {who: o.astype(int).tolist() for who, o in v.items()} for k, v in verdicts.items()}
+
 def measure(policy, asked, readers, seed, gallery=None):
     "Verdicts of each reader on each kind's pictures, sharpness, variety."
     verdicts, sharp, rows = {}, [], []
@@ -82,12 +94,7 @@ def main():
                         help="file for each weights' first pictures of a kind; -0, -1, … are put to it")
     parser.add_argument("--json", type=Path, help="file for every verdict")
     args = parser.parse_args()
-    reader, threshold = reader_from(args.reader) if args.reader else load_reader()
-    def by_reader(images, scenes):
-        readings = read(reader, images, threshold)
-        return np.array([all(facts(o, r).values()) for o, r in zip(scenes, readings)])
-    examiner = load_examiner(args.examiner)
-    readers = dict(reader=by_reader, examiner=lambda *o: shares_right(examiner, *o))
+    readers = judges(reader_from(args.reader) if args.reader else None, args.examiner)
     how = dict(kind="flow-sde", noise_level=args.noise_level) if args.noise_level else dict(kind="ode")
     asked, found = asked_scenes(args.each, args.seed), []
     renders = to_tensor([draw(completed(o, rng := np.random.default_rng(i)), rng)[0]
@@ -107,8 +114,7 @@ def main():
             both = lambda who: np.concatenate([o[who] for (_, t), o in verdicts.items() if t == to])
             print(f"  all kinds, {to:8}", "  ".join(f"{who} {interval(both(who))}" for who in readers))
         print(f"  sharpness {sharp:.4f}, variety {spread:.3f}; {time.time() - began:.0f} s")
-        found.append(dict(weights=lora, sharpness=sharp, variety=spread, verdicts={
-            "/".join(k): {who: o.astype(int).tolist() for who, o in v.items()} for k, v in verdicts.items()}))
+        found.append(dict(weights=lora, sharpness=sharp, variety=spread, verdicts=listed(verdicts)))
         if args.json:
             about = {k: v for k, v in vars(args).items() if isinstance(v, (int, float))}
             args.json.write_text(json.dumps(about | dict(found=found)))

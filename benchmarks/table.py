@@ -15,15 +15,14 @@ seconds.
 The rule of the search, the same for everybody: the settings that `compare` takes by default for the model
 and three learning rates: a third of the default when the search began (`STARTS`), that default, three times
 it. Each is trained on half of the task's budget with seed 100, which no reported run has, and examined as
-the reported runs are; the highest mean reward on the prompts of training wins (on scenes: the largest share
-that the bundled reader finds wholly right).
+the reported runs are, from other noise; the highest mean reward on the prompts of training wins (on scenes:
+the largest share that the bundled reader finds wholly right, of other scenes).
 
 Several runs may share a machine, since no run's own clock is used: `time` measures what a query costs, one
 epoch of each method in turn and alone on the machine.
 """
 import argparse
 import json
-import sys
 import time as clock
 from dataclasses import asdict
 from itertools import combinations
@@ -33,17 +32,15 @@ from statistics import median
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from ddpo_nb.checkpoints import write_atomic
 from ddpo_nb.compare import BASE, Table, compare, mean_interval, pm
 from ddpo_nb.config import make_config
+from ddpo_nb.objectives import get_objective
 from ddpo_nb.policy import load_policy
 from ddpo_nb.prompts import prompt_source
 from ddpo_nb.rewards import get_reward
-from ddpo_nb.scenes import facts, load_reader, read
 from ddpo_nb.trainer import make_trainer
-from scene_examiner import load_examiner, shares_right
-from scenes import asked_scenes, measure
+from scenes import asked_scenes, judges, listed, measure
 from speed import hardware
 
 RESULTS, SEARCH_SEED, RATES = Path(__file__).parent / "results" / "table", 100, (1 / 3, 1.0, 3.0)
@@ -64,11 +61,10 @@ STARTS = {  # the default learning rates of November 2026, before any search by 
     "emoji-sd": {"rwr": 3e-3, "rwr-sparse": 1e-3, "ddpo-sf": 1e-3, "ddpo-is": 3e-3, "leave-one-out": 3e-3,
                  "flow-grpo": 3e-3, "nft": 1e-2, "draft": 1e-2},
     "emoji-sd3": dict.fromkeys(METHODS, 1e-3)}
-LABELS = {
-    "rwr": "RWR", "rwr-sparse": "RWR-sparse", "ddpo-sf": "DDPO-SF", "ddpo-is": "DDPO-IS",
-    "leave-one-out": "DDPO-IS, leave-one-out", "flow-grpo": "Flow-GRPO", "nft": "DiffusionNFT",
-    "draft": "DRaFT"
-}
+LABELS = {m: get_objective(algorithm).label for m, (algorithm, _) in METHODS.items()}
+LABELS["leave-one-out"] += ", leave-one-out"
+COLOURS = {m: get_objective(algorithm).colour for m, (algorithm, _) in METHODS.items()}
+COLOURS["leave-one-out"] = "#1f4e79"
 
 _some = lambda name, *values: [{name: v} for v in values]
 # factor -> what it takes, one change at a time, from VARIED's best setting
@@ -101,23 +97,13 @@ def is_usual(change):
     config = make_config(algorithm, TASKS[VARIED[0]]["model"], True, logdir="", **own)
     return all(getattr(config, k) == v for k, v in change.items())
 
-def by_reader(images, scenes):
-    "Whether the bundled reader finds all that was asked for, (N,) bool."
-    reader, threshold = load_reader()
-    return np.array([all(facts(o, r).values()) for o, r in zip(scenes, read(reader, images, threshold))])
-
-def verdicts_of(weights, settings, each):
-    """What reader and examiner say of the pictures that these weights, or the untouched model, paint of
-    scenes of every kind, never those of training."""
-    examiner = load_examiner()
-    readers = dict(reader=by_reader, examiner=lambda *o: shares_right(examiner, *o))
+def verdicts_of(weights, settings, each, seed=0):
+    """What reader and examiner say of what these weights, or the untouched model's, paint of `each` scenes of
+    every kind, from noise that training never sees; with another seed, of other scenes and noise."""
     policy = load_policy("emoji-sd3", weights, use_lora=weights is not None)
     policy.configure(settings["sample_num_steps"], settings["sample_guidance_scale"], kind="ode")
-    verdicts, sharp, variety = measure(policy, asked_scenes(each, 0), readers, 0)
-    listed = {
-        "/".join(k): {who: o.astype(int).tolist() for who, o in v.items()} for k, v in verdicts.items()
-    }
-    return dict(verdicts=listed, sharpness=sharp, variety=variety)
+    verdicts, sharp, variety = measure(policy, asked_scenes(each, seed), judges(), seed)
+    return dict(verdicts=listed(verdicts), sharpness=sharp, variety=variety)
 
 def train(task, method, seed, folder, rate, changes=None):
     "Train and examine, and write `row.json`; a run that was stopped goes on, a finished one is left alone."
@@ -143,7 +129,8 @@ def train(task, method, seed, folder, rate, changes=None):
     if task == "scenes":
         weights = place / "comparison" / "weights" / f"{algorithm}-seed{seed}"
         config = c.settings["configs"][algorithm]
-        row["scenes"] = verdicts_of(weights, config, t["each"])
+        # what the search chooses by is not what the chosen is reported on
+        row["scenes"] = verdicts_of(weights, config, t["each"], seed if seed == SEARCH_SEED else 0)
     write_atomic(place / "row.json", json.dumps(row))
     return row
 
@@ -263,7 +250,7 @@ def figure_of(values, sign=True, scale=1.0, places=3):
     return pm(*mean_interval(values), sign=sign, places=places) if values else ""
 
 def table_of(results, task):
-    "What each method did with the task's queries: one row a method."
+    "What each method did with the task's queries: one row per method."
     found, rows = reported(results, task), []
     seconds_at = results / f"seconds-{task}.json"
     cost = json.loads(seconds_at.read_text())["seconds"] if seconds_at.exists() else {}
@@ -303,7 +290,7 @@ def outcome(row):
     return right(row["scenes"]["verdicts"], "reader") if row["task"] == "scenes" else gain(row)
 
 def pairs_of(results, task):
-    "Who is ahead of whom, seed by seed: one row a pair, the better method first."
+    "Who is ahead of whom, seed by seed: one row per pair, the better method first."
     found, rows = reported(results, task), []
     for a, b in combinations(found, 2):
         both = sorted(set(found[a]) & set(found[b]))
@@ -327,7 +314,7 @@ def base_line(results):
     return f"The untouched model: {', '.join(said)}; {', '.join(kept)}."
 
 def pieces_of(results):
-    "factor -> value -> gains, one a seed; the best setting's own runs stand for the value that it has."
+    "factor -> value -> gains, one per seed; the best setting's own runs stand for the value that it has."
     task, method = VARIED
     rows = [o for o in rows_of(results, task) if o["method"] == method and o["seed"] != SEARCH_SEED]
     found = {}
@@ -362,7 +349,7 @@ def kinds_of(results):
     return Table(rows)
 
 def searched(results, task):
-    "What the search saw: one row a method."
+    "What the search saw: one row per method."
     rows, found = rows_of(results, task), []
     for method in METHODS:
         if not (mine := trials_of(rows, method)): continue
@@ -396,10 +383,10 @@ def markdown(results):
     return "\n\n".join(o.strip("\n") for o in parts) + "\n"
 
 def plot(results, task):
-    "Training reward against queries, a line a method with the range of its seeds."
+    "Training reward against queries, a line per method with the range of its seeds."
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    for i, (method, by_seed) in enumerate(reported(results, task).items()):
+    for method, by_seed in reported(results, task).items():
         runs = [o for o in by_seed.values() if o["reward"] == TASKS[task]["reward"]]
         if not runs: continue
         window = 256
@@ -407,8 +394,8 @@ def plot(results, task):
         curves = np.array(
             [[np.mean([r for q, r in o["curve"] if at - window < q <= at]) for at in grid] for o in runs]
         )
-        ax.plot(grid, curves.mean(0), color=f"C{i}", label=LABELS[method])
-        ax.fill_between(grid, curves.min(0), curves.max(0), color=f"C{i}", alpha=0.15, lw=0)
+        ax.plot(grid, curves.mean(0), color=COLOURS[method], label=LABELS[method])
+        ax.fill_between(grid, curves.min(0), curves.max(0), color=COLOURS[method], alpha=0.15, lw=0)
     ax.set(xlabel="reward queries", ylabel=f"{TASKS[task]['reward']}, mean of {window} pictures of training")
     ax.legend(fontsize=7)
     fig.savefig(results / f"{task}.png", dpi=110)
