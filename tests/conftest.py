@@ -1,5 +1,6 @@
 """Set before anything heavy is imported: tests draw to files, never ask the network for a model, and side by
 side (pytest-xdist) take a core each."""
+import importlib.util
 import os
 import shutil
 
@@ -68,3 +69,13 @@ def small_unet():
     with pytest.MonkeyPatch.context() as m:
         m.setattr(emoji_sd, "load", load)
         yield
+
+@pytest.fixture(scope="session")
+def module_at():
+    "A script that is in no package, as a module: path -> module"
+    def load(path):
+        spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
+        mod = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(mod)
+        return mod
+    return load

@@ -1,6 +1,5 @@
 """The docs site: built by its one command, every link and picture of it there, and usable in a browser
 without a network."""
-import importlib.util
 import json
 import os
 import re
@@ -151,11 +150,7 @@ def test_a_module_page_says_what_the_comments_say(site):
 # The pages' sources
 
 @pytest.fixture(scope="module")
-def pages():
-    spec = importlib.util.spec_from_file_location("docs_pages", root/"docs/pages.py")
-    mod = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(mod)
-    return mod
+def pages(module_at): return module_at(root/"docs/pages.py")
 
 def code_cell(source, *outputs):
     return dict(cell_type="code", source=source, outputs=[*outputs], metadata={}, execution_count=None)

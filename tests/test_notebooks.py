@@ -1,7 +1,6 @@
 "Notebooks are the source: modules and README are what they make, and each runs from top to bottom."
 import ast
 import filecmp
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -74,11 +73,7 @@ def test_modules_are_exported(remade): assert differences(root/"ddpo_nb", remade
 def test_notebooks_are_clean(remade): assert differences(root/"nbs", remade/"nbs") == []
 
 @pytest.fixture(scope="module")
-def tool_of_the_readme():
-    spec = importlib.util.spec_from_file_location("readme", root/"tools/readme.py")
-    mod = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(mod)
-    return mod
+def tool_of_the_readme(module_at): return module_at(root/"tools/readme.py")
 
 @pytest.fixture(scope="module")
 def readme(): return (root/"README.md").read_text(encoding="utf-8")
