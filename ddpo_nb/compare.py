@@ -566,7 +566,8 @@ linear-gradient(to left,var(--card) 35%,transparent) right/3rem 100% no-repeat l
 linear-gradient(to left,var(--more),transparent) right/1.1rem 100% no-repeat scroll}
 .wide{animation:more linear;animation-timeline:scroll(self inline)}
 @keyframes more{from,to{--hint:.8rem}}
-.wide::after{content:"more to the right: scroll →";position:sticky;left:.3rem;display:inline-block;
+.wide::after{content:"more to the right: scroll →";position:sticky;left:.3rem;
+display:block;width:max-content;
 color:var(--soft);font-size:var(--hint,0)}table{border-collapse:collapse;width:100%;
 font-size:.88rem;font-variant-numeric:tabular-nums}
 th,td{text-align:right;padding:.42rem .6rem;border-bottom:1px solid var(--line);white-space:nowrap}
