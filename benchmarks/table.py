@@ -3,6 +3,8 @@ seconds.
 
     python benchmarks/table.py search TASK METHOD [--output DIR]      # trials of one method on one task
     python benchmarks/table.py run TASK METHOD SEED [--output DIR]    # train and examine; finished runs stay
+    # four times the queries: what becomes of it when it goes on
+    python benchmarks/table.py run TASK METHOD SEED --times 4 [--output DIR]
     # one factor at a time, from the best setting
     python benchmarks/table.py vary FACTOR SEED [--output DIR]
     python benchmarks/table.py base [--output DIR]                    # what Emoji SD3 gets right as it comes
@@ -105,15 +107,17 @@ def verdicts_of(weights, settings, each, seed=0):
     verdicts, sharp, variety = measure(policy, asked_scenes(each, seed), judges(), seed)
     return dict(verdicts=listed(verdicts), sharpness=sharp, variety=variety)
 
-def train(task, method, seed, folder, rate, changes=None):
-    "Train and examine, and write `row.json`; a run that was stopped goes on, a finished one is left alone."
-    name = ",".join([f"{method}-{seed}-{rate:.2g}"] + [f"{k}={v}" for k, v in (changes or {}).items()])
+def train(task, method, seed, folder, rate, changes=None, times=1):
+    """Train on `times` the task's queries and examine, and write `row.json`; a run that was stopped goes on, a
+    finished one is left alone."""
+    name = ",".join([f"{method}-{seed}-{rate:.2g}"] + [f"{k}={v}" for k, v in (changes or {}).items()]
+                    + [f"times={times}"] * (times != 1))
     place, t = folder / task / name, TASKS[task]
     if (place / "row.json").exists(): return json.loads((place / "row.json").read_text())
     reward, algorithm, own = settings_of(task, method, rate)
     own = own | (changes or {})
     c = compare(
-        reward, [algorithm], t["queries"] // (2 if seed == SEARCH_SEED else 1), [seed], model=t["model"],
+        reward, [algorithm], t["queries"] * times // (2 if seed == SEARCH_SEED else 1), [seed], model=t["model"],
         prompts=t["prompts"], output=place / "comparison", overrides={algorithm: own}, progress=False
     )
     base, found = c.evaluations[BASE, seed], c.evaluations[algorithm, seed]
@@ -122,7 +126,8 @@ def train(task, method, seed, folder, rate, changes=None):
         rewards={k: rounded(v) for k, v in e.rewards.items()}, diversity=rounded(e.diversity.values()),
         alignment={k: rounded(v) for k, v in e.second.items()})
     row = dict(
-        task=task, method=method, seed=seed, rate=rate, changes=changes or {}, reward=reward, settings=own,
+        task=task, method=method, seed=seed, rate=rate, changes=changes or {}, times=times, reward=reward,
+        settings=own,
         queries=c.settings["queries"], machine=hardware(), base=kept(base), trained=kept(found),
         curve=[[r["queries"], round(r["reward_mean"], 5)] for r in c.rows]
     )
@@ -208,7 +213,7 @@ def reported(results, task):
     rows, found = rows_of(results, task), {}
     won = {m: max(trials, key=score)["rate"] for m in METHODS if (trials := trials_of(rows, m))}
     for row in rows:
-        if row["seed"] == SEARCH_SEED or row["changes"]: continue
+        if row["seed"] == SEARCH_SEED or row["changes"] or row.get("times", 1) != 1: continue
         if won.get(row["method"], row["rate"]) == row["rate"]:
             found.setdefault(row["method"], {})[row["seed"]] = row
     return {m: found[m] for m in METHODS if m in found}
@@ -434,6 +439,7 @@ def main():
             one.add_argument(
                 "--rate", type=float, help="times the default learning rate; default: what the search found"
             )
+            one.add_argument("--times", type=int, default=1, help="so many times the task's queries; default: 1")
     one = commands.add_parser("vary", parents=[common])
     one.add_argument("factor", choices=list(FACTORS))
     one.add_argument("seed", type=int)
@@ -454,7 +460,7 @@ def main():
     if args.command == "run":
         if args.seed == SEARCH_SEED: raise SystemExit(f"seed {SEARCH_SEED} is the search's: choose another")
         rate = args.rate or chosen_rate(args.task, args.method, args.output)
-        row = train(args.task, args.method, args.seed, args.output, rate)
+        row = train(args.task, args.method, args.seed, args.output, rate, times=args.times)
         print(f"{args.task}, {args.method}, seed {args.seed}: {outcome(row):+.4f}", flush=True)
     if args.command == "vary":
         rate = chosen_rate(*VARIED, args.output)
