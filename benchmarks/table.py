@@ -72,7 +72,7 @@ _some = lambda name, *values: [{name: v} for v in values]
 # factor -> what it takes, one change at a time, from VARIED's best setting
 VARIED = ("compressibility", "leave-one-out")
 FACTORS = {
-    "step weighting": _some("step_weighting", "equal", "variance"),
+    "step weighting": _some("step_weighting", "equal", "variance", "ratio-norm"),
     "clip range": _some("train_clip_range", 1e-4, 1e-3, 1e-2, 1e-1),
     "group size": _some("samples_per_prompt", 2, 4, 8, 16),
     "share of the steps": _some("train_timestep_fraction", 0.2, 0.5, 1.0),
@@ -321,7 +321,8 @@ def base_line(results):
 def pieces_of(results):
     "factor -> value -> gains, one per seed; the best setting's own runs stand for the value that it has."
     task, method = VARIED
-    rows = [o for o in rows_of(results, task) if o["method"] == method and o["seed"] != SEARCH_SEED]
+    rows = [o for o in rows_of(results, task) if o["method"] == method and o["seed"] != SEARCH_SEED
+            and o.get("times", 1) == 1]
     found = {}
     for factor, values in FACTORS.items():
         for change in values:

@@ -96,7 +96,7 @@ class DDPOConfig:
     # fill the hardware and fit (notebook 03a)
     micro_batch_size: int = 0
     log_prob_reduction: str = "mean"       # "mean" over the latent's dimensions, or the exact "sum"
-    # of DDPO's steps: "equal", as published, or by their "variance" (notebook 08)
+    # of DDPO's steps: "equal", as published, by their "variance", or "ratio-norm" (notebook 08)
     step_weighting: str = "equal"
     # price on leaving the pretrained model: DDPO's divergence (notebook 08), NFT's distance (08b)
     kl_coef: float = 0.0

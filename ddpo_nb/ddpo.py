@@ -25,7 +25,7 @@ def clipped_surrogate(
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 # %% ../nbs/08_ddpo.ipynb #00f91728
-STEP_WEIGHTINGS = ("equal", "variance")
+STEP_WEIGHTINGS = ("equal", "variance", "ratio-norm")
 
 _emoji = EMOJI | dict(train_batch_size=16, train_timestep_fraction=0.5, step_weighting="variance")
 _paper = PAPER | dict(
@@ -42,7 +42,8 @@ class DDPO(Objective):
     adv_clip_max: float = 5.0       # advantages are cut to ± this
     timestep_fraction: float = 1.0  # share of the steps that is trained on, drawn anew for each sample
     guidance: bool = True           # classifier-free guidance while training, as when sampling
-    # "equal", as published, or "variance": each step's log-probability times its σ²
+    # "equal", as published; "variance": each step's log-probability times its σ²; or "ratio-norm": times
+    # σ, and log-ratios whose mean is zero
     step_weighting: str = "equal"
     kl_coef: float = 0.0            # β, weight of the divergence from the pretrained model
 
@@ -70,6 +71,12 @@ class DDPO(Objective):
                 "timestep_fraction", f"{self.timestep_fraction} is not in (0, 1]",
                 "give the share of steps to train on"
             )
+
+    @property
+    def keeps_means(self) -> bool: return self.step_weighting == "ratio-norm" and not self.on_policy
+
+    def latents_kept(self, steps: int) -> int:
+        return super().latents_kept(steps) + (steps if self.keeps_means else 0)
 
     def per_sample(self, steps: int) -> int: return max(1, int(steps * self.timestep_fraction))
 
@@ -115,10 +122,11 @@ def loss(
 ) -> tuple:
     """What each transition costs under today's weights; its mean over transitions is minus the
     policy-gradient surrogate over T."""
-    i = examples["sample"]
+    i, k, means = examples["sample"], examples["step"], None
+    if self.keeps_means and getattr(trajectories, "means", None) is not None:
+        means = trajectories.means[i, k].to(trajectories.device)
     return self.cost(
-        policy, *trajectories.transitions(i, examples["step"]), trajectories.conditioning[i],
-        examples["advantage"]
+        policy, *trajectories.transitions(i, k), trajectories.conditioning[i], examples["advantage"], means
     )
 
 @patch
@@ -131,11 +139,13 @@ def cost(
     old: Tensor,        # its log-probability under the policy that sampled, (M,)
     conditioning,       # of M samples
     advantage: Tensor,  # (M,)
+    means: Tensor|None = None,  # what x_{t-1} was drawn around, (M, C, H, W): for "ratio-norm"
 ) -> tuple:             # as `loss`
-    "The loss of transitions that are given one by one."
+    "The loss of transitions that are given one by one; InputError if they come without means and need them."
     step = policy.step(x, t, conditioning, prev_sample=prev, guidance=self.guidance)
-    weight, new = step.std**2 if self.step_weighting == "variance" else 1, step.log_prob
-    ratio = torch.exp(weight * (new - old))
+    weight = {"equal": 1, "ratio-norm": step.std, "variance": step.std**2}[self.step_weighting]
+    new, lean = step.log_prob, self.lean(policy, step, means) if self.keeps_means else 0
+    ratio = torch.exp(weight * (new - old + lean))
     squared, n = 0.5 * (new - old)**2, x[0].numel() if policy.reduction == "mean" else 1
     clipped = ((ratio - 1).abs() > self.clip_range).float()
     figures = dict(ratio=ratio, approx_kl=squared, kl_step=n**2 * squared, clip_fraction=clipped)
@@ -144,6 +154,19 @@ def cost(
         kl = self.divergence(policy, step, x, t, conditioning)
         loss, figures = loss + self.kl_coef * weight * kl, figures | dict(kl_pretrained=kl)
     return loss, {k: v.detach() for k, v in figures.items()}
+
+# %% ../nbs/08_ddpo.ipynb #5c1e7a03
+@patch
+def lean(self: DDPO, policy, step, means) -> Tensor:
+    """How far below zero the log-ratios of the sampled actions lie on average, (M,): the divergence of
+    today's step from the one that sampled; reduced as the policy's log-probabilities."""
+    if means is None:
+        raise InputError(
+            "step_weighting", "'ratio-norm' needs the mean that each action was drawn around, and got none",
+            "take 'equal' or 'variance' with samples or a loss of your own"
+        )
+    return gaussian_kl(step.mean, means, step.std, policy.reduction)
+
 
 # %% ../nbs/08_ddpo.ipynb #4cfd53c2
 @objective("ddpo-sf", label="DDPO-SF", colour="#2a9d8f")

@@ -221,6 +221,7 @@ class Trajectories:
     metadata: list
     images: Tensor|None = None  # (N, 3, H, W) in [0, 1]
     uphill: Tensor|None = None  # the reward's gradient in x_0, (N, C, H, W), for what learns from it
+    means: Tensor|None = None   # of the Gaussians that acted, (N, T, C, H, W), for what asks for them
 
     def __len__(self): return len(self.latents)
 

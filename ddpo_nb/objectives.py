@@ -31,6 +31,7 @@ class Objective:
     # True: learns from the reward's gradient in x_0, which is found as pictures are painted; a reward that
     # has none is refused
     of_gradients = False
+    keeps_means = False    # True: asks for the means that were sampled from, beside the states
 
     @classmethod
     def config_settings(cls) -> dict:

@@ -495,7 +495,8 @@ def _micro_batch(c, numbers, dtype):
     if make_objective(c).of_gradients: kept = min(kept, 4)  # of more steps, one is as the other
     trajectories = Trajectories(
         _meta(2, kept, *view.latent_shape), _meta(steps, dtype=times), _meta(2, steps), None,
-        _conditioning(view, 2, dtype), [""] * 2, [{}] * 2, uphill=_meta(2, *view.latent_shape)
+        _conditioning(view, 2, dtype), [""] * 2, [{}] * 2, uphill=_meta(2, *view.latent_shape),
+        means=_meta(2, steps, *view.latent_shape)
     )
     return trajectories, dict(
         sample=index(m), step=index(m), timestep=_meta(m, dtype=times), advantage=_meta(m), weight=_meta(m),

@@ -70,7 +70,7 @@ def _write_state(self:Resumable, folder):
     if work and isinstance(work.trajectories, Trajectories):
         own["work"] = dict(
             latents=work.trajectories.latents, log_probs=work.trajectories.log_probs,
-            uphill=work.trajectories.uphill,
+            uphill=work.trajectories.uphill, means=work.trajectories.means,
             prompts=work.trajectories.prompts, advantages=work.advantages, row=_plain(work.row),
             done=work.done, count=work.count, **dict(zip(("totals", "norms"), work.numbers()))
         )
@@ -412,14 +412,15 @@ def _take_up(self:Resumable, folder, state, own):
 
 @patch
 def _resumed_work(
-    self:Resumable, latents, log_probs, prompts, advantages, totals, norms, uphill=None, **rest
+    self:Resumable, latents, log_probs, prompts, advantages, totals, norms, uphill=None, means=None, **rest
 ):
     """An epoch that a checkpoint was made in the middle of. Its images have been scored and shown, and
     are not needed any more."""
     p, keep = self.policy, "cpu" if self.config.offload_trajectories else self.accelerator.device
     t = Trajectories(
         latents.to(keep), p.timesteps, log_probs.to(p.device), p.stochastic, p.encode(prompts), prompts,
-        [{} for _ in prompts], uphill=None if uphill is None else uphill.to(keep)
+        [{} for _ in prompts], **{k: None if v is None else v.to(keep)
+                                  for k, v in dict(uphill=uphill, means=means).items()}
     )
     number = partial(torch.tensor, dtype=torch.double, device=p.device)
     return Work(

@@ -23,9 +23,10 @@ def sample_generator(
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 # %% ../nbs/03_rollout.ipynb #5536477f
-def _denoise(policy, x, generators, cond, states, on_step, scored):
-    """Fill `states` (n, T+1, C, H, W), from x_T on, or with the last ones if there is room for fewer; returns
-    the log-probabilities (n, T), or (n, 0) unless they are `scored`."""
+def _denoise(policy, x, generators, cond, states, on_step, scored, means=None):
+    """Fill `states` (n, T+1, C, H, W), from x_T on, or with the last ones if there is room for fewer, and
+    `means` (n, T, C, H, W) if given; returns the log-probabilities (n, T), or (n, 0) unless they are
+    `scored`."""
     first, scores = len(policy.timesteps) + 1 - states.shape[1], []
     if not first: states[:, 0] = x
     with getattr(policy, "steady", nullcontext)():
@@ -33,6 +34,7 @@ def _denoise(policy, x, generators, cond, states, on_step, scored):
             step = policy.step(x, t.expand(len(x)), cond, generator=generators)
             x = step.prev_sample
             if i >= first: states[:, i - first] = x
+            if means is not None: means[:, i - 1] = step.mean
             if scored: scores.append(step.log_prob)
             if on_step: on_step()
     return torch.stack(scores, 1) if scored else x.new_empty(len(x), 0)
@@ -68,6 +70,8 @@ def rollout(
     only_last: int = 0,
     # (x_0, prompts, metadata) of a batch -> its images; None: the policy's `decode`
     decode = None,
+    # keep the mean of each step's Gaussian too, in single precision
+    keep_means: bool = False,
 ) -> Trajectories:
     """Sample N trajectories with their log-probabilities, and decode the images. ValueError if the lists
     do not have one length."""
@@ -77,17 +81,24 @@ def rollout(
     _check_lists(prompts, generators, metadata, batch_size=batch_size, together=together)
     T, size = len(policy.timesteps), batch_size or n
     if not 0 <= only_last <= T + 1: raise ValueError(f"only_last must be 0 to {T + 1}, not {only_last}")
-    latents, log_probs, images, block = None, [], [], size * max(1, (together or size) // size)
+    latents, means, log_probs, images, block = None, None, [], [], size * max(1, (together or size) // size)
     for i in range(0, n, block):
         own, x = slice(i, i + block), policy.initial_latents(generators[i:i+block])
         like = lambda device: dict(dtype=x.dtype, device=device)
         room = lambda m, device: torch.empty(m, only_last or T + 1, *x.shape[1:], **like(device))
+        room_of_means = lambda m, device: torch.empty(m, T, *x.shape[1:], device=device)
         # once for all: pieces to be joined later would take the memory twice
-        if latents is None: latents = room(n, keep_on or x.device)
+        if latents is None:
+            latents = room(n, keep_on or x.device)
+            if keep_means: means = room_of_means(n, keep_on or x.device)
         states = room(len(x), x.device) if keep_on else latents[own]
+        own_means = None
+        if keep_means: own_means = room_of_means(len(x), x.device) if keep_on else means[own]
         cond = policy.encode(prompts[own])
-        log_probs.append(_denoise(policy, x, generators[own], cond, states, on_step, not only_last))
+        log_probs.append(
+            _denoise(policy, x, generators[own], cond, states, on_step, not only_last, own_means))
         if keep_on: latents[own] = states
+        if keep_on and keep_means: means[own] = own_means
         for j in range(i, min(i + block, n), size):
             about = prompts[j:j+size], metadata[j:j+size]
             pictures = (decode or (lambda x0, *_: policy.decode(x0)))(states[j-i:j-i+size, -1], *about)
@@ -95,5 +106,5 @@ def rollout(
             images.append(pictures.to(keep_on or pictures.device))
     return Trajectories(
         latents, policy.timesteps, torch.cat(log_probs), policy.stochastic, policy.encode(prompts), prompts,
-        metadata, torch.cat(images)
+        metadata, torch.cat(images), means=means
     )

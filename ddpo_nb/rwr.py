@@ -288,13 +288,16 @@ def denoising_error(
 def sample(self: TinyDiffusion, n: int, generator: torch.Generator) -> Trajectories:
     """`n` trajectories from one generator: `rollout` without its per-sample randomness, for n in the
     hundred thousands."""
-    states, scores = [torch.randn((n, *self.latent_shape), generator=generator, dtype=torch.float64)], []
+    states = [torch.randn((n, *self.latent_shape), generator=generator, dtype=torch.float64)]
+    means, scores = [], []
     for t in self.timesteps:
         s = self.step(states[-1], t.expand(n), generator=generator)
-        states.append(s.prev_sample); scores.append(s.log_prob)
+        states.append(s.prev_sample)
+        means.append(s.mean)
+        scores.append(s.log_prob)
     return Trajectories(
         torch.stack(states, 1), self.timesteps, torch.stack(scores, 1), self.stochastic,
-        self.encode([""] * n), [""] * n, [{}] * n, states[-1]
+        self.encode([""] * n), [""] * n, [{}] * n, states[-1], means=torch.stack(means, 1)
     )
 
 # %% ../nbs/07_rwr.ipynb #3f002df5

@@ -516,7 +516,7 @@ def sample(self:DDPOTrainer, on_batch=None, decode=None):
         return rollout(
             self.policy, prompts, generators, metadata, c.sample_batch_size, on_step, on_decoded,
             "cpu" if c.offload_trajectories else None, together,
-            self.objective.states_kept(c.sample_num_steps), decode
+            self.objective.states_kept(c.sample_num_steps), decode, self.objective.keeps_means
         )
 
 # %% ../nbs/09_trainer.ipynb #04fad1a3

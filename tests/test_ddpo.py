@@ -74,6 +74,44 @@ def test_an_unknown_step_weighting_is_named(cls):
 
 def test_only_the_score_function_is_on_policy(): assert DDPOSF().on_policy and not DDPO().on_policy
 
+# ---- log-ratios that do not lean (GRPO-Guard) ----
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@few
+@given(st.floats(-0.3, 0.3), st.floats(-0.3, 0.3), st.integers(0, 2**16))
+def test_the_normalised_log_ratio_is_the_noise_along_the_way_that_the_mean_went(reduction, m, s, seed):
+    old = TinyDiffusion([0.2, -0.3], [0.7, 0.5], num_steps=6, reduction=reduction)
+    new = TinyDiffusion([0.2 + m, -0.3], [0.7, 0.5 * math.exp(s)], num_steps=6, reduction=reduction)
+    batch, objective = old.sample(8, gen(seed)), DDPO(step_weighting="ratio-norm")
+    ex = objective.examples(new, batch, torch.ones(8), gen())
+    i, k = ex["sample"], ex["step"]
+    with torch.no_grad():
+        ratio = objective.loss(new, batch, ex)[1]["ratio"]
+        x, t, prev, _ = batch.transitions(i, k)
+        was, now = old.step(x, t, prev_sample=prev), new.step(x, t, prev_sample=prev)
+    noise = (prev - was.mean) / was.std[:, None]
+    along = (noise * (now.mean - was.mean)).sum(1) / (2 if reduction == "mean" else 1)
+    torch.testing.assert_close(ratio.log(), along, rtol=1e-6, atol=1e-9)
+
+def test_the_plain_log_ratio_leans_and_the_normalised_one_does_not():
+    old, new = (TinyDiffusion([m, -0.3], [0.7, 0.5], num_steps=6) for m in (0.2, 0.4))
+    batch, z = old.sample(20_000, gen()), {}
+    for weighting in ("equal", "ratio-norm"):
+        objective = DDPO(step_weighting=weighting)
+        ex = objective.examples(new, batch, torch.ones(20_000), gen())
+        with torch.no_grad(): log = objective.loss(new, batch, ex)[1]["ratio"].log()
+        z[weighting] = (log.mean() / log.std() * len(log)**0.5).item()
+    assert z["equal"] < -10 and abs(z["ratio-norm"]) < 4
+
+def test_means_that_are_not_there_are_asked_for():
+    policy = TinyDiffusion([0.2, -0.3], [0.7, 0.5], num_steps=6)
+    batch, objective = policy.sample(4, gen()), DDPO(step_weighting="ratio-norm")
+    batch.means = None
+    ex = objective.examples(policy, batch, torch.ones(4), gen())
+    with pytest.raises(InputError, match="^step_weighting: 'ratio-norm' needs the mean"):
+        objective.loss(policy, batch, ex)
+    DDPOSF(step_weighting="ratio-norm").loss(policy, batch, ex)  # has no ratio, and needs none
+
 # ---- examples ----
 
 @pytest.fixture(scope="module")

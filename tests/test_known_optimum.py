@@ -86,12 +86,13 @@ def test_ddpo_error_shrinks_as_one_over_root_n(policy, exact, objective):
     # 16 times the samples: 4 times less, within the noise of 40 repeats
     assert 3 < rms(200) / rms(3_200) < 5.3
 
+@pytest.mark.parametrize("weighting,power", [("variance", 2), ("ratio-norm", 1)])
 @pytest.mark.parametrize("cls", [DDPOSF, DDPO])
-def test_weighing_steps_by_their_variance_weighs_the_exact_gradient_through_each(policy, cls):
+def test_weighing_steps_weighs_the_exact_gradient_through_each(policy, cls, weighting, power):
     """E[r] with only step t by the policy is E[r] as a function of that step's weights: its gradient,
-    times σ_t², summed over t."""
+    times a power of σ_t, summed over t."""
     fixed, g = make(), gen(8)
-    weights = step_std(policy.scheduler, policy.timesteps, 1.0)**2
+    weights = step_std(policy.scheduler, policy.timesteps, 1.0)**power
     target = flat_grad(
         sum(
             w * expected_reward([policy if k == t else fixed for k in range(T)])
@@ -99,7 +100,7 @@ def test_weighing_steps_by_their_variance_weighs_the_exact_gradient_through_each
         ),
         policy,
     )
-    objective = cls(adv_clip_max=math.inf, clip_range=math.inf, step_weighting="variance")
+    objective = cls(adv_clip_max=math.inf, clip_range=math.inf, step_weighting=weighting)
     estimates = torch.stack([estimate(policy, objective, 4_000, g) for _ in range(40)])
     assert z_scores(estimates, target).abs().max() < 4
     # another direction, not only another length

@@ -61,8 +61,12 @@ def test_trap_7_stopped_anywhere_and_resumed_is_the_same_run(device, exact, tmp_
     assert metrics(tmp_path/"cut") == metrics(tmp_path/"whole")
     assert torch.equal(weights(t), weights(whole))
 
-def test_stopped_and_resumed_with_several_samples_of_a_prompt(tmp_path):
-    kw = dict(baseline="leave-one-out", samples_per_prompt=4, per_prompt_stat_tracking=False, num_epochs=2)
+@pytest.mark.parametrize("weighting", ["equal", "ratio-norm"])  # the second keeps more than states
+def test_stopped_and_resumed_with_several_samples_of_a_prompt(tmp_path, weighting):
+    kw = dict(
+        baseline="leave-one-out", samples_per_prompt=4, per_prompt_stat_tracking=False, num_epochs=2,
+        step_weighting=weighting, train_num_inner_epochs=2
+    )
     whole = trainer(tmp_path/"whole", **kw)
     places = stop_after(whole, -1)
     whole.train(progress=False)

@@ -106,6 +106,17 @@ def test_log_probs_are_those_of_the_noise(policy, trajectories):
         want = -z.square().flatten(1).mean(1)/2 - std.log() - .5*np.log(2*np.pi)
         torch.testing.assert_close(trajectories.log_probs[i].double(), want, atol=1e-4, rtol=0)
 
+@pytest.mark.parametrize("kwargs", [{}, dict(keep_on="cpu"), dict(batch_size=2, together=4)])
+def test_means_are_kept_for_those_who_ask(policy, trajectories, kwargs):
+    "An action is its mean, and σ times the noise that its sample's generator gave"
+    from ddpo_nb.mdp import step_std
+    t = rollout(policy, PROMPTS, generators(), keep_means=True, **kwargs)
+    assert trajectories.means is None and t.means.dtype == torch.float32
+    std = step_std(policy.scheduler, policy.timesteps, policy.eta).reshape(-1, 1, 1, 1)
+    for i, g in enumerate(generators()):
+        z = torch.stack([torch.randn(1, 8, 8, 8, generator=g)[0] for _ in range(7)])[1:]
+        torch.testing.assert_close(t.means[i] + std * z, t.latents[i, 1:], atol=1e-5, rtol=0)
+
 def test_metadata_travels(policy):
     meta = [{"n": 1}, {"n": 2}]
     assert rollout(policy, ["cat", "dog"], generators(2), meta).metadata == meta
