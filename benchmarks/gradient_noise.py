@@ -5,8 +5,8 @@ that its epoch would begin with, and how far these agree.
 
 Of K gradients g = signal + noise, the mean inner product of two different ones is the squared length of the
 signal, without bias (it may come out negative), and what is left of the mean squared length is the noise's.
-The share printed is signal / noise: its inverse is the number of batches after which both are of one size. The
-error is the jackknife's, over batches. Nothing is updated, so all that is asked is where training begins.
+The share printed is signal / noise: its inverse is the number of batches after which both are of one size.
+Its error is the jackknife's, over batches. Nothing is updated, so what is asked is how training begins.
 """
 import argparse
 import json

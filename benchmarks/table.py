@@ -63,6 +63,7 @@ STARTS = {  # the default learning rates of November 2026, before any search by 
     "emoji-sd": {"rwr": 3e-3, "rwr-sparse": 1e-3, "ddpo-sf": 1e-3, "ddpo-is": 3e-3, "leave-one-out": 3e-3,
                  "flow-grpo": 3e-3, "nft": 1e-2, "draft": 1e-2},
     "emoji-sd3": dict.fromkeys(METHODS, 1e-3)}
+NEW = (("base", "new to fine-tuning"), ("neither", "new to the model"))
 LABELS = {m: get_objective(algorithm).label for m, (algorithm, _) in METHODS.items()}
 LABELS["leave-one-out"] += ", leave-one-out"
 COLOURS = {m: get_objective(algorithm).colour for m, (algorithm, _) in METHODS.items()}
@@ -108,16 +109,16 @@ def verdicts_of(weights, settings, each, seed=0):
     return dict(verdicts=listed(verdicts), sharpness=sharp, variety=variety)
 
 def train(task, method, seed, folder, rate, changes=None, times=1):
-    """Train on `times` the task's queries and examine, and write `row.json`; a run that was stopped goes on, a
-    finished one is left alone."""
+    """Train on `times` the task's queries and examine, and write `row.json`; a run that was stopped goes on,
+    a finished one is left alone."""
     name = ",".join([f"{method}-{seed}-{rate:.2g}"] + [f"{k}={v}" for k, v in (changes or {}).items()]
                     + [f"times={times}"] * (times != 1))
     place, t = folder / task / name, TASKS[task]
     if (place / "row.json").exists(): return json.loads((place / "row.json").read_text())
     reward, algorithm, own = settings_of(task, method, rate)
-    own = own | (changes or {})
+    own, queries = own | (changes or {}), t["queries"] * times // (2 if seed == SEARCH_SEED else 1)
     c = compare(
-        reward, [algorithm], t["queries"] * times // (2 if seed == SEARCH_SEED else 1), [seed], model=t["model"],
+        reward, [algorithm], queries, [seed], model=t["model"],
         prompts=t["prompts"], output=place / "comparison", overrides={algorithm: own}, progress=False
     )
     base, found = c.evaluations[BASE, seed], c.evaluations[algorithm, seed]
@@ -271,10 +272,11 @@ def table_of(results, task):
             verdicts = [o["scenes"]["verdicts"] for o in runs]
             for who in ("reader", "examiner"):
                 row[f"right ({who}), %"] = figure_of([right(v, who) for v in verdicts], False, 100, 1)
-            for to, label in (("base", "new to fine-tuning"), ("neither", "new to the model")):
+            for to, label in NEW:
                 row[f"{label} (reader), %"] = figure_of(
                     [right(v, "reader", to) for v in verdicts], False, 100, 1
                 )
+            row["sharpness"] = figure_of([o["scenes"]["sharpness"] for o in runs], False, places=4)
         if runs[0]["reward"] == TASKS[task]["reward"]:
             row |= {"gain": figure_of(map(gain, runs)), "held-out gain": figure_of(map(held_out, runs))}
         else: row |= {"gain": "", "held-out gain": ""}
@@ -310,13 +312,31 @@ def pairs_of(results, task):
 def base_line(results):
     "What the untouched Emoji SD3 gets right, in a sentence."
     if not (results / "scenes-base.json").exists(): return ""
-    verdicts = json.loads((results / "scenes-base.json").read_text())["verdicts"]
+    about = json.loads((results / "scenes-base.json").read_text())
+    verdicts = about["verdicts"]
     said = [
         f"{right(verdicts, who):.1%} by the {who}" for who in ("reader", "examiner") if right(verdicts, who)
     ]
     kept = [f"{right(verdicts, 'reader', to):.1%} of {what}" for to, what in
             (("base", "combinations new to fine-tuning"), ("neither", "those new to the model"))]
-    return f"The untouched model: {', '.join(said)}; {', '.join(kept)}."
+    sharp = f"sharpness {about['sharpness']:.4f}"
+    return f"The untouched model: {', '.join(said)}; {', '.join(kept)}; {sharp}."
+
+def longer_table(results):
+    """Emoji SD3: runs that went on for several times the queries, each below the usual one with its seed and
+    rate."""
+    rows, found = [o for o in rows_of(results, "scenes") if not o["changes"]], []
+    for long in (o for o in rows if o.get("times", 1) != 1):
+        same = [o for o in rows if all(o[k] == long[k] for k in ("method", "seed", "rate"))]
+        for row in sorted(same, key=lambda o: o["queries"]):
+            verdicts = row["scenes"]["verdicts"]
+            share = lambda who, to="both": f"{right(verdicts, who, to):.1%}"
+            found.append({
+                "": LABELS[row["method"]], "seed": row["seed"], "queries": f"{row['queries']:,}",
+                "right (reader)": share("reader"), "right (examiner)": share("examiner")}
+                | {f"{label} (examiner)": share("examiner", to) for to, label in NEW}
+                | {"sharpness": f"{row['scenes']['sharpness']:.4f}", "variety": f"{variety(row):.0%}"})
+    return Table(found)
 
 def pieces_of(results):
     "factor -> value -> gains, one per seed; the best setting's own runs stand for the value that it has."
@@ -381,6 +401,8 @@ def markdown(results):
         parts.append(table.markdown())
         if budget: parts.append(f"Equal seconds: {budget:.0f} of training each.")
         if task == "scenes": parts += ["By kind of prompt, %:", kinds_of(results).markdown()]
+        if task == "scenes" and (longer := longer_table(results)):
+            parts += ["And if one goes on:", longer.markdown()]
         if pairs := pairs_of(results, task): parts += ["Who is ahead:", pairs.markdown()]
         if trials := searched(results, task): parts += ["Trials, by learning rate:", trials.markdown()]
     if pieces := pieces_table(results):
@@ -440,7 +462,9 @@ def main():
             one.add_argument(
                 "--rate", type=float, help="times the default learning rate; default: what the search found"
             )
-            one.add_argument("--times", type=int, default=1, help="so many times the task's queries; default: 1")
+            one.add_argument(
+                "--times", type=int, default=1, help="so many times the task's queries; default: 1"
+            )
     one = commands.add_parser("vary", parents=[common])
     one.add_argument("factor", choices=list(FACTORS))
     one.add_argument("seed", type=int)

@@ -93,6 +93,17 @@ def test_scenes_are_ranked_by_what_is_wholly_right_in_each_readers_eyes(tmp_path
     table.plot(folder, "scenes")
     assert (folder / "scenes.png").stat().st_size > 5000
 
+def test_a_run_that_went_on_is_shown_below_its_own_beginning_and_nowhere_else(tmp_path):
+    rows = [row("nft", s, 0.1, task="scenes", right=0.8) for s in (0, 1)]
+    rows.append(row("nft", 0, 0.1, task="scenes", right=0.5, times=4, queries=4096))
+    folder = written(tmp_path, rows)
+    (line,), _ = table.table_of(folder, "scenes")
+    assert line["seeds"] == 2 and line["right (reader), %"].startswith("80.0")
+    short, long = table.longer_table(folder)
+    assert (short["queries"], short["right (reader)"]) == ("1,024", "80.0%")
+    assert (long["queries"], long["right (reader)"], long["right (examiner)"]) == ("4,096", "50.0%", "40.0%")
+    assert "And if one goes on" in table.markdown(folder)
+
 def test_the_pieces_are_told_from_the_reported_runs(tmp_path):
     varied = [row("leave-one-out", s, g, changes=change) for s in (0, 1) for change, g in
               ((dict(train_cfg=False), 0.1), (dict(kl_coef=1.0), 0.0))]
