@@ -19,6 +19,7 @@ from nbdev.doclinks import nbglob
 from nbdev.processors import (FilterDefaults, ai_magics, clean_magics, filter_stream_, hide_, hide_line,
                               populate_language, rm_header_dash, strip_hidden_metadata)
 from nbdev.process import NBProcessor
+from ddpo_nb.notebooks import course_parts
 
 root = Path(__file__).resolve().parents[1]
 config = get_config(root, also_settings=True)
@@ -170,17 +171,11 @@ def title_of(page: str) -> tuple:
     first = lessons()[page].cells[0].source
     return tuple(re.search(rf"^{mark} (.+)$", first, re.M)[1].strip() for mark in "#>")
 
-_row = re.compile(r"^\| *(\**)\[[^\]]*\]\(([\w/]+)\.ipynb\)\1 *\|(.+)\|$")
-
 @cache
 def course() -> dict:
     "Heading → pages, as the index notebook's tables have them; what no table names comes under the first"
-    parts, heading = {}, ""
     text = "\n".join(o.source for o in lessons()["index"].cells if o.cell_type == "markdown")
-    for line in text.splitlines():
-        if m := re.match(r"#+ (.+)", line): heading = m[1].strip()
-        if (m := _row.match(line)) and not any(m[2] in part for part in parts.values()):
-            parts.setdefault(heading, []).append(m[2])
+    parts = {heading: [*pages] for heading, pages in course_parts(text).items()}
     listed = {"index", *(o for part in parts.values() for o in part)}
     missing = [o for o in lessons() if o not in listed]
     if missing: parts = {"Around the course": missing} | parts
@@ -190,19 +185,28 @@ def toctree(caption: str, pages: list) -> str:
     "A list of pages for the side bar"
     return "\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", "", *pages, "```"])
 
+def row_of(line: str) -> tuple:
+    "(notebook, the other cells) of a row of a table of notebooks; None, None of any other line"
+    for pages in course_parts(line).values():
+        for page, said in pages.items(): return page, said
+    return None, None
+
 def as_list(md: str) -> str:
-    "Tables of notebooks as lists, which a phone can show: each with its title and what its row says"
-    lines, inside = [], False
+    """Tables of notebooks as lists, which a phone can show: each with its title and what its row says, from
+    the third column on after the column's name"""
+    lines, heads = [], None
     for line in md.splitlines():
-        if m := _row.match(line):
-            if not inside:
-                del lines[-2:]  # the head, whose words a list does not need
-                lines.append("")
-            said = " · ".join(o.strip() for o in m[3].split("|") if o.strip())
-            name = f"{m[2].rpartition('/')[2]}: {title_of(m[2])[0]}"
-            lines.append(f"- **[{name}]({m[2]}.ipynb)** {said}")
-        else: lines.append(line)
-        inside = bool(m)
+        page, said = row_of(line)
+        if not page:
+            lines.append(line)
+            heads = None
+            continue
+        if heads is None:
+            heads = [o.strip() for o in lines[-2].split("|")[3:-1]]
+            lines[-2:] = [""]
+        more = [f"{head} {o}".strip() for head, o in zip(heads, said[1:]) if o]
+        name = f"{page.rpartition('/')[2]}: {title_of(page)[0]}"
+        lines.append(f"- **[{name}]({page}.ipynb)** {' · '.join([said[0], *more])}")
     return "\n".join(lines)
 
 def overviews() -> list:
@@ -221,7 +225,7 @@ def course_picture() -> list:
 
 def landing(nb):
     "The index notebook with the course before everything else, and the side bar's lists"
-    table = max(nb.cells, key=lambda o: sum(map(bool, map(_row.match, o.source.splitlines()))))
+    table = max(nb.cells, key=lambda o: sum(map(len, course_parts(o.source).values())))
     nb.cells.remove(table)
     table.source = as_list(table.source).replace("<details>", "<details open>")  # the README folds them
     parts = course()
@@ -230,8 +234,8 @@ def landing(nb):
     links += [f"[{title_of(o)[0]}]({o}.ipynb)" for o in overviews()]
     links += ["[All modules](api/index.md)", f"[Source]({repository.partition('/blob/')[0]})"]
     nb.cells[1:1] = [mk_cell(" · ".join(links), "markdown"), *course_picture(), table]
-    trees = [toctree(k, v) for k, v in parts.items()] + [toctree("Reference", ["api/index"])]
-    nb.cells.append(mk_cell("\n\n".join(trees), "markdown"))
+    parts = parts | {"Reference": [*parts.get("Reference", []), "api/index"]}
+    nb.cells.append(mk_cell("\n\n".join(toctree(*o) for o in parts.items()), "markdown"))
 
 def doors(page: str) -> str:
     "Where else this page can be read: on Colab, on GitHub, and as a module"

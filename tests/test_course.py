@@ -1,5 +1,6 @@
-"""The course's first pages: the map knows every algorithm, words are used where the glossary says, and the
-functions that formulas point to exist, in the notebook that is named beside them."""
+"""The course's first pages: lessons and appendix are told apart everywhere as in the index, the map knows
+every algorithm, words are used where the glossary says, and the functions that formulas point to exist, in
+the notebook that is named beside them."""
 import ast
 import json
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ddpo_nb.advantages import BASELINES
+from ddpo_nb.notebooks import course_files, course_parts
 from ddpo_nb.objectives import get_objective, objective_modules
 
 root = Path(__file__).resolve().parents[1]
@@ -32,6 +34,45 @@ def methods() -> dict:
         for node in ast.parse("" if "%pip" in source else source).body:
             if isinstance(node, ast.Assign) and node.targets[0].id == "METHODS":
                 return {key.value: value.elts for key, value in zip(node.value.keys, node.value.values)}
+
+# Lessons and appendix: the index says which is which
+
+PARTS = course_parts(text("index"))
+APPENDIX = {name: row[1] for name, row in PARTS["Appendix"].items()}  # -> after which lesson, and when
+linked = lambda md: re.findall(r"\]\(([\w/]+)\.ipynb\)", md)
+
+def test_every_notebook_has_one_place():
+    assert [*PARTS] == ["Lessons", "Tutorials", "Reference", "Appendix"]
+    listed = [o for part in PARTS.values() for o in part]
+    there = [o.removesuffix(".ipynb") for o in course_files(root/"nbs") if o.endswith(".ipynb")]
+    assert sorted(listed) == [o for o in there if o != "index"]
+    assert all([*part] == sorted(part) for part in PARTS.values())  # the order of reading
+    assert all(o[0].isdigit() for name in ("Lessons", "Appendix") for o in PARTS[name])
+
+@pytest.mark.parametrize("name", APPENDIX)
+def test_a_page_of_the_appendix_says_so_first(name):
+    "In the index's words: after which lesson, and when"
+    assert re.fullmatch(r"\[[\w ]+\]\(\w+\.ipynb\), when .+[^.]", APPENDIX[name])
+    assert linked(APPENDIX[name])[0] in PARTS["Lessons"]
+    title, subtitle, first, *_ = cells(name, "markdown")[0].split("\n\n")
+    assert first == f"*Appendix: look in here after {APPENDIX[name]}.*"
+
+@pytest.mark.parametrize("name", [o for part in PARTS if part != "Appendix" for o in PARTS[part]])
+def test_no_other_page_calls_itself_an_appendix(name):
+    assert "ppendix" not in cells(name, "markdown")[0] and "plumbing" not in cells(name, "markdown")[0]
+
+def test_the_course_page_tells_them_apart():
+    found = text("course").partition("### All of them, in order")[2].partition("\n## ")[0]
+    lessons, appendix = (linked(o) for o in found.partition("The tutorials")[::2])
+    assert lessons == [*PARTS["Lessons"]]
+    lines = [linked(o) for o in found.splitlines() if o.startswith("- after ")]
+    told = {page: lesson for lesson, *pages in lines for page in pages}
+    assert told == {name: linked(where)[0] for name, where in APPENDIX.items()}
+    assert {*appendix} == {*told, *told.values(), "index"} and len(appendix) == 1 + len(told) + len(lines)
+
+def test_rows_are_read_as_they_stand():
+    assert course_parts("## A\n| x | |\n|---|---|\n| [a](t/a.ipynb) | b [c](c.ipynb) | d |\n| [e](e.py) | |"
+                        "\n### B ###") == {"A": {"t/a": ["b [c](c.ipynb)", "d"]}}
 
 # The map
 

@@ -104,6 +104,19 @@ def test_every_notebook_and_module_has_a_page_in_the_side_bar(site):
     modules = {o.stem for o in Path(ddpo_nb.__file__).parent.glob("[!_]*.py")}
     assert modules and {f"api/{o}.html" for o in modules} <= listed
 
+def test_the_side_bar_tells_lessons_from_the_appendix(site):
+    "Under the headings of the index, and in its order"
+    from ddpo_nb.notebooks import course_parts
+    cells = json.loads((root/"nbs/index.ipynb").read_text(encoding="utf-8"))["cells"]
+    parts = course_parts("\n".join("".join(o["source"]) for o in cells if o["cell_type"] == "markdown"))
+    bar = (site/"index.html").read_text(encoding="utf-8").partition('class="sidebar-tree"')[2]
+    captions = re.split(r'<span class="caption-text">([^<]+)</span>', bar.partition("</aside>")[0])[1:]
+    listed = {k: re.findall(r'href="([^"#]+)\.html"', v) for k, v in zip(captions[::2], captions[1::2])}
+    assert [*listed] == [*parts] and len(parts) == 4
+    reference = [*parts.pop("Reference"), "api/index"]  # under which all modules follow
+    assert listed.pop("Reference")[:len(reference)] == reference
+    assert listed == {k: [*v] for k, v in parts.items()}
+
 def test_the_landing_page_begins_with_the_course(site):
     page = (site/"index.html").read_text(encoding="utf-8")
     page = page[page.index("<article"):page.index("</article>")]
