@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from ddpo_nb.notebooks import course_parts
+
 root = Path(__file__).resolve().parents[1]
 NAMES = sorted(
     o.relative_to(root/"nbs").with_suffix("").as_posix()
@@ -36,11 +38,8 @@ def test_the_comparison_that_comes_with_the_package():
 
 # Exercises
 
-LESSONS = [
-    "00_0_whole_game", "00_likelihood", "01_mdp", "01a_flow", "02_policy", "02a_sd", "03_rollout",
-    "06_advantages", "07_rwr", "08_ddpo", "08b_nft", "08c_direct", "10_compare", "tutorials/a100",
-    "tutorials/overoptimisation", "tutorials/performance",
-]
+PARTS = course_parts(prose("index"))
+LESSONS = [*PARTS["Lessons"], *PARTS["Tutorials"]]
 
 def exercise(name):
     "Stub, check and answer of a lesson's exercise, and the module that it makes, None if it makes none"
