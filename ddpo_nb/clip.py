@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from fastcore.basics import patch
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer
+# from where it is defined: transformers 5.15, for one, exports it only to those who have torchvision
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from .loading import BUNDLED, EMOJI_SD, warn_cut, _no_bars, _one_line
 from .prompts import InputError
 from .rewards import to_uint8

@@ -6,7 +6,7 @@
 __all__ = ['with_still', 'with_sliders', 'attempt']
 
 # %% ../nbs/00a_lessons.ipynb #dad4128d
-import base64, io
+import base64, io, sys
 from collections.abc import Callable
 
 # %% ../nbs/00a_lessons.ipynb #f8bfdacf
@@ -14,13 +14,23 @@ def with_still(
     widget,         # an ipywidget
     png: Callable,  # () -> what it looks like, as a PNG file; b"" for nothing yet
 ):                  # the same widget
-    "A widget that is a picture where no kernel is live, GitHub for one."
-    bundle = widget._repr_mimebundle_
+    "A widget that is a picture where no kernel is live, GitHub for one; in Colab one is, always."
+    bundle = getattr(widget, "_repr_mimebundle_", lambda **_: _bundle_of_7(widget))
     def both(**kwargs):
-        still = png()
+        still = png() if "google.colab" not in sys.modules else b""
         return {**bundle(**kwargs), **({"image/png": base64.b64encode(still).decode()} if still else {})}
     widget._repr_mimebundle_ = both
+    # ipywidgets 7 sends itself, and is asked first
+    if hasattr(widget, "_ipython_display_"): widget._ipython_display_ = lambda **_: _send(both())
     return widget
+
+def _bundle_of_7(widget):
+    view = dict(version_major=2, version_minor=0, model_id=widget.model_id)
+    return {"text/plain": repr(widget), "application/vnd.jupyter.widget-view+json": view}
+
+def _send(bundle):
+    from IPython.display import display
+    display(bundle, raw=True)
 
 # %% ../nbs/00a_lessons.ipynb #ec914fdc
 def _png(fig) -> bytes:

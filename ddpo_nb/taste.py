@@ -425,16 +425,26 @@ def _enlarged(image, size=192):
     ).save(out := io.BytesIO(), "PNG")
     return out.getvalue()
 
+def _ranked(mean, most, groups=None):
+    "Indices of the best and of the worst pictures, up to `most`: of all, or as many of each group."
+    order = np.argsort(-_float64(mean), kind="stable")
+    if groups is None: groups = np.zeros(len(order))
+    kinds = [order[np.asarray(groups)[order] == o] for o in np.unique(groups)[:most]]
+    each = most // len(kinds)
+    return np.concatenate([o[:each] for o in kinds]), np.concatenate([o[::-1][:each] for o in kinds])
+
 def draw_ranking(
     images: torch.Tensor, # (N, 3, H, W) in [0, 1]
     mean,                 # utilities (N,)
     std,                  # and how uncertain they are
     most: int = 8,        # in a row
+    groups = None,        # (N,) what each picture belongs to, such as its prompt: the best and worst of each
 ) -> bytes:               # a PNG file
     "The best pictures in one row and the worst in another, with utility ± standard deviation."
-    n, order, size = min(most, len(images)), np.argsort(-_float64(mean), kind="stable"), images.shape[-1]
+    best, worst = _ranked(mean, most, groups)
+    n, size = len(best), images.shape[-1]
     fig = Figure(figsize=(.95 * n + .5, 2.5))
-    for k, (row, name) in enumerate(((order[:n], "best"), (order[::-1][:n], "worst"))):
+    for k, (row, name) in enumerate(((best, "best"), (worst, "worst"))):
         # placed by hand: a layout engine takes longer than the rest
         ax = fig.add_axes((.5 / (.95 * n + .5), .58 - .5 * k, .95 * n / (.95 * n + .5), .4))
         ax.imshow(np.concatenate([*to_uint8(images[row.tolist()])], 1), interpolation="nearest")
@@ -475,7 +485,11 @@ class TasteWidget(TasteSession):
         write(fig.suptitle, self.status(), 200, 60, fontsize=9)
         return _png(fig)
 
-    def ranking(self) -> bytes: return draw_ranking(self.pool.images, *self.head.utility(self.u))
+    def ranking(self) -> bytes:
+        "The best and worst so far; where pairs are of one prompt, each against its prompt's mean. A PNG file."
+        if self.groups is None: return draw_ranking(self.pool.images, *self.head.utility(self.u))
+        usual = np.stack([self.u[self.groups == o].mean(0) for o in np.unique(self.groups)])[self.groups]
+        return draw_ranking(self.pool.images, *self.head.gap(self.u, usual), groups=self.groups)
 
 # %% ../nbs/09b_taste.ipynb #df0a2e73
 # Keys are for whoever has clicked into the widget. They are the page's, so a few lines of its own language:

@@ -115,6 +115,10 @@ def keep_readable(cell):
     cell["outputs"] = [o for o in cell.outputs if not bar(o)]
     for out in cell.outputs:
         if "text" in out: out["text"] = _terminal.sub("", "".join(out["text"]))
+    said = [o.get("text") or "".join(o.get("data", {}).get("text/plain", "")) for o in cell.outputs]
+    if any(said) and all("\n" not in o.strip() for o in said):  # a sentence, say, and no table
+        cell.metadata["tags"] = [*cell.metadata.get("tags", []), "one-line"]
+    for out in cell.outputs:
         if _live not in out.get("data", {}): continue
         del out["data"][_live]
         if any(re.match("image/|text/html|text/markdown", o) for o in out["data"]):
@@ -206,7 +210,7 @@ def as_list(md: str) -> str:
             lines[-2:] = [""]
         more = [f"{head} {o}".strip() for head, o in zip(heads, said[1:]) if o]
         name = f"{page.rpartition('/')[2]}: {title_of(page)[0]}"
-        lines.append(f"- **[{name}]({page}.ipynb)** {' · '.join([said[0], *more])}")
+        lines += [f"- **[{name}]({page}.ipynb)**\\", f"  {' · '.join([said[0], *more])}"]
     return "\n".join(lines)
 
 def overviews() -> list:

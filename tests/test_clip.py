@@ -327,3 +327,12 @@ def test_an_embedder_says_it_too():
     assert e.texts(["a bear", "a cat"]).shape[0] == 2
     with pytest.warns(UserWarning, match="^1 of 2 prompts are longer"): e.texts(["a bear", LONG])
     e.texts([LONG])
+
+def test_no_module_asks_transformers_for_what_it_hides_without_torchvision():
+    "transformers 5.15 (Colab's) exports AutoImageProcessor only beside torchvision; its own module does not"
+    from pathlib import Path
+    import ddpo_nb
+    for file in sorted(Path(ddpo_nb.__file__).parent.glob("*.py")):
+        found = [o for o in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+                 if isinstance(o, ast.ImportFrom) and o.module == "transformers"]
+        assert "AutoImageProcessor" not in {a.name for o in found for a in o.names}, file.name

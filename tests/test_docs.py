@@ -194,6 +194,14 @@ def test_widgets_and_terminal_codes(pages):
     assert picture["data"] == {"image/png": "x"}
     assert plain["data"] == {"text/plain": "100 %"} and stream["text"] == "red"
 
+def test_a_sentence_is_told_from_a_table(pages):
+    "What is printed in one line may be broken, what is aligned in several may not"
+    printed = lambda text: code_cell("p", dict(output_type="stream", name="stdout", text=[text]))
+    sentence, table, silent = processed(
+        pages, printed("It rose from 0.58 to 0.80.\n"), printed("a  1\nb  2\n"), "x = 1")
+    assert sentence.metadata["tags"] == ["one-line"]
+    assert "tags" not in table.metadata and "tags" not in silent.metadata
+
 def test_names_become_links_where_they_mean_one_thing(pages):
     link = lambda name, full: f"{{py:obj}}`{name} <{full}>`"
     step = link("ddim_step", "ddpo_nb.mdp.ddim_step")
@@ -220,7 +228,7 @@ def test_a_notebook_that_no_table_names_is_not_lost(pages, monkeypatch):
     assert pages.course() == {"Around the course": ["course"], "Lessons": ["07_rwr"]}
     pages.course.cache_clear()
     table = pages.as_list(index.cells[0].source)
-    assert table.endswith("- **[07_rwr: T](07_rwr.ipynb)** x") and "|" not in table.partition("Lessons")[2]
+    assert table.endswith("- **[07_rwr: T](07_rwr.ipynb)**\\\n  x") and "|" not in table.partition("Lessons")[2]
 
 # In a browser
 
@@ -269,6 +277,10 @@ def test_pages_fit_their_window_and_formulas_are_seen(tab, address):
         assert drawn >= wanted and not wrong, name
         formulas += drawn
         assert tab.evaluate("document.documentElement.scrollWidth") <= width, name
+        # whoever writes within 110 characters, and prints a sentence, is read without scrolling
+        cut = "[...document.querySelectorAll('{}')].filter(o => o.scrollWidth > o.clientWidth + 1).length"
+        assert not tab.evaluate(cut.format(".tag_one-line .cell_output pre")), name
+        if width > 1000: assert not tab.evaluate(cut.format(".cell_input pre")), name
         assert tab.evaluate("[...document.images].every(o => o.complete && o.naturalWidth)"), name
     assert formulas > 80
 

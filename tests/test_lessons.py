@@ -2,6 +2,7 @@
 import importlib
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,23 @@ def test_sliders_redraw_and_stand_still():
     now = base64.b64decode(view._repr_mimebundle_()["image/png"])
     assert drawn == [2, 3] and now == view.children[-1].value and now.startswith(b"\x89PNG")
     assert "image/png" not in with_still(ipywidgets.HTML(), lambda: b"")._repr_mimebundle_()
+
+def test_a_widget_of_ipywidgets_7_is_sent_with_its_picture(monkeypatch):
+    "It has no bundle to add to, but shows itself; in Colab, which has it, the page is live: no picture"
+    from ddpo_nb.lessons import with_still
+    sent, still = [], ["image/png", "text/plain", WIDGET]
+    monkeypatch.setattr("IPython.display.display", lambda bundle, raw: sent.append((bundle, raw)))
+    class Widget:
+        model_id = "abc"
+        def __repr__(self): return "Widget()"
+        def _ipython_display_(self, **kwargs): sent.append("without its picture")
+    widget = with_still(Widget(), lambda: b"x")
+    widget._ipython_display_()
+    [(bundle, raw)] = sent
+    assert raw and sorted(bundle) == sorted(still) and bundle["text/plain"] == "Widget()"
+    assert bundle[WIDGET]["model_id"] == "abc" and bundle[WIDGET]["version_major"] == 2
+    monkeypatch.setitem(sys.modules, "google.colab", None)
+    assert sorted(widget._repr_mimebundle_()) == sorted({*still} - {"image/png"})
 
 # Stored outputs: what somebody sees who runs nothing
 

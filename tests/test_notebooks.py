@@ -213,6 +213,24 @@ def test_notebook_is_tidy(name):
     assert not [o for c in nb["cells"] for o in c.get("outputs", []) if o["output_type"] == "error"]
     assert file.stat().st_size < 3e6
 
+def pictures_beside(text):
+    "Pictures that Markdown or HTML takes from files near it, which Colab and a copy elsewhere do not have."
+    asked = re.findall(r"""!\[[^\]]*\]\(([^)\s]+)|<img[^>]*\bsrc=["']([^"']+)""", text)
+    return [o for pair in asked for o in pair if o and not re.match(r"https?:|data:", o)]
+
+@pytest.mark.parametrize("name", [o for o in names if o != "index"])
+def test_pictures_travel_with_their_notebook(name):
+    "Whoever opens one notebook in Colab has nothing else; the index makes README and landing page"
+    nb = json.loads((root/"nbs"/f"{name}.ipynb").read_text(encoding="utf-8"))
+    prose = ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "markdown"]
+    outs = [o.get("data", {}) for c in nb["cells"] for o in c.get("outputs", [])]
+    shown = ["".join(o[k]) for o in outs for k in ("text/markdown", "text/html") if k in o]
+    assert [o for text in prose + shown for o in pictures_beside(text)] == []
+
+def test_the_check_of_pictures_finds_what_it_looks_for():
+    text = "![a b](images/x.png) ![](https://x.org/y.png) <img alt='' src=\"z.png\"> <img src='data:image/png,'>"
+    assert pictures_beside(text) == ["images/x.png", "z.png"] and not pictures_beside("[a](images/x.png)")
+
 def code_of(name, exported=True):
     """A notebook's code, parsed cell by cell, without what is IPython's own, and if so wished without
     what makes the module"""

@@ -1,6 +1,7 @@
 "How the notebooks reach whoever installed the package: a copy of one's own, the first cell, slow cells."
 import os
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -230,3 +231,34 @@ def test_the_font_is_installed_where_it_is_drawn_from(colab, monkeypatch):
     monkeypatch.delitem(sys.modules, "google.colab")
     N.ready(font=True)
     assert len(colab) == 1
+
+# The tool that runs them as others have them
+
+@pytest.fixture(scope="module")
+def elsewhere(module_at): return module_at(Path(__file__).parents[1]/"tools/elsewhere.py")
+
+def test_the_tool_runs_a_notebook_by_itself_and_says_where_it_failed(elsewhere, tmp_path):
+    import nbformat
+    from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+    alone = ("import os, sys\nassert os.listdir() == [] and 'PYTHONPATH' not in os.environ\n"
+             "assert 'google.colab' in sys.modules\n"
+             "open('mine', 'w').write('x')")
+    old = [nbformat.v4.new_output("stream", text="of another day")]
+    cells = [new_markdown_cell("# t"), new_code_cell(alone), new_code_cell("1 / 0"),
+             new_code_cell("print('never')", outputs=old)]
+    nbformat.write(new_notebook(cells=cells), tmp_path/"t.ipynb")
+    before = dict(os.environ)
+    ran = elsewhere.execute(tmp_path/"t.ipynb", colab=True, keep=tmp_path/"kept", limit=300)
+    assert ran.error == "cell 2: ZeroDivisionError: division by zero" and ran.error in str(ran)
+    assert 0 < ran.cpu and 0 < ran.seconds and os.environ == before
+    kept = nbformat.read(tmp_path/"kept/t.ipynb", as_version=4)
+    assert not kept.cells[-1].outputs and "ZeroDivisionError" in str(kept.cells[-2].outputs)
+    assert sorted(o.name for o in tmp_path.iterdir()) == ["kept", "t.ipynb"]
+
+def test_the_tool_knows_the_course(elsewhere, capsys):
+    names = elsewhere.names()
+    assert {*elsewhere.PATH} < {*names} and "index" not in names and "tutorials/counting" in names
+    for wrong, says in ((["99_none"], "no notebook '99_none'"), (["--path", names[0]], "one or the other"),
+                        (["--python", "/nowhere/python"], "is no program")):
+        with pytest.raises(SystemExit) as e: elsewhere.main(wrong)
+        assert e.value.code == 2 and says in capsys.readouterr().err

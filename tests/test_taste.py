@@ -10,7 +10,8 @@ from scipy.optimize import minimize
 from scipy.special import entr, expit
 from ddpo_nb.prompts import InputError, PromptSource
 from ddpo_nb.taste import (BradleyTerry, Clicks, Pool, SimulatedRater, TasteReward, TasteSession, TasteWidget,
-                           agreement, draw_pool, export, information, next_pair, random_pairs, warm_and_bold)
+                           _ranked, agreement, draw_pool, export, information, next_pair, random_pairs,
+                           warm_and_bold)
 
 def rows(n, d=5, seed=0): return np.random.default_rng(seed).normal(size=(n, d))
 
@@ -483,3 +484,21 @@ def test_sixty_clicks_and_then_ddpo_raises_the_hidden_taste():
     )
     after = draw()
     assert ttest_rel(rater.score(after), rater.score(before)).confidence_interval().low > 0
+
+def test_a_ranking_is_of_each_prompt():
+    "Whoever compares pictures of one prompt has not said which prompt is the better one"
+    pool, u = squares()
+    s = click(TasteWidget(pool, u, widgets=False), 12)
+    mean, groups = s.head.utility(s.u)[0], s.groups
+    best, worst = _ranked(mean, 8, groups)
+    kinds = [*dict.fromkeys(pool.prompts)]
+    assert sorted(pool.prompts[i] for i in best) == sorted(pool.prompts[i] for i in worst)
+    assert len(best) == 8 // len(kinds) * len(kinds) and {pool.prompts[i] for i in best} == {*kinds}
+    for group in np.unique(groups):
+        of = mean[groups == group]
+        assert mean[[i for i in best if groups[i] == group]].max() == of.max()
+        assert mean[[i for i in worst if groups[i] == group]].min() == of.min()
+    assert _ranked(mean, 4)[0].tolist() == np.argsort(-mean, kind="stable")[:4].tolist()
+    assert len(_ranked(mean, 1, np.arange(len(mean)))[0]) == 1   # more prompts than there is room for
+    plain = TasteWidget(pool, u, widgets=False, same_prompt=False)
+    assert s.ranking().startswith(b"\x89PNG") and plain.ranking().startswith(b"\x89PNG")
