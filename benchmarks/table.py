@@ -41,11 +41,13 @@ from ddpo_nb.objectives import get_objective
 from ddpo_nb.policy import load_policy
 from ddpo_nb.prompts import prompt_source
 from ddpo_nb.rewards import get_reward
+from ddpo_nb.scenes import KINDS
 from ddpo_nb.trainer import make_trainer
 from scenes import asked_scenes, judges, listed, measure
 from speed import hardware
 
 RESULTS, SEARCH_SEED, RATES = Path(__file__).parent / "results" / "table", 100, (1 / 3, 1.0, 3.0)
+PACKAGED = Path(__file__).parent.parent / "ddpo_nb/data/methods.json"  # what a notebook finds anywhere
 _emoji = dict(model="emoji-sd", prompts="simple_animals", queries=1024)
 _scenes = dict(model="emoji-sd3", prompts="scenes", queries=3072, each=60)
 TASKS = dict(
@@ -361,17 +363,16 @@ def kinds_of(results):
     "Emoji SD3: what each method gets right of each kind of prompt, in each reader's eyes."
     found, rows = reported(results, "scenes"), []
     base = json.loads(at.read_text()) if (at := results / "scenes-base.json").exists() else None
-    kinds = ("single", "colour", "counting", "two", "position")
     for who in ("reader", "examiner"):
         if base and right(base["verdicts"], who) is not None:
             rows.append(
-                {"": "base", "eyes": who} | {k: f"{right(base['verdicts'], who, kind=k):.1%}" for k in kinds}
+                {"": "base", "eyes": who} | {k: f"{right(base['verdicts'], who, kind=k):.1%}" for k in KINDS}
             )
         for method, by_seed in found.items():
             verdicts = [o["scenes"]["verdicts"] for o in by_seed.values()]
             if right(verdicts[0], who) is None: continue
             rows.append({"": LABELS[method], "eyes": who} | {
-                k: figure_of([right(v, who, kind=k) for v in verdicts], False, 100, 1) for k in kinds})
+                k: figure_of([right(v, who, kind=k) for v in verdicts], False, 100, 1) for k in KINDS})
     return Table(rows)
 
 def searched(results, task):
@@ -410,6 +411,42 @@ def markdown(results):
                   pieces.markdown()]
     return "\n\n".join(o.strip("\n") for o in parts) + "\n"
 
+def smooth(curve, window=256):
+    "Mean reward of each `window` pictures of training, [[queries, mean], ...]."
+    return [[at, round(float(np.mean([r for q, r in curve if at - window < q <= at])), 5)]
+            for at in range(window, curve[-1][0] + 1, window)]
+
+def summary(results):
+    "What the package carries of all this: one entry per run, for `tutorials/table`."
+    found, base_at = [], results / "scenes-base.json"
+    shares = lambda verdicts: {
+        who: {to: round(right(verdicts, who, to), 4) for to in ("both", "base", "neither")}
+        | {kind: round(right(verdicts, who, kind=kind), 4) for kind in KINDS}
+        for who in ("reader", "examiner") if right(verdicts, who) is not None}
+    for task in TASKS:
+        for row in rows_of(results, task):
+            own = row["reward"] == TASKS[task]["reward"]
+            entry = {k: row[k] for k in ("task", "method", "seed", "queries", "changes")} | dict(
+                times=row.get("times", 1), learning_rate=row["settings"]["train_learning_rate"],
+                score=round(score(row), 5), gain=round(gain(row), 5) if own else None,
+                held_out=round(held_out(row), 5) if own else None,
+                alignment=round(alignment(row), 5), variety=round(variety(row), 4),
+                curve=smooth(row["curve"]) if own else None)
+            if task == "scenes": entry |= dict(
+                right=shares(row["scenes"]["verdicts"]), sharpness=round(row["scenes"]["sharpness"], 5))
+            found.append(entry)
+    seconds = {task: {k: round(median(v), 5) for k, v in json.loads(at.read_text())["seconds"].items()}
+               for task in TASKS if (at := results / f"seconds-{task}.json").exists()}
+    return dict(
+        command="python benchmarks/table.py table", labels=LABELS, colours=COLOURS, seconds_a_query=seconds,
+        base=shares(json.loads(base_at.read_text())["verdicts"]) if base_at.exists() else None, runs=found)
+
+def written(summary):
+    "A line for each run, so that a new one is one line of a difference."
+    head = {k: v for k, v in summary.items() if k != "runs"}
+    lines = ",\n".join(json.dumps(o) for o in summary["runs"])
+    return json.dumps(head)[:-1] + ', "runs": [\n' + lines + "\n]}\n"
+
 def plot(results, task):
     "Training reward against queries, a line per method with the range of its seeds."
     import matplotlib.pyplot as plt
@@ -418,10 +455,8 @@ def plot(results, task):
         runs = [o for o in by_seed.values() if o["reward"] == TASKS[task]["reward"]]
         if not runs: continue
         window = 256
-        grid = np.arange(window, min(o["queries"] for o in runs) + 1, window)
-        curves = np.array(
-            [[np.mean([r for q, r in o["curve"] if at - window < q <= at]) for at in grid] for o in runs]
-        )
+        grid = [at for at, _ in smooth(min(runs, key=lambda o: o["queries"])["curve"], window)]
+        curves = np.array([[r for _, r in smooth(o["curve"], window)[:len(grid)]] for o in runs])
         ax.plot(grid, curves.mean(0), color=COLOURS[method], label=LABELS[method])
         ax.fill_between(grid, curves.min(0), curves.max(0), color=COLOURS[method], alpha=0.15, lw=0)
     ax.set(xlabel="reward queries", ylabel=f"{TASKS[task]['reward']}, mean of {window} pictures of training")
@@ -503,15 +538,15 @@ def main():
             write_atomic(args.output / f"seconds-{task}.json", json.dumps(about))
     if args.command == "collect": collect(args.output)
     if args.command == "table":
-        text, at = markdown(args.results), args.results / "table.md"
+        made = {args.results / "table.md": markdown(args.results)}
+        if args.results == RESULTS: made[PACKAGED] = written(summary(RESULTS))
         if args.check:
-            raise SystemExit(
-                None if at.exists() and at.read_text() == text else f"{at} is not what the rows make"
-            )
-        write_atomic(at, text)
+            stale = [str(at) for at, text in made.items() if not at.exists() or at.read_text() != text]
+            raise SystemExit(f"not what the rows make: {', '.join(stale)}" if stale else None)
+        for at, text in made.items(): write_atomic(at, text)
         for task in TASKS:
             if reported(args.results, task): plot(args.results, task)
         plot_pieces(args.results)
-        print(text)
+        print(made[args.results / "table.md"])
 
 if __name__ == "__main__": main()
