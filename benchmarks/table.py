@@ -424,10 +424,12 @@ def summary(results):
         | {kind: round(right(verdicts, who, kind=kind), 4) for kind in KINDS}
         for who in ("reader", "examiner") if right(verdicts, who) is not None}
     for task in TASKS:
+        counting = [o for by_seed in reported(results, task).values() for o in by_seed.values()]
         for row in rows_of(results, task):
             own = row["reward"] == TASKS[task]["reward"]
             entry = {k: row[k] for k in ("task", "method", "seed", "queries", "changes")} | dict(
-                times=row.get("times", 1), learning_rate=row["settings"]["train_learning_rate"],
+                times=row.get("times", 1), reported=row in counting,
+                learning_rate=row["settings"]["train_learning_rate"],
                 score=round(score(row), 5), gain=round(gain(row), 5) if own else None,
                 held_out=round(held_out(row), 5) if own else None,
                 alignment=round(alignment(row), 5), variety=round(variety(row), 4),
