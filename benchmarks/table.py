@@ -3,8 +3,8 @@ seconds.
 
     python benchmarks/table.py search TASK METHOD [--output DIR]      # trials of one method on one task
     python benchmarks/table.py run TASK METHOD SEED [--output DIR]    # train and examine; finished runs stay
-    # four times the queries: what becomes of it when it goes on
-    python benchmarks/table.py run TASK METHOD SEED --times 4 [--output DIR]
+    # four times the queries: what becomes of it when it goes on, as it is or with other settings
+    python benchmarks/table.py run TASK METHOD SEED --times 4 [--set NAME=VALUE ...] [--output DIR]
     # one factor at a time, from the best setting
     python benchmarks/table.py vary FACTOR SEED [--output DIR]
     python benchmarks/table.py base [--output DIR]                    # what Emoji SD3 gets right as it comes
@@ -327,14 +327,17 @@ def base_line(results):
 def longer_table(results):
     """Emoji SD3: runs that went on for several times the queries, each below the usual one with its seed and
     rate."""
-    rows, found = [o for o in rows_of(results, "scenes") if not o["changes"]], []
-    for long in (o for o in rows if o.get("times", 1) != 1):
-        same = [o for o in rows if all(o[k] == long[k] for k in ("method", "seed", "rate"))]
-        for row in sorted(same, key=lambda o: o["queries"]):
+    rows, found = rows_of(results, "scenes"), []
+    long = [o for o in rows if o.get("times", 1) != 1]
+    key = lambda o: [o[k] for k in ("method", "seed", "rate")]
+    for mine in sorted(map(list, {tuple(key(o)) for o in long})):
+        same = [o for o in rows if key(o) == mine and (o in long or not o["changes"])]
+        for row in sorted(same, key=lambda o: (o["queries"], str(o["changes"]))):
             verdicts = row["scenes"]["verdicts"]
             share = lambda who, to="both": f"{right(verdicts, who, to):.1%}"
             found.append({
-                "": LABELS[row["method"]], "seed": row["seed"], "queries": f"{row['queries']:,}",
+                "": LABELS[row["method"]], "with": ", ".join(f"{k} {v}" for k, v in row["changes"].items()),
+                "seed": row["seed"], "queries": f"{row['queries']:,}",
                 "right (reader)": share("reader"), "right (examiner)": share("examiner")}
                 | {f"{label} (examiner)": share("examiner", to) for to, label in NEW}
                 | {"sharpness": f"{row['scenes']['sharpness']:.4f}", "variety": f"{variety(row):.0%}"})
@@ -502,6 +505,7 @@ def main():
             one.add_argument(
                 "--times", type=int, default=1, help="so many times the task's queries; default: 1"
             )
+            one.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings, as JSON")
     one = commands.add_parser("vary", parents=[common])
     one.add_argument("factor", choices=list(FACTORS))
     one.add_argument("seed", type=int)
@@ -522,7 +526,8 @@ def main():
     if args.command == "run":
         if args.seed == SEARCH_SEED: raise SystemExit(f"seed {SEARCH_SEED} is the search's: choose another")
         rate = args.rate or chosen_rate(args.task, args.method, args.output)
-        row = train(args.task, args.method, args.seed, args.output, rate, times=args.times)
+        changes = {name: json.loads(value) for name, value in (o.split("=", 1) for o in args.set)}
+        row = train(args.task, args.method, args.seed, args.output, rate, changes, args.times)
         print(f"{args.task}, {args.method}, seed {args.seed}: {outcome(row):+.4f}", flush=True)
     if args.command == "vary":
         rate = chosen_rate(*VARIED, args.output)
