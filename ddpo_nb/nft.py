@@ -106,7 +106,8 @@ class NFT(Objective):
         "paper": PAPER | _published | dict(
             sample_num_batches_per_epoch=32, train_batch_size=256, samples_per_prompt=8),
         "flow": FLOW | _published | dict(train_batch_size=192, samples_per_prompt=24),
-        # of three trials with one seed: at 3e-4 it learns too slowly, at 3e-3 single objects suffer
+        # of three rates (benchmarks/results/table): at 3e-4 it learns too slowly, at 3e-3 faster, and at
+        # the expense of variety
         "emoji-sd3": EMOJI3 | dict(
             sample_sde="ode", train_cfg=False, train_timestep_fraction=0.8, baseline="group",
             samples_per_prompt=8)}
