@@ -7,6 +7,7 @@ seconds.
     python benchmarks/table.py run TASK METHOD SEED --times 4 [--set NAME=VALUE ...] [--output DIR]
     # one factor at a time, from the best setting
     python benchmarks/table.py vary FACTOR SEED [--output DIR]
+    python benchmarks/table.py look METHOD SEED [--times 4] [--output DIR]  # pictures by a run on scenes
     python benchmarks/table.py base [--output DIR]                    # what Emoji SD3 gets right as it comes
     python benchmarks/table.py time [TASK] [--output DIR]             # what a query of each costs, in turn
     # all that is there, to benchmarks/results
@@ -33,15 +34,17 @@ from statistics import median
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ddpo_nb.checkpoints import write_atomic
 from ddpo_nb.compare import BASE, Table, compare, mean_interval, pm
 from ddpo_nb.config import make_config
 from ddpo_nb.objectives import get_objective
+from ddpo_nb.playground import paint_alike
 from ddpo_nb.policy import load_policy
 from ddpo_nb.prompts import prompt_source
 from ddpo_nb.rewards import get_reward
-from ddpo_nb.scenes import KINDS
+from ddpo_nb.scenes import KINDS, scene_prompts
 from ddpo_nb.trainer import make_trainer
 from scenes import asked_scenes, judges, listed, measure
 from speed import hardware
@@ -110,11 +113,28 @@ def verdicts_of(weights, settings, each, seed=0):
     verdicts, sharp, variety = measure(policy, asked_scenes(each, seed), judges(), seed)
     return dict(verdicts=listed(verdicts), sharpness=sharp, variety=variety)
 
+def name_of(method, seed, rate, changes=None, times=1):
+    "The folder of a run."
+    return ",".join([f"{method}-{seed}-{rate:.2g}"] + [f"{k}={v}" for k, v in (changes or {}).items()]
+                    + [f"times={times}"] * (times != 1))
+
+def look(folder, method, seed, name, n=16):
+    """Every so many-th prompt of training by the untouched model and, below, by a run's, from the same noise;
+    in two rows of pairs."""
+    weights = folder / "scenes" / name / "comparison/weights" / f"{METHODS[method][0]}-seed{seed}"
+    config, policies = make_config("nft", "emoji-sd3", True, logdir=""), {}
+    for who, lora in (("untouched", None), ("trained", weights)):
+        policies[who] = load_policy("emoji-sd3", lora, use_lora=lora is not None)
+        policies[who].configure(config.sample_num_steps, config.sample_guidance_scale, kind="ode")
+    prompts = scene_prompts()[1::400 // n][:n]
+    painted = [o.permute(0, 2, 3, 1).numpy() for o in paint_alike(policies, prompts).values()]
+    rows = [np.hstack(images[i:i + n // 2]) for i in (0, n // 2) for images in painted]
+    return Image.fromarray((np.vstack(rows) * 255).round().astype("uint8")), prompts
+
 def train(task, method, seed, folder, rate, changes=None, times=1):
     """Train on `times` the task's queries and examine, and write `row.json`; a run that was stopped goes on,
     a finished one is left alone."""
-    name = ",".join([f"{method}-{seed}-{rate:.2g}"] + [f"{k}={v}" for k, v in (changes or {}).items()]
-                    + [f"times={times}"] * (times != 1))
+    name = name_of(method, seed, rate, changes, times)
     place, t = folder / task / name, TASKS[task]
     if (place / "row.json").exists(): return json.loads((place / "row.json").read_text())
     reward, algorithm, own = settings_of(task, method, rate)
@@ -506,6 +526,11 @@ def main():
                 "--times", type=int, default=1, help="so many times the task's queries; default: 1"
             )
             one.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings, as JSON")
+    one = commands.add_parser("look", parents=[common])
+    one.add_argument("method", **method)
+    one.add_argument("seed", type=int)
+    one.add_argument("--times", type=int, default=1)
+    one.add_argument("--to", type=Path, default=Path("look.png"), help="the file")
     one = commands.add_parser("vary", parents=[common])
     one.add_argument("factor", choices=list(FACTORS))
     one.add_argument("seed", type=int)
@@ -535,6 +560,12 @@ def main():
             if is_usual(change): continue
             row = train(*VARIED, args.seed, args.output, rate, change)
             print(f"{args.factor}, {change}, seed {args.seed}: {outcome(row):+.4f}", flush=True)
+    if args.command == "look":
+        rate = chosen_rate("scenes", args.method, args.output)
+        name = name_of(args.method, args.seed, rate, times=args.times)
+        picture, prompts = look(args.output, args.method, args.seed, name)
+        picture.save(args.to)
+        print(*prompts, sep=", ")
     if args.command == "base":
         usual = asdict(make_config("nft", "emoji-sd3", True, logdir=""))
         found = verdicts_of(None, usual, TASKS["scenes"]["each"])
