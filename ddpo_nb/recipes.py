@@ -29,8 +29,9 @@ from .batches import Cost, device_memory, example_cost, micro_batch, resident
 from .compare import Table
 from .direct import uphill
 from .mdp import Trajectories
-from .loading import (BUNDLED, EMOJI_SD, EMOJI_SD3, QUANTIZED, config_beside, family_of, is_hub_id,
-                             quantized_parts, _index, _parts_of, _quiet, _said)
+from .loading import (
+    BUNDLED, EMOJI_SD, EMOJI_SD3, KNOWN_KINDS, QUANTIZED, config_beside, family_of, is_hub_id, quantized_parts,
+    _index, _parts_of, _quiet, _said)
 from .policy import Conditioning
 from .prompts import InputError
 from .trainer import (DDPOConfig, check_repeats, configure_policy, denoised_together, make_config,
@@ -257,29 +258,20 @@ def _flux(guidance):
         scheduler=dict(shift=3.0, use_dynamic_shifting=True) if guidance else dict(shift=1.0)
     )
 
-_known = {
-    f"{o}": ("StableDiffusionPipeline", _sd1)
-    for o in (
+_known = {  # the configurations of `KNOWN_KINDS`, so that a plan needs no download
+    o: _sd1 for o in (
         "stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5",
-        *(f"CompVis/stable-diffusion-v1-{i}" for i in range(1, 5))
-    )
-}
+        *(f"CompVis/stable-diffusion-v1-{i}" for i in range(1, 5)))}
 for _end, _size, _kind in (("-base", 64, "epsilon"), ("", 96, "v_prediction")):
     for _version in ("2", "2-1"):
-        _known[f"stabilityai/stable-diffusion-{_version}{_end}"] = (
-            "StableDiffusionPipeline", _sd2(_size, _kind))
+        _known[f"stabilityai/stable-diffusion-{_version}{_end}"] = _sd2(_size, _kind)
 _known |= {
-    "stabilityai/stable-diffusion-xl-base-1.0": ("StableDiffusionXLPipeline", _sdxl),
-    "stabilityai/stable-diffusion-3-medium-diffusers": ("StableDiffusion3Pipeline", _sd3(24, 24, 192)),
-    "stabilityai/stable-diffusion-3.5-medium": (
-        "StableDiffusion3Pipeline",
-        _sd3(24, 24, 384, qk_norm="rms_norm", dual_attention_layers=tuple(range(13)))
-    ),
-    "stabilityai/stable-diffusion-3.5-large": (
-        "StableDiffusion3Pipeline", _sd3(38, 38, 192, qk_norm="rms_norm")
-    ),
-    "black-forest-labs/FLUX.1-dev": ("FluxPipeline", _flux(True)),
-    "black-forest-labs/FLUX.1-schnell": ("FluxPipeline", _flux(False)),
+    "stabilityai/stable-diffusion-xl-base-1.0": _sdxl,
+    "stabilityai/stable-diffusion-3-medium-diffusers": _sd3(24, 24, 192),
+    "stabilityai/stable-diffusion-3.5-medium": _sd3(
+        24, 24, 384, qk_norm="rms_norm", dual_attention_layers=tuple(range(13))),
+    "stabilityai/stable-diffusion-3.5-large": _sd3(38, 38, 192, qk_norm="rms_norm"),
+    "black-forest-labs/FLUX.1-dev": _flux(True), "black-forest-labs/FLUX.1-schnell": _flux(False),
 }
 # of those, the parts whose class is not what their pipeline's own annotations say first
 _CLASSES = dict(scheduler=dict(
@@ -400,7 +392,7 @@ def model_numbers(
     InputError if there is no such configuration, or if the model is of no family that can be trained."""
     name = str(model)
     if name in _known:
-        kind, configs = _known[name]
+        kind, configs = KNOWN_KINDS[name], _known[name]
         found = kind, configs, {o: _class(kind, o) for o in configs}, {}
     else:
         bundled = resources.files("ddpo_nb") / f"weights/{name}"

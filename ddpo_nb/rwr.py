@@ -97,8 +97,9 @@ class RWR(Objective):
     _flow = FLOW | _fitted | dict(sample_num_batches_per_epoch=1280, samples_per_prompt=8)
     # of three rates (benchmarks/results/table): at 1e-3, where others learn, it takes the model apart
     _emoji3 = EMOJI3 | dict(
-        train_learning_rate=3.3e-4, sample_sde="ode", sample_num_batches_per_epoch=4, train_num_inner_epochs=1, rwr_rewards="normalized",
-        rwr_normalizer="batch", train_fresh_optimizer=False)
+        train_learning_rate=3.3e-4, sample_sde="ode", sample_num_batches_per_epoch=4,
+        train_num_inner_epochs=1, rwr_rewards="normalized", rwr_normalizer="batch",
+        train_fresh_optimizer=False)
     defaults = {
         "emoji-sd": _emoji | dict(rwr_draws=2, rwr_beta=5.0), "paper": _paper | dict(rwr_draws=1),
         "flow": _flow | dict(rwr_draws=1), "emoji-sd3": _emoji3 | dict(rwr_draws=4, rwr_beta=5.0)}

@@ -71,6 +71,11 @@ def test_recipes_of_large_models_fit_on_the_card_that_they_name(name, card):
     p = plan(r.config(), model_numbers(r.model))
     assert f"{card} GB" in r.needs and p.fits[0][f"{card} GB"] == "yes" and f"{card} GB" in str(p)
 
+def test_every_model_whose_class_is_known_has_its_configuration_and_the_other_way_round():
+    from ddpo_nb.loading import KNOWN_KINDS
+    from ddpo_nb.recipes import _known
+    assert KNOWN_KINDS.keys() == _known.keys()
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_builds_and_plans(name, sd):
     r = get_recipe(name)
