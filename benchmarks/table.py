@@ -352,7 +352,7 @@ def longer_table(results):
     key = lambda o: [o[k] for k in ("method", "seed", "rate")]
     for mine in sorted(map(list, {tuple(key(o)) for o in long})):
         same = [o for o in rows if key(o) == mine and (o in long or not o["changes"])]
-        for row in sorted(same, key=lambda o: (o["queries"], str(o["changes"]))):
+        for row in sorted(same, key=lambda o: (o["queries"], len(o["changes"]), str(o["changes"]))):
             verdicts = row["scenes"]["verdicts"]
             share = lambda who, to="both": f"{right(verdicts, who, to):.1%}"
             found.append({
