@@ -431,7 +431,7 @@ def _vlm(args, output=None):
             _answers.append(str(Path(output)/"vlm_answers.jsonl"))
             os.environ["DDPO_VLM_ANSWERS"] = _answers[-1]
     if args.vlm_url:
-        from ddpo_nb.vlm import _address
+        from ddpo_nb.chat import _address
         _address(args.vlm_url)  # even if nobody asks it: what is wrong with it may be a password
     if args.vlm_set: os.environ["DDPO_VLM_SET"] = json.dumps(dict(args.vlm_set))
     for name in ("vlm_max_tokens", "vlm_timeout"):

@@ -8,7 +8,7 @@ import httpx2, numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from vlm_server import MODEL, Server, background
-from ddpo_nb import vlm as V
+from ddpo_nb import chat as C, vlm as V
 from ddpo_nb.checkpoints import check_whole, newest_whole
 from ddpo_nb.cli import _vlm
 from ddpo_nb.compare import _identity, _join
@@ -19,10 +19,10 @@ from ddpo_nb.reward_files import Guarded
 from ddpo_nb.rewards import WeightedSum
 from ddpo_nb.resume import _called, _other
 from ddpo_nb.trainer import make_config, make_trainer
-from ddpo_nb.vlm import (QUESTION, BERTScoreRecall, EmbeddingSimilarity, ServerGone, VLMAlignment, VLMClient,
-                         VLMQuestions, WordRecall, answer_matches, append_alone, bertscore_recall,
-                         chat_request, make_similarity, pause, png_url, read_answer, retry_after,
-                         vlm_alignment, vlm_client,
+from ddpo_nb.chat import (QUESTION, ServerGone, VLMClient, append_alone, chat_request, pause, png_url,
+                          read_answer, retry_after)
+from ddpo_nb.vlm import (BERTScoreRecall, EmbeddingSimilarity, VLMAlignment, VLMQuestions, WordRecall,
+                         answer_matches, bertscore_recall, make_similarity, vlm_alignment, vlm_client,
                          vlm_questions)
 
 ENVIRONMENT = (
@@ -176,8 +176,9 @@ def test_a_pickle_is_not_loaded(server, tmp_path):
     pickle.loads(pickle.dumps(Trap(server.trap))).close()
     assert (tmp_path/"owned").exists()   # it would have gone off
 
-def test_the_module_has_nothing_that_runs_what_it_reads():
-    tree = ast.parse(Path(V.__file__).read_text(encoding="utf-8"))
+@pytest.mark.parametrize("module", [C, V])
+def test_the_module_has_nothing_that_runs_what_it_reads(module):
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names} | {
         n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)
     }
@@ -274,7 +275,7 @@ def test_a_model_that_thinks_too_long(server):
     ],
 )
 def test_read_answer_refuses(data):
-    with pytest.raises(V._Again): read_answer(data)
+    with pytest.raises(C._Again): read_answer(data)
 
 @settings(max_examples=100, deadline=None)
 @given(
@@ -288,7 +289,7 @@ def test_read_answer_refuses(data):
 )
 def test_read_answer_returns_text_or_asks_again(o):
     try: text = read_answer(json.dumps(o).encode())
-    except V._Again as e: assert isinstance(e.args[0], str) and e.args[0]
+    except C._Again as e: assert isinstance(e.args[0], str) and e.args[0]
     else: assert text == o["choices"][0]["message"]["content"].strip()
 
 def test_answers_can_be_written_down(server):
@@ -311,7 +312,7 @@ def everything(e):
         if e is None or any(e is o for o in seen): continue
         seen.append(e); todo += [e.__cause__, e.__context__]
     frames = [
-        f for e in seen for f, _ in traceback.walk_tb(e.__traceback__) if f.f_code.co_filename == V.__file__
+        f for e in seen for f, _ in traceback.walk_tb(e.__traceback__) if f.f_code.co_filename in (C.__file__, V.__file__)
     ]
     return "\n".join(
         [*("".join(traceback.format_exception(e)) for e in seen), *(repr(f.f_locals) for f in frames)]

@@ -8,13 +8,14 @@ from test_vlm import (
     ENVIRONMENT, KEY, MODEL, SMALL, Server, client, described, no_environment, pictures, prompts, quiz,
     server
 )  # noqa: F401
-from ddpo_nb import vlm as V
+from ddpo_nb import chat as C
 from ddpo_nb.cli import main
 from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline
 from ddpo_nb.prompts import InputError, PromptSource
 from ddpo_nb.trainer import make_config, make_trainer
-from ddpo_nb.vlm import (Refusal, ServerGone, VLMAlignment, VLMClient, VLMQuestions, chat_request, declines,
-                         read_answer, refused_field, vlm_client, without_thoughts)
+from ddpo_nb.chat import (Refusal, ServerGone, VLMClient, chat_request, declines, read_answer, refused_field,
+                          without_thoughts)
+from ddpo_nb.vlm import VLMAlignment, VLMQuestions, vlm_client
 
 def reply(finish="stop", **message):
     return dict(choices=[dict(finish_reason=finish, message=dict(role="assistant", **message))])
@@ -80,7 +81,7 @@ def test_content_in_parts():
     )
     assert isinstance(read(content=[dict(type="refusal", refusal="No.")]), Refusal)
     for bad in ([], ["bear"], [3], [dict(type="image_url")], [text("a"), None], dict(text="a")):
-        with pytest.raises(V._Again): read(content=bad)
+        with pytest.raises(C._Again): read(content=bad)
 
 def test_a_number_in_a_thought_is_not_counted(server):
     server.see = lambda picture, question: "<think>There are three of them, or 3.</think> There are two."
@@ -375,7 +376,7 @@ def test_by_flag_and_by_environment(server, monkeypatch, tmp_path, capfd):
 
 SCRIPT = """
 import sys, threading, torch
-from ddpo_nb.vlm import VLMClient
+from ddpo_nb.chat import VLMClient
 c = VLMClient(sys.argv[1], "emoji-eye", timeout=60, backoff=60, retries=5)
 def go(): c.ask(torch.rand(3, 3, 16, 16), ["q"] * 3)
 print("ready", flush=True)
