@@ -505,7 +505,7 @@ def test_threads_end_with_an_interrupt(server, monkeypatch):
     c = client(server, concurrency=2, backoff=5, retries=9)
     server.plan = ["500"] * 2
     def interrupted(*a, **k): time.sleep(.2); raise KeyboardInterrupt
-    monkeypatch.setattr(V, "wait", interrupted)
+    monkeypatch.setattr(C, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt): c.ask(pictures(8), ["q"] * 8)
     before = len(server.requests)
     for o in c._crew.threads: o.join(.1)   # they wait for work
@@ -868,7 +868,7 @@ def test_without_a_server_the_flag_is_named(command, tmp_path):
 def test_a_run_with_a_server_keeps_its_answers_and_ends_in_a_line_when_it_is_gone(
     command, server, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(V, "pause", lambda *args, **kw: 0.001)
+    monkeypatch.setattr(C, "pause", lambda *args, **kw: 0.001)
     line = (
         f"train --reward vlm_alignment --vlm-url {server.url} --vlm-model {MODEL} --vlm-similarity words"
         f" --output {tmp_path/'run'} {TINY}"
