@@ -255,10 +255,11 @@ def test_the_tool_runs_a_notebook_by_itself_and_says_where_it_failed(elsewhere, 
     assert not kept.cells[-1].outputs and "ZeroDivisionError" in str(kept.cells[-2].outputs)
     assert sorted(o.name for o in tmp_path.iterdir()) == ["kept", "t.ipynb"]
 
-def test_the_tool_knows_the_course(elsewhere, capsys):
+def test_the_tool_knows_the_course(elsewhere, capsys, tmp_path):
     names = elsewhere.names()
     assert {*elsewhere.PATH} < {*names} and "index" not in names and "tutorials/counting" in names
     for wrong, says in ((["99_none"], "no notebook '99_none'"), (["--path", names[0]], "one or the other"),
+                        (["--nbs", str(tmp_path)], "there are no notebooks"),
                         (["--python", "/nowhere/python"], "is no program")):
         with pytest.raises(SystemExit) as e: elsewhere.main(wrong)
         assert e.value.code == 2 and says in capsys.readouterr().err

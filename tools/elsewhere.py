@@ -56,9 +56,9 @@ class Ran(NamedTuple):
         said = self.error or "ok"
         return f"{self.name:26} {self.seconds:7.1f} s {self.cpu:7.1f} s CPU  {said}"
 
-def names() -> list:
+def names(folder: Path = root/"nbs") -> list:
     "All notebooks, in reading order; the index makes the README and is none of them."
-    files = [o.relative_to(root/"nbs").with_suffix("") for o in (root/"nbs").rglob("*.ipynb")]
+    files = [o.relative_to(folder).with_suffix("") for o in folder.rglob("*.ipynb")]
     found = [o.as_posix() for o in files if not any(p[0] in "._" for p in o.parts)]
     return sorted((o for o in found if o != "index"), key=lambda o: ("/" in o, o))
 
@@ -148,6 +148,8 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("names", nargs="*", metavar="NAME", help="notebooks, as 03_rollout; else all of them")
     p.add_argument("--path", action="store_true", help="the learner's path: " + ", ".join(PATH))
     p.add_argument("--python", default=sys.executable, help="the interpreter whose kernel runs them")
+    p.add_argument("--nbs", type=Path, default=root/"nbs", metavar="DIR",
+                   help="where they are; else in this checkout, which may be newer than that package")
     p.add_argument("--colab", action="store_true", help="let them believe that they are in Colab")
     p.add_argument("--gpu", action="store_true", help="let them believe that there is a GPU")
     p.add_argument("--slow", action="store_true", help="run slow cells too")
@@ -159,14 +161,15 @@ def main(args: list|None = None) -> int:
     parser = arguments()
     a = parser.parse_args(args)
     if a.path and a.names: parser.error("NAME: --path names the notebooks; give one or the other")
-    known = names()
+    known = names(a.nbs)
+    if not known: parser.error(f"--nbs: there are no notebooks in {str(a.nbs)!r}")
     for o in a.names:
-        if o not in known: parser.error(f"NAME: no notebook {o!r} in nbs/")
+        if o not in known: parser.error(f"NAME: no notebook {o!r} in {str(a.nbs)!r}")
     python = os.path.abspath(os.path.expanduser(a.python))  # a venv's link is not to be followed
     if not os.access(python, os.X_OK): parser.error(f"--python: {a.python!r} is no program")
     done = []
     for name in (PATH if a.path else a.names or known):
-        file = root/"nbs"/f"{name}.ipynb"
+        file = a.nbs/f"{name}.ipynb"
         done.append(execute(file, python, a.colab, a.gpu, a.slow, a.keep, a.limit, name))
         print(done[-1], flush=True)
     failed = sum(o.error is not None for o in done)
