@@ -305,6 +305,14 @@ def test_what_a_lesson_shows_is_kept(name):
     silent = [(i, "".join(c["source"])) for i, c in enumerate(nb["cells"]) if c.get("outputs") == []]
     assert [i for i, source in silent if not SILENT.search(source) and shows(source)] == []
 
+@pytest.mark.parametrize("name", names)
+def test_no_output_is_the_bare_name_of_an_object(name):
+    "As what ax.legend() returns, above its figure: a semicolon keeps it away"
+    nb = json.loads((root/"nbs"/f"{name}.ipynb").read_text(encoding="utf-8"))
+    data = [o.get("data", {}) for c in nb["cells"] for o in c.get("outputs", [])]
+    alone = ["".join(o["text/plain"]) for o in data if o.keys() == {"text/plain"}]
+    assert [t for t in alone if re.match(r"\[?<[\w.]+[ >]|Text\(", t)] == []
+
 def test_the_check_of_outputs_finds_what_it_looks_for():
     seen = ["1 + 1", "x = 3\nx", "for x in (1, 2):\n    print(x)", "ax.plot(x)\nplt.show()", "f(2)"]
     unseen = ["x = 3", "test_eq(1, 1)", "def f():\n    print(3)", "os.chdir('x')", "ax.plot(y);", "%pip x"]
