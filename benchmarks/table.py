@@ -443,8 +443,8 @@ def summary(results):
     "What the package carries of all this: one entry per run, for `tutorials/table`."
     found, base_at = [], results / "scenes-base.json"
     shares = lambda verdicts: {
-        who: {to: round(right(verdicts, who, to), 4) for to in ("both", "base", "neither")}
-        | {kind: round(right(verdicts, who, kind=kind), 4) for kind in KINDS}
+        who: {to: round(right(verdicts, who, to), 6) for to in ("both", "base", "neither")}
+        | {kind: round(right(verdicts, who, kind=kind), 6) for kind in KINDS}
         for who in ("reader", "examiner") if right(verdicts, who) is not None}
     for task in TASKS:
         counting = [o for by_seed in reported(results, task).values() for o in by_seed.values()]

@@ -305,7 +305,7 @@ def summary(self:Comparison,
 def pm(mean: float, half: float, sign: bool = False, places: int = 3) -> str:
     "Mean ± half-width, with as many decimals as the half-width deserves; `places` decimals if it is unknown."
     if not math.isfinite(half): return f"{mean:{'+' if sign else ''}.{places}f}".replace("-", "−")
-    places = min(6, max(0, 1 - math.floor(math.log10(half)))) if half > 0 else 3
+    places = min(6, max(0, 1 - math.floor(math.log10(half)))) if half > 0 else places
     return f"{mean:{'+' if sign else ''}.{places}f} ± {half:.{places}f}".replace("-", "−")
 
 class Table(list):
