@@ -30,8 +30,8 @@ from .compare import Table
 from .direct import uphill
 from .mdp import Trajectories
 from .loading import (
-    BUNDLED, EMOJI_SD, EMOJI_SD3, KNOWN_KINDS, QUANTIZED, config_beside, family_of, is_hub_id, quantized_parts,
-    _index, _parts_of, _quiet, _said)
+    BUNDLED, EMOJI_SD, EMOJI_SD3, KNOWN_KINDS, QUANTIZED, config_beside, family_of, is_hub_id,
+    quantized_parts, _index, _parts_of, _quiet, _said)
 from .policy import Conditioning
 from .prompts import InputError
 from .trainer import (DDPOConfig, check_repeats, configure_policy, denoised_together, make_config,

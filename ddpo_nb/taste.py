@@ -486,7 +486,8 @@ class TasteWidget(TasteSession):
         return _png(fig)
 
     def ranking(self) -> bytes:
-        "The best and worst so far; where pairs are of one prompt, each against its prompt's mean. A PNG file."
+        """The best and worst so far; where pairs are of one prompt, each against its prompt's mean. A PNG
+        file."""
         if self.groups is None: return draw_ranking(self.pool.images, *self.head.utility(self.u))
         usual = np.stack([self.u[self.groups == o].mean(0) for o in np.unique(self.groups)])[self.groups]
         return draw_ranking(self.pool.images, *self.head.gap(self.u, usual), groups=self.groups)

@@ -46,7 +46,8 @@ def test_every_notebook_has_one_place():
     listed = [o for part in PARTS.values() for o in part]
     there = [o.removesuffix(".ipynb") for o in course_files(root/"nbs") if o.endswith(".ipynb")]
     assert sorted(listed) == [o for o in there if o != "index"]
-    assert [o for o in PARTS["Lessons"] if o[:2] == "02"][:2] == ["02a_sd", "02_policy"]  # one, then what all share
+    # one, then what all share
+    assert [o for o in PARTS["Lessons"] if o[:2] == "02"][:2] == ["02a_sd", "02_policy"]
     in_order = lambda part: [o for o in part if o != "02_policy"]
     assert all(in_order(part) == sorted(in_order(part)) for part in PARTS.values())
     assert all(o[0].isdigit() for name in ("Lessons", "Appendix") for o in PARTS[name])

@@ -228,7 +228,9 @@ def test_pictures_travel_with_their_notebook(name):
     assert [o for text in prose + shown for o in pictures_beside(text)] == []
 
 def test_the_check_of_pictures_finds_what_it_looks_for():
-    text = "![a b](images/x.png) ![](https://x.org/y.png) <img alt='' src=\"z.png\"> <img src='data:image/png,'>"
+    text = (
+        "![a b](images/x.png) ![](https://x.org/y.png) <img alt='' src=\"z.png\">"
+        " <img src='data:image/png,'>")
     assert pictures_beside(text) == ["images/x.png", "z.png"] and not pictures_beside("[a](images/x.png)")
 
 def code_of(name, exported=True):

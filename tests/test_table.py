@@ -95,8 +95,9 @@ def test_scenes_are_ranked_by_what_is_wholly_right_in_each_readers_eyes(tmp_path
 
 def test_a_run_that_went_on_is_shown_below_its_own_beginning_and_nowhere_else(tmp_path):
     rows = [row("nft", s, 0.1, task="scenes", right=0.8) for s in (0, 1)]
-    rows.append(row("nft", 0, 0.1, task="scenes", right=0.5, times=4, queries=4096))
-    rows.append(row("nft", 0, 0.1, task="scenes", right=0.9, times=4, queries=4096, changes=dict(kl_coef=1.0)))
+    longer = dict(task="scenes", times=4, queries=4096)
+    rows.append(row("nft", 0, 0.1, right=0.5, **longer))
+    rows.append(row("nft", 0, 0.1, right=0.9, changes=dict(kl_coef=1.0), **longer))
     rows.append(row("nft", 0, 0.1, task="scenes", right=0.1, changes=dict(kl_coef=1.0)))  # another matter
     folder = written(tmp_path, rows)
     (line,), _ = table.table_of(folder, "scenes")

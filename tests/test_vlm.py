@@ -312,7 +312,8 @@ def everything(e):
         if e is None or any(e is o for o in seen): continue
         seen.append(e); todo += [e.__cause__, e.__context__]
     frames = [
-        f for e in seen for f, _ in traceback.walk_tb(e.__traceback__) if f.f_code.co_filename in (C.__file__, V.__file__)
+        f for e in seen for f, _ in traceback.walk_tb(e.__traceback__)
+        if f.f_code.co_filename in (C.__file__, V.__file__)
     ]
     return "\n".join(
         [*("".join(traceback.format_exception(e)) for e in seen), *(repr(f.f_locals) for f in frames)]
