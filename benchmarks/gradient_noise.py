@@ -9,11 +9,11 @@ The share printed is signal / noise: its inverse is the number of batches after 
 Its error is the jackknife's, over batches. Nothing is updated, so what is asked is how training begins.
 """
 import argparse
-import json
 
 import numpy as np
 import torch
 
+from ddpo_nb.cli import _option
 from ddpo_nb.config import make_config
 from ddpo_nb.policy import load_policy
 from ddpo_nb.prompts import prompt_source
@@ -63,14 +63,14 @@ def main():
     parser.add_argument("--prompts", default="scenes")
     parser.add_argument("--batches", type=int, default=12)
     parser.add_argument("--seed", type=int, default=100)
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the config")
+    parser.add_argument(
+        "--set", nargs="*", type=_option, default=[], metavar="NAME=VALUE", help="settings of the config")
     args = parser.parse_args()
     if args.batches < 3: parser.error("--batches: give 3 or more")
-    changes = {k: json.loads(v) for k, v in (o.split("=", 1) for o in args.set)}
     print(hardware(), f"seed {args.seed}", sep=", ")
     for algorithm in args.algorithms.split(","):
         gradients, reward = gradients_of(
-            algorithm, args.model, args.reward, args.prompts, args.batches, args.seed, changes,
+            algorithm, args.model, args.reward, args.prompts, args.batches, args.seed, dict(args.set),
             lambda line: print(line, flush=True)
         )
         share, error = signal_to_noise(gradients)

@@ -37,6 +37,7 @@ import torch
 from PIL import Image
 
 from ddpo_nb.checkpoints import write_atomic
+from ddpo_nb.cli import _option
 from ddpo_nb.compare import BASE, Table, compare, mean_interval, pm
 from ddpo_nb.config import make_config
 from ddpo_nb.objectives import get_objective
@@ -126,7 +127,8 @@ def look(folder, method, seed, name, n=16):
     for who, lora in (("untouched", None), ("trained", weights)):
         policies[who] = load_policy("emoji-sd3", lora, use_lora=lora is not None)
         policies[who].configure(config.sample_num_steps, config.sample_guidance_scale, kind="ode")
-    prompts = scene_prompts()[1::400 // n][:n]
+    every = scene_prompts()
+    prompts = every[1::len(every) // n][:n]
     painted = [o.permute(0, 2, 3, 1).numpy() for o in paint_alike(policies, prompts).values()]
     rows = [np.hstack(images[i:i + n // 2]) for i in (0, n // 2) for images in painted]
     return Image.fromarray((np.vstack(rows) * 255).round().astype("uint8")), prompts
@@ -140,8 +142,8 @@ def train(task, method, seed, folder, rate, changes=None, times=1):
     reward, algorithm, own = settings_of(task, method, rate)
     own, queries = own | (changes or {}), t["queries"] * times // (2 if seed == SEARCH_SEED else 1)
     c = compare(
-        reward, [algorithm], queries, [seed], model=t["model"],
-        prompts=t["prompts"], output=place / "comparison", overrides={algorithm: own}, progress=False
+        reward, [algorithm], queries, [seed], model=t["model"], prompts=t["prompts"],
+        output=place / "comparison", overrides={algorithm: own}, progress=False
     )
     base, found = c.evaluations[BASE, seed], c.evaluations[algorithm, seed]
     rounded = lambda numbers: [round(float(o), 5) for o in numbers]
@@ -150,8 +152,7 @@ def train(task, method, seed, folder, rate, changes=None, times=1):
         alignment={k: rounded(v) for k, v in e.second.items()})
     row = dict(
         task=task, method=method, seed=seed, rate=rate, changes=changes or {}, times=times, reward=reward,
-        settings=own,
-        queries=c.settings["queries"], machine=hardware(), base=kept(base), trained=kept(found),
+        settings=own, queries=c.settings["queries"], machine=hardware(), base=kept(base), trained=kept(found),
         curve=[[r["queries"], round(r["reward_mean"], 5)] for r in c.rows]
     )
     if task == "scenes":
@@ -224,7 +225,8 @@ def collect(folder, results=RESULTS):
 def rows_of(results, task):
     "Every kept run of a task, trials and changed ones too."
     file = results / f"{task}.jsonl"
-    return [json.loads(o) for o in file.read_text().splitlines()] if file.exists() else []
+    # the first runs say nothing of how many times the queries they had: once
+    return [{"times": 1} | json.loads(o) for o in file.read_text().splitlines()] if file.exists() else []
 
 def trials_of(rows, method):
     "A method's trials, by learning rate; none unless all of them are there."
@@ -236,7 +238,7 @@ def reported(results, task):
     rows, found = rows_of(results, task), {}
     won = {m: max(trials, key=score)["rate"] for m in METHODS if (trials := trials_of(rows, m))}
     for row in rows:
-        if row["seed"] == SEARCH_SEED or row["changes"] or row.get("times", 1) != 1: continue
+        if row["seed"] == SEARCH_SEED or row["changes"] or row["times"] != 1: continue
         if won.get(row["method"], row["rate"]) == row["rate"]:
             found.setdefault(row["method"], {})[row["seed"]] = row
     return {m: found[m] for m in METHODS if m in found}
@@ -348,7 +350,7 @@ def longer_table(results):
     """Emoji SD3: runs that went on for several times the queries, each below the usual one with its seed and
     rate."""
     rows, found = rows_of(results, "scenes"), []
-    long = [o for o in rows if o.get("times", 1) != 1]
+    long = [o for o in rows if o["times"] != 1]
     key = lambda o: [o[k] for k in ("method", "seed", "rate")]
     for mine in sorted(map(list, {tuple(key(o)) for o in long})):
         same = [o for o in rows if key(o) == mine and (o in long or not o["changes"])]
@@ -367,7 +369,7 @@ def pieces_of(results):
     "factor -> value -> gains, one per seed; the best setting's own runs stand for the value that it has."
     task, method = VARIED
     rows = [o for o in rows_of(results, task) if o["method"] == method and o["seed"] != SEARCH_SEED
-            and o.get("times", 1) == 1]
+            and o["times"] == 1]
     found = {}
     for factor, values in FACTORS.items():
         for change in values:
@@ -451,7 +453,7 @@ def summary(results):
         for row in rows_of(results, task):
             own = row["reward"] == TASKS[task]["reward"]
             entry = {k: row[k] for k in ("task", "method", "seed", "queries", "changes")} | dict(
-                times=row.get("times", 1), reported=row in counting,
+                times=row["times"], reported=row in counting,
                 learning_rate=row["settings"]["train_learning_rate"],
                 score=round(score(row), 5), gain=round(gain(row), 5) if own else None,
                 held_out=round(held_out(row), 5) if own else None,
@@ -525,7 +527,8 @@ def main():
             one.add_argument(
                 "--times", type=int, default=1, help="so many times the task's queries; default: 1"
             )
-            one.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings, as JSON")
+            one.add_argument("--set", nargs="*", type=_option, default=[], metavar="NAME=VALUE",
+                             help="settings that it has instead of its own")
     one = commands.add_parser("look", parents=[common])
     one.add_argument("method", **method)
     one.add_argument("seed", type=int)
@@ -551,8 +554,7 @@ def main():
     if args.command == "run":
         if args.seed == SEARCH_SEED: raise SystemExit(f"seed {SEARCH_SEED} is the search's: choose another")
         rate = args.rate or chosen_rate(args.task, args.method, args.output)
-        changes = {name: json.loads(value) for name, value in (o.split("=", 1) for o in args.set)}
-        row = train(args.task, args.method, args.seed, args.output, rate, changes, args.times)
+        row = train(args.task, args.method, args.seed, args.output, rate, dict(args.set), args.times)
         print(f"{args.task}, {args.method}, seed {args.seed}: {outcome(row):+.4f}", flush=True)
     if args.command == "vary":
         rate = chosen_rate(*VARIED, args.output)

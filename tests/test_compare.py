@@ -62,6 +62,7 @@ def test_pm():
     assert [pm(-1.2345, 0.0321), pm(0.5, math.nan), pm(12, 3, sign=True), pm(0, 0)] == [
         "−1.234 ± 0.032", "0.500", "+12.0 ± 3.0", "0.000 ± 0.000"
     ]
+    assert pm(83.3333, 0, places=1) == "83.3 ± 0.0"  # seeds that agree
 
 # Budget
 

@@ -103,6 +103,11 @@ def test_the_plain_log_ratio_leans_and_the_normalised_one_does_not():
         z[weighting] = (log.mean() / log.std() * len(log)**0.5).item()
     assert z["equal"] < -10 and abs(z["ratio-norm"]) < 4
 
+def test_means_take_room_in_a_plan_and_only_where_they_are_kept():
+    states, both = (DDPO(step_weighting=o).latents_kept(10) for o in ("variance", "ratio-norm"))
+    assert (states, both) == (11, 21)
+    assert DDPOSF(step_weighting="ratio-norm").latents_kept(10) == 11
+
 def test_means_that_are_not_there_are_asked_for():
     policy = TinyDiffusion([0.2, -0.3], [0.7, 0.5], num_steps=6)
     batch, objective = policy.sample(4, gen()), DDPO(step_weighting="ratio-norm")

@@ -149,6 +149,33 @@ def test_the_kept_table_is_made_of_the_kept_rows(monkeypatch):
     monkeypatch.setattr(table, "markdown", lambda results: "another")
     with pytest.raises(SystemExit, match="not what the rows make: .*table.md"): table.main()
 
+def test_what_readme_and_tutorials_say_of_the_rows_is_in_the_rows():
+    rows = table.rows_of(table.RESULTS, "scenes")
+    place = table.RESULTS.parents[2]
+    readme = (place / "README.md").read_text(encoding="utf-8")
+    counting = (place / "nbs/tutorials/counting.ipynb").read_text(encoding="utf-8")
+    share = lambda runs, who: table.figure_of(
+        [table.right(o["scenes"]["verdicts"], who) for o in runs], False, 100, 1)
+    plain = [o for o in rows if o["seed"] != table.SEARCH_SEED and not o["changes"]]
+    usual = [o for o in plain if (o["method"], o["rate"], o["times"]) == ("nft", 1.0, 1)]
+    assert len(usual) == 3
+    for who in ("reader", "examiner"):
+        assert share(usual, who) + " %" in readme and share(usual, who) in counting
+    best = {m: [*o.values()] for m, o in table.reported(table.RESULTS, "scenes").items()}
+    for method in ("flow-grpo", "rwr"): assert share(best[method], "examiner") + " %" in readme
+    for runs in best.values():  # a row of the tutorial's table
+        rate = runs[0]["settings"]["train_learning_rate"]
+        said = f"| {len(runs)} | {rate:g} | {share(runs, 'reader')} | {share(runs, 'examiner')} |"
+        assert said in counting, said
+    (long,) = [o for o in plain if o["times"] == 4]
+    right = table.right(long["scenes"]["verdicts"], "examiner")
+    assert f"come to {right:.0%}".replace("%", " %") in readme and f"**{100 * right:.0f}**" in counting
+
+def test_settings_are_read_as_the_command_line_reads_them(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["table.py", "run", "scenes", "nft", "0", "--set", "kl_coef"])
+    with pytest.raises(SystemExit) as left: table.main()
+    assert left.value.code == 2 and "not FIELD=VALUE" in capsys.readouterr().err
+
 def test_what_the_package_carries_says_what_the_rows_say(tmp_path):
     rows = [row("nft", 0, 0.1), row("nft", 0, 0.1, task="scenes", right=0.8)]
     rows.append(row("draft", 1, 0.2, task="scenes", right=0.5) | dict(reward="scenes_logprob"))
