@@ -19,7 +19,9 @@ The rule of the search, the same for everybody: the settings that `compare` take
 and three learning rates: a third of the default when the search began (`STARTS`), that default, three times
 it. Each is trained on half of the task's budget with seed 100, which no reported run has, and examined as
 the reported runs are, from other noise; the highest mean reward on the prompts of training wins (on scenes:
-the largest share that the bundled reader finds wholly right, of other scenes).
+the largest share that the bundled reader finds wholly right, of other scenes), among the trials that keep at
+least half of the untouched model's alignment, since a broken model draws small files; if none does, the one
+that keeps most of it; of equals, the smallest rate.
 
 Several runs may share a machine, since no run's own clock is used: `time` measures what a query costs, one
 epoch of each method in turn and alone on the machine.
@@ -171,20 +173,29 @@ def score(row):
         np.mean([v for k, o in row["scenes"]["verdicts"].items() if k.endswith("/both") for v in o["reader"]])
     )
 
+def kept_alignment(row):
+    "The share of the untouched model's alignment that is left on the prompts of training."
+    left, before = (np.mean(row[who]["alignment"]["seen"]) for who in ("trained", "base"))
+    return float(left / before)
+
+def best_of(trials):
+    "The trial that the rule chooses."
+    whole = [o for o in trials if kept_alignment(o) >= 0.5]
+    return max(whole, key=score) if whole else max(trials, key=kept_alignment)
+
 def search(task, method, folder):
-    "The trials of a method; prints and returns the rate that won, and its neighbours."
-    rows = {rate: train(task, method, SEARCH_SEED, folder, rate) for rate in RATES}
-    best = max(rows, key=lambda rate: score(rows[rate]))
-    for rate, row in rows.items():
-        print(f"{task}, {method}, learning rate {row['settings']['train_learning_rate']:g}: {score(row):.4f}"
-              + (" <- the best" if rate == best else ""), flush=True)
-    return best
+    "The trials of a method; prints the rate that won, and its neighbours."
+    trials = [train(task, method, SEARCH_SEED, folder, rate) for rate in RATES]
+    best = best_of(trials)
+    for row in trials:
+        print(f"{task}, {method}, learning rate {row['settings']['train_learning_rate']:g}: {score(row):.4f},"
+              f" {kept_alignment(row):.0%} of the alignment" + " <- the best" * (row is best), flush=True)
 
 def chosen_rate(task, method, folder):
     "The rate that the search found."
     trials = trials_of([o for o in kept_rows(folder) if o["task"] == task], method)
     if not trials: raise SystemExit(f"{task}, {method}: search first")
-    return max(trials, key=score)["rate"]
+    return best_of(trials)["rate"]
 
 def kept_rows(folder):
     "Every finished run there."
@@ -236,7 +247,7 @@ def trials_of(rows, method):
 def reported(results, task):
     "method -> seed -> row, of the runs that count: other seeds than the search's, with the rate that won."
     rows, found = rows_of(results, task), {}
-    won = {m: max(trials, key=score)["rate"] for m in METHODS if (trials := trials_of(rows, m))}
+    won = {m: best_of(trials)["rate"] for m in METHODS if (trials := trials_of(rows, m))}
     for row in rows:
         if row["seed"] == SEARCH_SEED or row["changes"] or row["times"] != 1: continue
         if won.get(row["method"], row["rate"]) == row["rate"]:
@@ -405,8 +416,9 @@ def searched(results, task):
     rows, found = rows_of(results, task), []
     for method in METHODS:
         if not (mine := trials_of(rows, method)): continue
-        best = max(mine, key=score)
-        shown = [f"{o['settings']['train_learning_rate']:g}: {score(o):.4f}" for o in mine]
+        best = best_of(mine)
+        shown = [f"{o['settings']['train_learning_rate']:g}: {score(o):.4f} ({kept_alignment(o):.0%})"
+                 for o in mine]
         found.append({"": LABELS[method], "a third": shown[0], "default": shown[1], "three times": shown[2],
                       "won": f"{best['settings']['train_learning_rate']:g}"})
     return Table(found)
@@ -430,7 +442,8 @@ def markdown(results):
         if task == "scenes" and (longer := longer_table(results)):
             parts += ["And if one goes on:", longer.markdown()]
         if pairs := pairs_of(results, task): parts += ["Who is ahead:", pairs.markdown()]
-        if trials := searched(results, task): parts += ["Trials, by learning rate:", trials.markdown()]
+        if trials := searched(results, task): parts += [
+            "Trials, by learning rate (in brackets: the share of alignment that is left):", trials.markdown()]
     if pieces := pieces_table(results):
         parts += [f"## What the pieces are worth\n\n{VARIED[0]}, {LABELS[VARIED[1]]}, one change at a time.",
                   pieces.markdown()]
@@ -457,7 +470,8 @@ def summary(results):
                 learning_rate=row["settings"]["train_learning_rate"],
                 score=round(score(row), 5), gain=round(gain(row), 5) if own else None,
                 held_out=round(held_out(row), 5) if own else None,
-                alignment=round(alignment(row), 5), variety=round(variety(row), 4),
+                alignment=round(alignment(row), 5), alignment_kept=round(kept_alignment(row), 4),
+                variety=round(variety(row), 4),
                 curve=smooth(row["curve"]) if own else None)
             if task == "scenes": entry |= dict(
                 right=shares(row["scenes"]["verdicts"]), sharpness=round(row["scenes"]["sharpness"], 5))

@@ -54,7 +54,20 @@ def test_trials_count_for_the_search_and_for_nothing_else(tmp_path):
     written(tmp_path, [*trials, row("ddpo-is", 0, 0.1), row("ddpo-is", 0, 0.7, 3.0), row("ddpo-is", 1, 0.1)])
     assert {o["rate"] for o in table.reported(folder, "compressibility")["ddpo-is"].values()} == {1.0}
     (trial,) = table.searched(folder, "compressibility")
-    assert trial["won"] == "0.001" and trial["three times"] == "0.003: 1.7000"
+    assert trial["won"] == "0.001" and trial["three times"] == "0.003: 1.7000 (120%)"
+
+def test_the_search_passes_over_trials_that_lost_half_of_the_alignment():
+    def trial(gained, kept):
+        found = row("ddpo-sf", table.SEARCH_SEED, gained)
+        found["trained"]["alignment"]["seen"] = [0.5 * kept, 0.5 * kept]
+        return found
+    broken, whole, better = trial(0.6, -0.4), trial(0.1, 0.5), trial(0.3, 0.9)
+    assert table.best_of([whole, broken, better]) is better
+    assert table.best_of([whole, broken]) is whole  # half is enough
+    least = trial(0.1, 0.3)
+    assert table.best_of([broken, least, trial(0.5, 0.2)]) is least  # all are broken: the least of them
+    equal = trial(0.3, 1.0)
+    assert table.best_of([better, equal]) is better  # of equals the first, which has the smallest rate
 
 def test_an_unfinished_search_chooses_nothing(tmp_path):
     place = tmp_path / "compressibility" / "ddpo-is-100-1"
