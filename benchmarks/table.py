@@ -7,7 +7,8 @@ seconds.
     python benchmarks/table.py run TASK METHOD SEED --times 4 [--set NAME=VALUE ...] [--output DIR]
     # one factor at a time, from the best setting
     python benchmarks/table.py vary FACTOR SEED [--output DIR]
-    python benchmarks/table.py look METHOD SEED [--times 4] [--output DIR]  # pictures by a run on scenes
+    # pictures by runs, below the untouched model's
+    python benchmarks/table.py look TASK METHOD ... [--seed 0] [--times 4] [--output DIR]
     python benchmarks/table.py base [--output DIR]                    # what Emoji SD3 gets right as it comes
     python benchmarks/table.py time [TASK] [--output DIR]             # what a query of each costs, in turn
     # all that is there, to benchmarks/results
@@ -45,7 +46,7 @@ from ddpo_nb.config import make_config
 from ddpo_nb.objectives import get_objective
 from ddpo_nb.playground import paint_alike
 from ddpo_nb.policy import load_policy
-from ddpo_nb.prompts import prompt_source
+from ddpo_nb.prompts import PROMPT_SETS, prompt_source
 from ddpo_nb.rewards import get_reward
 from ddpo_nb.scenes import KINDS, scene_prompts
 from ddpo_nb.trainer import make_trainer
@@ -121,18 +122,24 @@ def name_of(method, seed, rate, changes=None, times=1):
     return ",".join([f"{method}-{seed}-{rate:.2g}"] + [f"{k}={v}" for k, v in (changes or {}).items()]
                     + [f"times={times}"] * (times != 1))
 
-def look(folder, method, seed, name, n=16):
-    """Every so many-th prompt of training by the untouched model and, below, by a run's, from the same noise;
-    in two rows of pairs."""
-    weights = folder / "scenes" / name / "comparison/weights" / f"{METHODS[method][0]}-seed{seed}"
-    config, policies = make_config("nft", "emoji-sd3", True, logdir=""), {}
-    for who, lora in (("untouched", None), ("trained", weights)):
-        policies[who] = load_policy("emoji-sd3", lora, use_lora=lora is not None)
-        policies[who].configure(config.sample_num_steps, config.sample_guidance_scale, kind="ode")
-    every = scene_prompts()
+def look(folder, task, methods, seed, times=1):
+    """Every so many-th prompt of training by the untouched model and, below, by each method's run, from the
+    same noise; on scenes in two such blocks. Returns the picture and the prompts."""
+    t, lines = TASKS[task], {"untouched": None}
+    for method in methods:
+        name = name_of(method, seed, chosen_rate(task, method, folder), times=times)
+        lines[method] = folder / task / name / "comparison/weights" / f"{METHODS[method][0]}-seed{seed}"
+    config, policies = make_config("ddpo-is", t["model"], True, logdir=""), {}
+    sampler = dict(kind="ode") if task == "scenes" else dict(eta=config.sample_eta)
+    for who, lora in lines.items():
+        policies[who] = load_policy(t["model"], lora, use_lora=lora is not None)
+        policies[who].configure(config.sample_num_steps, config.sample_guidance_scale, **sampler)
+    n, blocks = (16, 2) if task == "scenes" else (10, 1)
+    every = scene_prompts() if task == "scenes" else PROMPT_SETS[t["prompts"]]()
     prompts = every[1::len(every) // n][:n]
     painted = [o.permute(0, 2, 3, 1).numpy() for o in paint_alike(policies, prompts).values()]
-    rows = [np.hstack(images[i:i + n // 2]) for i in (0, n // 2) for images in painted]
+    width = n // blocks
+    rows = [np.hstack(images[i:i + width]) for i in range(0, n, width) for images in painted]
     return Image.fromarray((np.vstack(rows) * 255).round().astype("uint8")), prompts
 
 def train(task, method, seed, folder, rate, changes=None, times=1):
@@ -544,8 +551,9 @@ def main():
             one.add_argument("--set", nargs="*", type=_option, default=[], metavar="NAME=VALUE",
                              help="settings that it has instead of its own")
     one = commands.add_parser("look", parents=[common])
-    one.add_argument("method", **method)
-    one.add_argument("seed", type=int)
+    one.add_argument("task", **task)
+    one.add_argument("method", nargs="+", **method)
+    one.add_argument("--seed", type=int, default=0)
     one.add_argument("--times", type=int, default=1)
     one.add_argument("--to", type=Path, default=Path("look.png"), help="the file")
     one = commands.add_parser("vary", parents=[common])
@@ -577,9 +585,7 @@ def main():
             row = train(*VARIED, args.seed, args.output, rate, change)
             print(f"{args.factor}, {change}, seed {args.seed}: {outcome(row):+.4f}", flush=True)
     if args.command == "look":
-        rate = chosen_rate("scenes", args.method, args.output)
-        name = name_of(args.method, args.seed, rate, times=args.times)
-        picture, prompts = look(args.output, args.method, args.seed, name)
+        picture, prompts = look(args.output, args.task, args.method, args.seed, args.times)
         picture.save(args.to)
         print(*prompts, sep=", ")
     if args.command == "base":
