@@ -4,10 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]/"benchmarks"))
 import table
 from ddpo_nb.config import make_config
+from ddpo_nb.policy import load_policy
 
 def row(method, seed, gained, rate=1.0, task="compressibility", right=None, **kw):
     "A finished run whose pictures all gained as much."
@@ -199,3 +201,13 @@ def test_what_the_package_carries_says_what_the_rows_say(tmp_path):
     emoji, nft, draft = carried["runs"]
     assert nft["right"]["examiner"]["counting"] == 0.7 and "right" not in emoji and draft["curve"] is None
     assert emoji["curve"][-1] == [1024, pytest.approx(1 + 0.1 * 7.5 / 8)]
+
+def test_runs_are_looked_at_below_the_untouched_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "chosen_rate", lambda *_: 1.0)
+    policy = load_policy(lora_rank=2)
+    for o in policy.trainable_parameters(): torch.nn.init.constant_(o.data, 0.05)
+    policy.save_weights(tmp_path / "compressibility" / "rwr-0-1/comparison/weights/rwr-seed0")
+    picture, prompts = table.look(tmp_path, "compressibility", ["rwr"], 0)
+    untouched, trained = np.split(np.asarray(picture), 2)
+    assert untouched.shape == (64, 64 * len(prompts), 3) and len(set(prompts)) == len(prompts) == 10
+    assert (untouched.astype(int) != trained).any()
