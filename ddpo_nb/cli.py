@@ -814,7 +814,8 @@ def _sample(args):
         if flaw := prompt_flaw(o): raise InputError("--prompt", f"one {flaw}", "give a short text")
     policy = _policy(args)
     from PIL import Image
-    from ddpo_nb.compare import exam_generators, write_atomic
+    from ddpo_nb.checkpoints import write_atomic
+    from ddpo_nb.compare import exam_generators
     from ddpo_nb.rewards import to_uint8
     from ddpo_nb.rollout import rollout
     prompts = [p for p in args.prompt for _ in range(args.count)]

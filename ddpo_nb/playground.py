@@ -11,8 +11,9 @@ from html import escape
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from .compare import _Figure, exam_generators
+from .compare import exam_generators
 from .dashboard import _in_notebook, write
+from .figures import _Figure
 from .prompts import InputError, prompt_flaw
 from .rewards import to_uint8
 from .rollout import rollout

@@ -3,7 +3,10 @@ import json
 import math
 import pickle
 import re
+import shlex
 import shutil
+from html import escape
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +15,13 @@ import torch
 from PIL import Image
 from hypothesis import given, settings, strategies as st
 
-from ddpo_nb import compare as C
+from ddpo_nb import checkpoints, compare as C
+from ddpo_nb.checkpoints import write_atomic
 from ddpo_nb.compare import (BASE, Comparison, Evaluation, RewardError, Table, compare, exam_generators,
                              exam_sets, fit_budget, latent_spread, load_reward, mean_interval, pm, spread,
-                             t_quantile, write_atomic)
+                             t_quantile)
+from ddpo_nb.figures import _colours, _labels
+from ddpo_nb.plan import join_plans, made_anew, plain_command
 from ddpo_nb.policy import StableDiffusionPolicy, load_pipeline, load_policy
 from ddpo_nb.prompts import InputError, held_out_sets, prompt_source, usual_prompts
 from ddpo_nb.rewards import jpeg_compressibility
@@ -310,11 +316,11 @@ def test_a_folder_of_before_there_were_baselines_is_gone_on_with(run):
             for a, c in settings["configs"].items()
         }
     )
-    assert C._join(settings, old)["configs"] == settings["configs"]
+    assert join_plans(settings, old)["configs"] == settings["configs"]
     other = settings | dict(
         configs={a: c | dict(samples_per_prompt=2) for a, c in settings["configs"].items()}
     )
-    with pytest.raises(InputError, match="samples_per_prompt is 1 there and 2 here"): C._join(other, old)
+    with pytest.raises(InputError, match="samples_per_prompt is 1 there and 2 here"): join_plans(other, old)
 
 def test_interrupt_keeps_finished_runs_and_goes_on(tmp_path):
     calls = [0]
@@ -404,7 +410,7 @@ def test_foreign_folder_is_left_alone(tmp_path):
 def test_write_atomic_leaves_the_old_file_whole(tmp_path, monkeypatch):
     write_atomic(tmp_path/"f", "old")
     monkeypatch.setattr(
-        C.os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        checkpoints.os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.raises(InputError, match="No space left"): write_atomic(tmp_path/"f", "new")
     assert (tmp_path/"f").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
@@ -453,15 +459,30 @@ def test_a_colour_of_the_report_means_one_algorithm():
     page = re.sub(r"<svg.*?</svg>|data:[^\"]+", "", made_up().html(), flags=re.S)
     hexes = [o.lower() for o in re.findall(r"#[0-9a-fA-F]{3,8}\b", page)]
     style = page[page.index("<style>"):page.index("</style>")]
-    mine = {C._colours[o] for o in (BASE, "ddpo-is", "rwr")}
-    assert mine <= {*hexes} and not {*C._colours.values()} & {*re.findall(r"#\w{3,8}\b", style)}
+    mine = {_colours[o] for o in (BASE, "ddpo-is", "rwr")}
+    assert mine <= {*hexes} and not {*_colours.values()} & {*re.findall(r"#\w{3,8}\b", style)}
     # a dot of an algorithm's colour stands beside its name, and nowhere else
     dots = re.findall(r'background:(#\w+)"></span>([\w-]+)', page)
-    assert {*dots} == {(C._colours[o], C._labels[o]) for o in (BASE, "ddpo-is", "rwr")}
+    assert {*dots} == {(_colours[o], _labels[o]) for o in (BASE, "ddpo-is", "rwr")}
     assert page.count("background:#") - style.count("background:#") == len(dots)
     far = lambda a, b: sum((int(a[k:k+2], 16) - int(b[k:k+2], 16)) ** 2 for k in (1, 3, 5)) ** .5
-    colours = [*C._colours.values()]
+    colours = [*_colours.values()]
     assert min(far(a, b) for i, a in enumerate(colours) for b in colours[:i]) > 30
+
+@pytest.mark.parametrize("name,home", [
+    ("BASE", "figures"), ("Table", "figures"), ("pm", "figures"), ("QUERIES", "plan"), ("load_reward", "plan"),
+    ("made_anew", "plan"), ("check_output", "folder"), ("RewardError", "reward_files"),
+])
+def test_what_moved_to_the_appendix_is_still_had_from_compare(name, home):
+    assert getattr(C, name) is getattr(import_module(f"ddpo_nb.{home}"), name)
+
+def test_a_comparison_brings_its_figures_its_report_and_its_folder():
+    "As it did when all of it stood in one notebook"
+    there = {o for o in dir(Comparison) if not o.startswith("_")}
+    assert {"plot", "gallery", "times", "html", "report", "keep", "add_row", "write_rows", "write_plan", "save",
+            "load", "summary", "table", "breakdown", "headline", "side_effects", "curve"} <= there
+    kinds = pickle.loads(pickle.dumps(made_up().evaluations)).values()  # processes send them to each other
+    assert all(type(o) is Evaluation for o in kinds)
 
 @pytest.mark.parametrize("command,again", [
     ("ddpo-nb compare --output runs/a --seeds 0", "ddpo-nb compare --seeds 0 --output runs/a-again"),
@@ -472,17 +493,17 @@ def test_a_colour_of_the_report_means_one_algorithm():
                                  "# a note\nddpo-nb compare --output a-again"),
 ])
 def test_the_way_to_make_it_again_names_a_new_folder(command, again):
-    assert C.made_anew(command) == again
+    assert made_anew(command) == again and C.made_anew is made_anew
     page = made_up(command=command).html()
-    assert f"<pre>{C.escape(again)}</pre>" in page
+    assert f"<pre>{escape(again)}</pre>" in page
 
 def test_a_folder_gone_on_with_names_all_its_commands(run, tmp_path):
     shutil.copytree(run[1], tmp_path/"more")
     c = Comparison.load(tmp_path/"more")
     new = c.settings | dict(seeds=[2], command="ddpo-nb compare --seeds 2 --output more")
-    joined = C._join(new, c.settings)
+    joined = join_plans(new, c.settings)
     assert joined["command"].splitlines() == [c.settings["command"], new["command"]]
-    assert C._join(joined, joined)["command"] == joined["command"]
+    assert join_plans(joined, joined)["command"] == joined["command"]
 
 def test_a_call_from_python_is_told_with_its_settings(run):
     said = run[0].settings["command"]
@@ -490,10 +511,10 @@ def test_a_call_from_python_is_told_with_its_settings(run):
     assert all(o in said for o in flags)
     plan = run[0].settings | dict(lora=False, init_lora=None, evaluation_samples=None)
     given = dict(allow_tf32=False, tracker_kwargs=dict(key="k"))
-    more = C._plain_command(plan, "x", given, {"rwr": dict(rwr_beta=2.0)})
+    more = plain_command(plan, "x", given, {"rwr": dict(rwr_beta=2.0)})
     assert "--no-allow-tf32 --no-lora --set rwr.rwr_beta=2.0 --output x" in more and "key" not in more
     from ddpo_nb.cli import make_parser
-    args = make_parser().parse_args(C.shlex.split(more)[1:])
+    args = make_parser().parse_args(shlex.split(more)[1:])
     assert args.lora is False and args.allow_tf32 is False and args.output == "x"
 
 def test_wide_tables_scroll_on_a_phone_and_say_so(browser, tmp_path):

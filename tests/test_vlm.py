@@ -11,8 +11,8 @@ from vlm_server import MODEL, Server, background
 from ddpo_nb import chat as C, vlm as V
 from ddpo_nb.checkpoints import check_whole, newest_whole
 from ddpo_nb.cli import _vlm
-from ddpo_nb.compare import _identity, _join
 from ddpo_nb.emoji_sd import COLOURS
+from ddpo_nb.plan import _identity, join_plans
 from ddpo_nb.policy import ModelError, StableDiffusionPolicy, load_pipeline
 from ddpo_nb.prompts import InputError, PromptSource
 from ddpo_nb.reward_files import Guarded
@@ -488,10 +488,10 @@ def test_a_comparison_goes_on_with_the_model_that_it_began_with(server):
         set(_identity) - {"reward_digest"}
     )
     was = plan(digest()["digest"])
-    _join(plan(digest()["digest"]), was)
-    _join(plan(digest()["digest"]), plan(None))  # a folder of an older version
+    join_plans(plan(digest()["digest"]), was)
+    join_plans(plan(digest()["digest"]), plan(None))  # a folder of an older version
     with pytest.raises(InputError, match="reward_digest is 'seer, 64 tokens.* there and 'other, 64"):
-        _join(plan(digest(vlm_model="other")["digest"]), was)
+        join_plans(plan(digest(vlm_model="other")["digest"]), was)
 
 def test_concurrency_is_bounded_over_all_threads(server):
     server.pause, found = .02, {}
