@@ -21,7 +21,7 @@ from .trainer import processes
 
 # %% ../nbs/09g_folder.ipynb #15c0e0b7
 class Kept:
-    "Of a comparison: what writes its folder, reads it, and goes on in it. `evaluation` makes an `Evaluation`."
+    "Of a comparison: what writes its folder, reads it, goes on in it. `evaluation` makes an `Evaluation`."
 
 def check_output(folder: Path, ours: str = "config.json"):
     "InputError unless `folder` is absent, empty or one of ours, and can be written to."

@@ -470,8 +470,8 @@ def test_a_colour_of_the_report_means_one_algorithm():
     assert min(far(a, b) for i, a in enumerate(colours) for b in colours[:i]) > 30
 
 @pytest.mark.parametrize("name,home", [
-    ("BASE", "figures"), ("Table", "figures"), ("pm", "figures"), ("QUERIES", "plan"), ("load_reward", "plan"),
-    ("made_anew", "plan"), ("check_output", "folder"), ("RewardError", "reward_files"),
+    ("BASE", "figures"), ("Table", "figures"), ("pm", "figures"), ("QUERIES", "plan"),
+    ("load_reward", "plan"), ("made_anew", "plan"), ("check_output", "folder"), ("RewardError", "reward_files"),
 ])
 def test_what_moved_to_the_appendix_is_still_had_from_compare(name, home):
     assert getattr(C, name) is getattr(import_module(f"ddpo_nb.{home}"), name)
@@ -479,8 +479,8 @@ def test_what_moved_to_the_appendix_is_still_had_from_compare(name, home):
 def test_a_comparison_brings_its_figures_its_report_and_its_folder():
     "As it did when all of it stood in one notebook"
     there = {o for o in dir(Comparison) if not o.startswith("_")}
-    assert {"plot", "gallery", "times", "html", "report", "keep", "add_row", "write_rows", "write_plan", "save",
-            "load", "summary", "table", "breakdown", "headline", "side_effects", "curve"} <= there
+    assert {"plot", "gallery", "times", "html", "report", "keep", "add_row", "write_rows", "write_plan",
+            "save", "load", "summary", "table", "breakdown", "headline", "side_effects", "curve"} <= there
     kinds = pickle.loads(pickle.dumps(made_up().evaluations)).values()  # processes send them to each other
     assert all(type(o) is Evaluation for o in kinds)
 
