@@ -471,7 +471,8 @@ def test_a_colour_of_the_report_means_one_algorithm():
 
 @pytest.mark.parametrize("name,home", [
     ("BASE", "figures"), ("Table", "figures"), ("pm", "figures"), ("QUERIES", "plan"),
-    ("load_reward", "plan"), ("made_anew", "plan"), ("check_output", "folder"), ("RewardError", "reward_files"),
+    ("load_reward", "plan"), ("made_anew", "plan"),
+    ("check_output", "folder"), ("RewardError", "reward_files"),
 ])
 def test_what_moved_to_the_appendix_is_still_had_from_compare(name, home):
     assert getattr(C, name) is getattr(import_module(f"ddpo_nb.{home}"), name)
