@@ -33,9 +33,9 @@ from .loading import (
     BUNDLED, EMOJI_SD, EMOJI_SD3, KNOWN_KINDS, QUANTIZED, config_beside, family_of, is_hub_id,
     quantized_parts, _index, _parts_of, _quiet, _said)
 from .policy import Conditioning
+from .prepare import configure_policy, policy_settings, _check_steps
 from .prompts import InputError
-from .trainer import (DDPOConfig, check_repeats, configure_policy, denoised_together, make_config,
-                             make_objective, policy_settings, _check_steps)
+from .trainer import DDPOConfig, check_repeats, denoised_together, make_config, make_objective
 
 # %% ../nbs/10a_recipes.ipynb #76612bbc
 @dataclass(frozen=True)

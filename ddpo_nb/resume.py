@@ -48,6 +48,12 @@ class Work:
 class Resumable:
     "Of a trainer: what writes checkpoints, and takes a run up again."
 
+@patch
+def _current_work(self:Resumable) -> Work:
+    "The epoch under way; a method of one's own may train without one."
+    if self.work is None: self.work = Work({}, torch.zeros(0), {})
+    return self.work
+
 # %% ../nbs/08f_resume.ipynb #51d1d044
 @patch
 def _surroundings(self:Resumable):

@@ -324,6 +324,12 @@ def block(kind: str, name: str, *inside: str, depth=0) -> str:
     fence = ":" * (6 - depth)
     return "\n".join([f"{fence}{{py:{kind}}} {name}", "", *(f"{o}\n" for o in inside if o), fence])
 
+def inherited(cls) -> str:
+    "A sentence with the public classes of this package that `cls` has more methods from"
+    ours = [o.__name__ for o in cls.__bases__ if o.__module__.partition(".")[0] == config.lib_path.name]
+    named = ", ".join(f"`{o}`" for o in ours if o != cls.__name__ and o[0] != "_")
+    return f"Inherits from {named}." if named else ""
+
 def describe(name: str, obj, module) -> str:
     "What there is to say of one public name"
     here = module.__name__
@@ -331,6 +337,7 @@ def describe(name: str, obj, module) -> str:
         table = dataclasses.is_dataclass(obj) and len(dataclasses.fields(obj)) > 0
         own_init = "__init__" in vars(obj) and not table
         parts = [prose(obj.__doc__ if "__doc__" in vars(obj) else "", here)]
+        parts.append(link_names(inherited(obj), here))
         parts += [fields_list(obj, here)] if table else [parameters(obj, here)] if own_init else []
         for method, function in methods(obj).items():
             if isinstance(inspect.getattr_static(obj, method), property): kind, args = "property", ""

@@ -71,7 +71,7 @@ def scored(device, precision="no"):
 def test_log_probabilities_and_pictures_are_the_cpus(device):
     """fp32 without TF32. Noise to the bit; log-probabilities to 1e-4 of themselves, pictures to a
     thousandth of white"""
-    from ddpo_nb.trainer import _tf32
+    from ddpo_nb.prepare import _tf32
     _tf32(False)
     old, new, here, there, noise, own = scored(device)
     assert torch.equal(noise, own)

@@ -212,6 +212,16 @@ def test_names_become_links_where_they_mean_one_thing(pages):
     assert pages.link_names("`load`", "ddpo_nb.emoji_sd") == link("load", "ddpo_nb.emoji_sd.load")
     assert pages.link_names("`emoji_sd3.load`") == link("emoji_sd3.load", "ddpo_nb.emoji_sd3.load")
 
+def test_a_class_says_whose_methods_it_has(pages):
+    "The trainer's own are the loop; what saves, stops and resumes has a page of its own"
+    from ddpo_nb import config, run, trainer
+    told = pages.describe("DDPOTrainer", trainer.DDPOTrainer, trainer)
+    for name in ("prepare.Prepared", "run.Run", "release.Releasable", "resume.Resumable", "trl.TrlTrainer"):
+        assert f"<ddpo_nb.{name}>`" in told.partition("Inherits from ")[2].splitlines()[0]
+    assert "Inherits" not in pages.describe("Run", run.Run, run)
+    # a dataclass that is made of one of its own name
+    assert "Inherits" not in pages.describe("DDPOConfig", config.DDPOConfig, config)
+
 def test_links_of_a_notebook_hold_on_the_site(pages):
     assert pages.page_links("[a](07_rwr.ipynb) [b](../LICENSE) [c](https://x.y) [d](#e)", "08_ddpo") == (
         f"[a](07_rwr.ipynb) [b]({pages.repository}/LICENSE) [c](https://x.y) [d](#e)")

@@ -77,8 +77,9 @@ def test_python_knows_it_too(home):
     from ddpo_nb.clip import load_embedder
     from ddpo_nb.compare import Comparison
     from ddpo_nb.policy import ModelError, StableDiffusionPolicy, load_pipeline
+    from ddpo_nb.run import _home
     from ddpo_nb.taste import BradleyTerry, Clicks
-    from ddpo_nb.trainer import DDPOConfig, _home
+    from ddpo_nb.trainer import DDPOConfig
     policy = StableDiffusionPolicy(load_pipeline(), num_steps=1)
     policy.save_pretrained("~/w")
     assert (home/"w/pytorch_lora_weights.safetensors").is_file() and load_pipeline(lora="~/w")

@@ -77,6 +77,15 @@ def test_every_lesson_has_an_exercise():
               and "attempt(check" in json.dumps(cells(n))]
     assert having == sorted(LESSONS)
 
+def test_the_trainers_notebook_has_the_loop_and_no_bookkeeping():
+    "Each cell is a screenful at most; files, threads, signals and the machine are the appendix's"
+    code = [c["source"] for c in cells("09_trainer") if c["cell_type"] == "code"]
+    assert max(len(o.splitlines()) for o in code) <= 60
+    exported = "\n".join(o for o in code if o.startswith("#| export"))
+    imported = " ".join(re.findall(r"(?m)^(?:from|import) .+", exported))
+    kept_away = "accelerate.state|checkpoints|hub|json|os|shutil|sys|tempfile|threading|tqdm|warnings"
+    assert re.findall(rf"\b(?:{kept_away})\b", imported) == []
+
 def test_sliders_redraw_and_stand_still():
     import base64
     import ipywidgets

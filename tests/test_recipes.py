@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from ddpo_nb import recipes as R, trainer as T
+from ddpo_nb import prepare, recipes as R
 from ddpo_nb.batches import saved_bytes
 from ddpo_nb.direct import uphill
 from ddpo_nb.loading import BUNDLED, EMOJI_SD3, family_of, quantized_parts
@@ -96,7 +96,7 @@ def test_recipe_builds_and_plans(name, sd):
 def test_a_plan_has_the_micro_batch_that_the_trainer_takes(memory, monkeypatch, emoji):
     """On a device whose memory is the limit, what stays there counts: gradients and AdamW's means of a
     whole UNet too"""
-    for module in (R, T): monkeypatch.setattr(module, "device_memory", lambda device: memory)
+    for module in (R, prepare): monkeypatch.setattr(module, "device_memory", lambda device: memory)
     c = make_config("ddpo-is", lora=False, logdir="", mixed_precision="no", micro_batch_size=0)
     t = make_trainer(
         c, lambda *a: 0, PromptSource(["cat"]), StableDiffusionPolicy(load_pipeline(), use_lora=False)

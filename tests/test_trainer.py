@@ -52,6 +52,19 @@ def test_an_epoch_trains(algorithm, lora):
         sum(row[f"seconds_{s}"] for s in ("sampling", "reward", "training"))
     )
 
+def test_what_others_import_from_the_trainer_is_there():
+    "Wherever it is made: scripts go on as they are"
+    from ddpo_nb import advantages, config, prepare, resume, trainer as module
+    made_in = {
+        advantages: "PerPromptStatTracker",
+        config: "ALGORITHMS AlignPropConfig DDPOConfig RWRConfig check_config check_repeats idle_notes"
+                " make_config make_objective",
+        prepare: "check_family check_launcher configure_policy policy_settings processes usable_precision",
+        resume: "RESULT_FREE STATE_FILES Work",
+    }
+    for home, names in made_in.items():
+        for name in names.split(): assert getattr(module, name) is getattr(home, name)
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_one_seed_one_result(algorithm):
     a, b = trainer(algorithm), trainer(algorithm)
@@ -521,7 +534,7 @@ def test_what_the_machine_or_the_model_lacks_is_said_before_anything_is_written(
     with pytest.raises(InputError, match=r"compile: there is no C(\+\+)? compiler"): make(compile=True)
     monkeypatch.undo()
     monkeypatch.setattr(torch, "compile", lambda net: net)
-    monkeypatch.setattr("ddpo_nb.trainer._check_compiler", lambda: None)
+    monkeypatch.setattr("ddpo_nb.prepare._check_compiler", lambda: None)
     make(compile=True, max_workers=3)
     err = capsys.readouterr().err
     assert "compile: the network is compiled at its first passes" in err and "max_workers does nothing" in err
