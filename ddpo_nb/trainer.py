@@ -305,7 +305,8 @@ def weigh(self:DDPOTrainer, trajectories, batches, scored, x0, t) -> Work:
         gather_object([r for rewards, *_ in scored for r in rewards.tolist()])
     ), gather_object([p for b in batches for p in b[1]])
     self.queries += len(rewards)
-    row = _of_rewards(prompts, rewards) | dict(reward_info=_means(per_image(scored)), diversity=_diversity(x0))
+    row = _of_rewards(prompts, rewards)
+    row |= dict(reward_info=_means(per_image(scored)), diversity=_diversity(x0))
     if self.watched:
         row["watch_mean"] = np.mean(gather_object([v for *_, values in scored for v in values.tolist()]))
     return Work(
