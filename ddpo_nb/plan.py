@@ -71,7 +71,7 @@ def _refuse_idle(algorithms, model, lora, common, overrides):
     for a in overrides or {}:
         if a not in algorithms:
             raise InputError("overrides", f"{a!r} does not take part", f"choose from {', '.join(algorithms)}")
-    for name in {k for o in given.values() for k in o} - known:
+    for name in sorted({k for o in given.values() for k in o} - known):
         raise InputError(
             name, "there is no such setting", f"see the fields of DDPOConfig: {', '.join(sorted(known))}"
         )
@@ -312,7 +312,7 @@ def join_plans(
     "Settings to go on with in a folder that holds `old`; InputError names what differs."
     same = lambda k: old.get(k) == new[k] or k == "reward_digest" and old.get(k) is None  # kept since
     differs = [f"{k} is {old.get(k)!r} there and {new[k]!r} here" for k in _identity if not same(k)]
-    for a in set(new["configs"]) & set(old["configs"]):
+    for a in filter(old["configs"].__contains__, new["configs"]):
         # a setting younger than the folder had its default
         differs += [
             f"{a}'s {k} is {was!r} there and {v!r} here"

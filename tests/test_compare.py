@@ -539,3 +539,8 @@ def test_wide_tables_scroll_on_a_phone_and_say_so(browser, tmp_path):
     assert not page.evaluate("[...document.querySelectorAll('.wide')].some("
                              "o => parseFloat(getComputedStyle(o, '::after').fontSize) > 9)")
     page.close()
+
+def test_of_several_unknown_settings_always_the_same_is_named():
+    unknown = dict.fromkeys("fedcbag", 1)
+    with pytest.raises(InputError, match="^a: there is no such setting"):
+        compare("aesthetic", ["ddpo-is"], 64, overrides={"ddpo-is": unknown})
