@@ -5,7 +5,9 @@ Within `pretend_gpu()` tensors of two devices do not mix, `.numpy()` of a tensor
 accelerate hands the device out. So a machine without a GPU finds out who forgot a `.to(device)` or a
 `.cpu()`. It says nothing of speed, memory, rounding or half precision: tests marked `cuda` do.
 """
+import threading
 from contextlib import contextmanager
+from unittest.mock import patch
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -128,6 +130,13 @@ class Pretence(TorchDispatchMode):
     entered = False
     def __torch_dispatch__(self, func, types, args=(), kwargs=None): return run(func, args, kwargs or {})
 
+run_thread = threading.Thread.run
+
+def run_pretending(thread):
+    "A thread's work: torch's modes belong to the thread that entered them, a GPU is there for all."
+    torch._C._set_only_lift_cpu_tensors(True)
+    with Pretence(): run_thread(thread)
+
 @contextmanager
 def pretend_gpu():
     "Within this context the machine has a GPU, as far as accelerate and `.to(device)` know."
@@ -136,7 +145,7 @@ def pretend_gpu():
     before = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # so that `torch.tensor(..., device=GPU)` comes by here
     try:
-        with Pretence():
+        with Pretence(), patch.object(threading.Thread, "run", run_pretending):
             Pretence.entered = True
             PartialState(cpu=True).device = GPU
             yield GPU

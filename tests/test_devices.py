@@ -1,5 +1,6 @@
 """What is on the GPU meets only what is on the GPU. On a machine without one, it is a pretended one
 (pretend.py); `-m cuda` takes a real one."""
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 import numpy as np, pytest, torch
 from conftest import on_device
@@ -73,6 +74,12 @@ def test_both_refuse_a_mixture(gpu):
         and there[torch.tensor([0, 2])].tolist() == [1, 1]
         and there.cpu().numpy().sum() == 3
     )
+
+def test_the_device_is_there_in_other_threads_too(gpu):
+    with ThreadPoolExecutor(1) as pool:
+        there = pool.submit(lambda: torch.ones(3, device=gpu) * torch.tensor(2, device=gpu)).result()
+        assert there.device.type == gpu.type and there.tolist() == [2, 2, 2]
+        refused(lambda: pool.submit(torch.add, there, torch.ones(3)).result(), "same device")
 
 def test_a_small_network_trains_as_on_the_cpu(gpu):
     def trained(device):
