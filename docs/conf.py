@@ -5,6 +5,8 @@ from configparser import ConfigParser
 from importlib.util import find_spec
 from pathlib import Path
 
+from docutils import nodes
+
 sys.path.insert(0, str(Path(__file__).parent))
 from pages import config, repository, root  # noqa: E402
 
@@ -39,3 +41,15 @@ html_theme_options = dict(
     navigation_with_keys=True,
     footer_icons=[dict(name="GitHub", url=repository.partition("/blob/")[0], html="GitHub", **{"class": ""})],
 )
+
+def give_pictures_boxes(app, doctree, page):
+    "A picture that stands by itself gets a box, in which it scrolls where it is wider than the window"
+    for image in [*doctree.findall(nodes.image)]:
+        alone = image.parent
+        if isinstance(alone, nodes.paragraph):
+            if len(alone) > 1 or isinstance(alone.parent, nodes.entry): continue
+        elif "cell_output" in alone.get("classes", []): alone = image
+        else: continue
+        alone.replace_self(nodes.container("", image.deepcopy(), classes=["picture"]))
+
+def setup(app): app.connect("doctree-resolved", give_pictures_boxes)

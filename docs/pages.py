@@ -6,6 +6,7 @@ import inspect
 import re
 import shutil
 import sys
+import textwrap
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -69,6 +70,11 @@ def symbols() -> dict:
     return meant
 
 _fence = re.compile(r"(^(```|~~~).*?^\2[^\n]*$)", re.M | re.S)
+def outside_fences(change, md: str) -> str:
+    "Markdown `md`, changed wherever it is not a block of code"
+    text, fences = _fence.split(md)[::3], _fence.split(md)[1::3]
+    return "".join(change(o) + fence for o, fence in zip(text, [*fences, ""]))
+
 _linkable = re.compile(
     r"(?P<keep>\[[^\]]*\]\([^)]*\)|^#.*$)|(?<!`)`(?P<name>[A-Za-z_][\w.]*)(?P<call>\(\))?`(?!`)", re.M
 )
@@ -82,8 +88,13 @@ def link_names(md: str, here: str = "") -> str:
         near = {o for o in meant if here and o.startswith(f"{here}.")}
         [full] = near if len(near) == 1 else meant if len(meant) == 1 else [None]
         return f"{{py:obj}}`{m['name']}{m['call'] or ''} <{full}>`" if full and full != here else m[0]
-    text, fences = _fence.split(md)[::3], _fence.split(md)[1::3]
-    return "".join(_linkable.sub(link, o) + fence for o, fence in zip(text, [*fences, ""]))
+    return outside_fences(lambda o: _linkable.sub(link, o), md)
+
+_numbers = re.compile(r"(?<=[\d%]) (?=± \d|%(?!\w))|(?<=[\d%] ±) (?=\d)")
+
+def keep_numbers(text: str) -> str:
+    "No line begins with the ± of an interval, nor with the % of a share: their spaces do not break"
+    return _numbers.sub("\u00a0", text)
 
 # Notebooks
 
@@ -105,7 +116,18 @@ def quarto_tags(cell):
     if tags: cell.metadata["tags"] = [*cell.metadata.get("tags", []), *tags]
 
 _terminal = re.compile(r"\x1B(?:[@-Z\\-_]|\[[0-?]*[ -/]*[@-~])")
+_aligned = re.compile(r"\S(?: {2,}|\t)\S|[\u2500-\u25ff]")  # columns, or a drawing
+_wide = 110  # characters, as in code
 _live = "application/vnd.jupyter.widget-view+json"
+
+def is_table(text: str) -> bool:
+    "Are there lines of which the columns stand below each other, so that none may be broken?"
+    return "\n" in text.strip() and bool(_aligned.search(text))
+
+def fill_sentences(text: str) -> str:
+    "A table with the sentences around it broken where a line of code would end"
+    fill = lambda o: o if len(o) <= _wide or _aligned.search(o) else textwrap.fill(o, _wide)
+    return "\n".join(map(fill, text.split("\n")))
 
 def keep_readable(cell):
     """Outputs as a page can show them: without terminal codes and progress bars; a widget, which needs a
@@ -116,9 +138,12 @@ def keep_readable(cell):
     for out in cell.outputs:
         if "text" in out: out["text"] = _terminal.sub("", "".join(out["text"]))
     said = [o.get("text") or "".join(o.get("data", {}).get("text/plain", "")) for o in cell.outputs]
-    if any(said) and all("\n" not in o.strip() for o in said):  # a sentence, say, and no table
-        cell.metadata["tags"] = [*cell.metadata.get("tags", []), "one-line"]
+    if any(said) and not any(map(is_table, said)):
+        cell.metadata["tags"] = [*cell.metadata.get("tags", []), "wraps"]
     for out in cell.outputs:
+        if is_table(out.get("text", "")): out["text"] = fill_sentences(out["text"])
+        if html := out.get("data", {}).get("text/html"):
+            out["data"]["text/html"] = keep_numbers("".join(html))
         if _live not in out.get("data", {}): continue
         del out["data"][_live]
         if any(re.match("image/|text/html|text/markdown", o) for o in out["data"]):
@@ -257,7 +282,8 @@ def write_lessons(to: Path):
     for page, nb in lessons().items():
         for cell in nb.cells:
             if cell.cell_type == "markdown":
-                cell.source = page_links(link_names(cell.source, own.get(page, "")), page)
+                said = outside_fences(keep_numbers, link_names(cell.source, own.get(page, "")))
+                cell.source = page_links(said, page)
             else: cell.metadata["mystnb"] = dict(image=dict(alt="what the cell above draws"))
         if page == "index": landing(nb)
         else: nb.cells.insert(1, mk_cell(doors(page), "markdown"))

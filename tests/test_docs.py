@@ -194,13 +194,28 @@ def test_widgets_and_terminal_codes(pages):
     assert picture["data"] == {"image/png": "x"}
     assert plain["data"] == {"text/plain": "100 %"} and stream["text"] == "red"
 
-def test_a_sentence_is_told_from_a_table(pages):
-    "What is printed in one line may be broken, what is aligned in several may not"
-    printed = lambda text: code_cell("p", dict(output_type="stream", name="stdout", text=[text]))
-    sentence, table, silent = processed(
-        pages, printed("It rose from 0.58 to 0.80.\n"), printed("a  1\nb  2\n"), "x = 1")
-    assert sentence.metadata["tags"] == ["one-line"]
-    assert "tags" not in table.metadata and "tags" not in silent.metadata
+def printed(text): return code_cell("p", dict(output_type="stream", name="stdout", text=[text]))
+
+def test_sentences_are_told_from_a_table(pages):
+    "What is aligned may not be broken, everything else may; so may the sentence above a table"
+    texts = "It rose from 0.58 to 0.80.\n", "{'a': 1,\n 'b': 2}\n", "one\n" + "two " * 40 + "\n"
+    tables = "a  1\nb  2\n", "a ─▶ b\n   ▲\n"
+    cells = processed(pages, *map(printed, [*texts, *tables]), "x = 1")
+    assert [o.metadata.get("tags") for o in cells] == [["wraps"]] * 3 + [None] * 3
+    long = " ".join(["word"] * 60)
+    [cell] = processed(pages, printed(f"{long}\na  1\n{'b' * 100}  {'2' * 30}\n"))
+    *filled, one, two = cell.outputs[0]["text"].rstrip("\n").split("\n")
+    assert " ".join(filled) == long and max(map(len, filled)) <= 110
+    assert (one, two) == ("a  1", f"{'b' * 100}  {'2' * 30}")
+
+def test_a_number_keeps_its_interval_and_its_unit(pages):
+    hard = "\u00a0"
+    text = "It is 0.806 ± 0.079 of 72 %, 5 %d ± σ;\n\n```\n1 ± 2 %\n```\n"
+    kept = pages.outside_fences(pages.keep_numbers, text)
+    assert kept == f"It is 0.806{hard}±{hard}0.079 of 72{hard}%, 5 %d ± σ;\n\n```\n1 ± 2 %\n```\n"
+    html = dict(output_type="display_data", data={"text/html": ["<td>1 ± 2</td>"]}, metadata={})
+    [cell] = processed(pages, code_cell("t", html))
+    assert cell.outputs[0]["data"]["text/html"] == f"<td>1{hard}±{hard}2</td>"
 
 def test_names_become_links_where_they_mean_one_thing(pages):
     link = lambda name, full: f"{{py:obj}}`{name} <{full}>`"
@@ -290,9 +305,14 @@ def test_pages_fit_their_window_and_formulas_are_seen(tab, address):
         assert tab.evaluate("document.documentElement.scrollWidth") <= width, name
         # whoever writes within 110 characters, and prints a sentence, is read without scrolling
         cut = "[...document.querySelectorAll('{}')].filter(o => o.scrollWidth > o.clientWidth + 1).length"
-        assert not tab.evaluate(cut.format(".tag_one-line .cell_output pre")), name
+        assert not tab.evaluate(cut.format(".tag_wraps .cell_output pre")), name
         if width > 1000: assert not tab.evaluate(cut.format(".cell_input pre")), name
         assert tab.evaluate("[...document.images].every(o => o.complete && o.naturalWidth)"), name
+        # letters in a picture are as large as they were drawn: on a phone it scrolls in its box
+        drawn = tab.evaluate("[...document.querySelectorAll('.cell_output .picture img')]"
+                             ".map(o => [Math.min(o.naturalWidth, 960), o.clientWidth])")
+        assert drawn or name.startswith(("index", "01", "tutorials", "api")), name
+        if width < 400: assert all(shown >= own for own, shown in drawn), name
     assert formulas > 80
 
 @pytest.mark.parametrize("tab", [phone, desk], indirect=True)
