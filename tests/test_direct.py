@@ -18,7 +18,6 @@ from ddpo_nb.clip import (CLIPAlignment, Embedder, clip_alignment, clip_score, d
 from ddpo_nb.cli import main
 from ddpo_nb.config import DDPOConfig, make_config
 from ddpo_nb.direct import AlignProp, DRaFT, uphill, walk_back
-from ddpo_nb.loading import family_of
 from ddpo_nb.mdp import Trajectories
 from ddpo_nb.nft import TinyFlow
 from ddpo_nb.preference import ImageReward, PickScore
@@ -29,9 +28,10 @@ from ddpo_nb.rewards import (PromptAlignment, WeightedSum, as_column, check_diff
 from ddpo_nb.rollout import rollout, sample_generator
 from ddpo_nb.rwr import TinyDiffusion, x0_moments
 from ddpo_nb.scenes import SceneLogProb, SceneReward, scenes_logprob
-from ddpo_nb.tiny import TINY, tiny_pipeline
+from ddpo_nb.tiny import TINY
 from ddpo_nb.trainer import make_trainer
 from stopping import stop_after
+from tiny_policy import tiny_policy, weights
 
 KINDS = [k for k in TINY if k != "sd3"]  # T5 takes longest, and makes no difference here
 PROMPTS = ["a cat", "a fox", "a bear"]
@@ -41,11 +41,7 @@ def brightness(images, prompts, metadata):
     return (images * images.new_tensor([3.0, 1.0, -0.5]).view(3, 1, 1)).mean((1, 2, 3)), {}
 
 def make(family, lora=True, steps=3, guidance=3.0, **how):
-    torch.manual_seed(0)
-    pipe = tiny_pipeline(family)
-    policy = family_of(pipe)(
-        pipe, use_lora=lora, num_steps=steps, guidance_scale=guidance, resolution=16, **how)
-    policy.text_window = 16  # of the flows' alone
+    policy = tiny_policy(family, lora, num_steps=steps, guidance_scale=guidance, resolution=16, **how)
     torch.manual_seed(1)
     for p in policy.trainable_parameters():
         if lora: p.data += 0.1 * torch.randn(p.shape).to(p)  # or one of LoRA's two factors has no gradient
@@ -261,18 +257,9 @@ def config(algorithm="draft", kind="sd", out="", **settings):
     ) | ({} if "flux" in kind or "sd3" in kind else dict(sample_eta=0.5))
     return make_config(algorithm, **few | settings)
 
-def bare(kind, lora=True):
-    torch.manual_seed(0)
-    pipe = tiny_pipeline(kind)
-    policy = family_of(pipe)(pipe, use_lora=lora)
-    policy.text_window = 16  # of the flows' alone
-    return policy
-
 def trainer(algorithm="draft", kind="sd", out="", lora=True, reward=brightness, **settings):
     c, prompts = config(algorithm, kind, out, **settings), PromptSource(["a cat", "a fox"], 0)
-    return make_trainer(c, reward, prompts, bare(kind, lora))
-
-def weights(t): return torch.cat([p.detach().flatten() for p in t.policy.trainable_parameters()])
+    return make_trainer(c, reward, prompts, tiny_policy(kind, lora))
 
 FEW = [("draft", "sd", True), ("draft", "sdxl", False), ("alignprop", "sd3-without-t5", True),
        ("alignprop", "flux", False)]

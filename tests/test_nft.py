@@ -12,7 +12,6 @@ from ddpo_nb.checkpoints import load_state
 from ddpo_nb.cli import main
 from ddpo_nb.config import make_config
 from ddpo_nb.flow import FlowProcess
-from ddpo_nb.loading import family_of
 from ddpo_nb.mdp import DDIMProcess
 from ddpo_nb.nft import NFT, SPACES, TinyFlow
 from ddpo_nb.prompts import InputError, PromptSource
@@ -20,6 +19,7 @@ from ddpo_nb.rwr import RWR, TinyDiffusion, x0_moments
 from ddpo_nb.tiny import TINY, tiny_pipeline
 from ddpo_nb.trainer import make_trainer
 from stopping import stop_after
+from tiny_policy import tiny_policy, weights
 
 double = dict(dtype=torch.float64)
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -323,13 +323,6 @@ def test_at_no_decay_the_newest_weights_sample_to_the_last_bit():
 KINDS = [k for k in TINY if k != "sd3"]  # T5 takes longest, and makes no difference here
 def brightness(images, prompts, metadata): return images.mean((1, 2, 3)), {}
 
-def make(kind, lora=True):
-    torch.manual_seed(0)
-    pipe = tiny_pipeline(kind)
-    policy = family_of(pipe)(pipe, use_lora=lora)
-    policy.text_window = 16  # of the flows' alone
-    return policy
-
 def config(kind, out="", **settings):
     few = dict(
         logdir=str(out), mixed_precision="no", sample_num_steps=3, sample_batch_size=4, num_epochs=2,
@@ -340,10 +333,9 @@ def config(kind, out="", **settings):
     return make_config("nft", **few | settings)
 
 def trainer(kind="sd", out="", lora=True, **settings):
-    return make_trainer(
-        config(kind, out, **settings), brightness, PromptSource(["a cat", "a fox"], 0), make(kind, lora))
+    c, prompts = config(kind, out, **settings), PromptSource(["a cat", "a fox"], 0)
+    return make_trainer(c, brightness, prompts, tiny_policy(kind, lora))
 
-def weights(t): return torch.cat([p.detach().flatten() for p in t.policy.trainable_parameters()])
 def averaged(t): return torch.cat([p.flatten() for p in t.objective.old])
 
 @pytest.mark.parametrize(
@@ -482,10 +474,10 @@ def test_training_is_without_guidance_and_sampling_with_it():
 def test_a_text_is_embedded_alike_whatever_comes_with_it(kind):
     "Or a run that is taken up, which meets its prompts in other company, would end in other bits"
     flat = lambda o: o if isinstance(o, dict) else dict(text=o)
-    found = [flat(make(kind).encode(o)[[0]].prompt) for o in (
+    found = [flat(tiny_policy(kind).encode(o)[[0]].prompt) for o in (
         ["a cat"], ["a cat", "a fox"], ["a cat"] + [f"a dog {i}" for i in range(9)])]
     assert all(torch.equal(o[k], found[0][k]) for o in found for k in o)
-    policy = make(kind)
+    policy = tiny_policy(kind)
     policy.encode(["a fox"])
     assert all(torch.equal(v, found[0][k]) for k, v in flat(policy.encode(["a cat"]).prompt).items())
 
