@@ -201,12 +201,10 @@ def test_flags_are_the_fields_of_the_config():
 
 NUMBERS = [(n, k) for n, k, *_ in config_fields() if k in (int, float) and n not in cli._of_a_run]
 CHOICES = ["mixed_precision", "log_prob_reduction", "step_weighting", "log_with", "lr_scheduler", "baseline"]
-# may be 0
-free = {
-    "lr_warmup_updates", "train_adam_weight_decay", "train_adam_beta1", "train_adam_beta2", "kl_coef",
-    "stop_patience", "advantage_min_std", "micro_batch_size", "sample_guidance_scale",
-    "sample_noise_level", "sample_window", "sample_window_start", "sample_window_every", "sample_resolution",
-    "nft_decay_delay"
+# may be 0, besides those that are so by default
+free = {n for n, _, default, _ in config_fields() if default == 0} | {
+    "train_adam_weight_decay", "train_adam_beta1", "train_adam_beta2", "sample_guidance_scale",
+    "sample_noise_level"
 }
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
