@@ -11,7 +11,7 @@ seconds.
     python benchmarks/table.py look TASK METHOD ... [--seed 0] [--times 4] [--output DIR]
     python benchmarks/table.py base [--output DIR]                    # what Emoji SD3 gets right as it comes
     python benchmarks/table.py time [TASK] [--output DIR]             # what a query of each costs, in turn
-    # all that is there, to benchmarks/results
+    # all that is there, beside what benchmarks/results has already
     python benchmarks/table.py collect [--output DIR]
     # the tables and figures, from the results
     python benchmarks/table.py table
@@ -198,15 +198,18 @@ def search(task, method, folder):
         print(f"{task}, {method}, learning rate {row['settings']['train_learning_rate']:g}: {score(row):.4f},"
               f" {kept_alignment(row):.0%} of the alignment" + " <- the best" * (row is best), flush=True)
 
-def chosen_rate(task, method, folder):
+def chosen_rate(task, method, folder, results=RESULTS):
     "The rate that the search found."
-    trials = trials_of([o for o in kept_rows(folder) if o["task"] == task], method)
+    trials = trials_of([o for o in kept_rows(folder, results) if o["task"] == task], method)
     if not trials: raise SystemExit(f"{task}, {method}: search first")
     return best_of(trials)["rate"]
 
-def kept_rows(folder):
-    "Every finished run there."
-    return [json.loads(o.read_text()) for o in sorted(folder.glob("*/*/row.json"))]
+def kept_rows(folder, results):
+    "Every run that is kept in the results, and those that finished in the folder, which come before their like."
+    found = [o for task in TASKS for o in rows_of(results, task)]
+    found += [{"times": 1} | json.loads(o.read_text()) for o in sorted(folder.glob("*/*/row.json"))]
+    like = lambda o: (o["task"], name_of(o["method"], o["seed"], o["rate"], o["changes"], o["times"]))
+    return list({like(o): o for o in found}.values())
 
 def seconds_of(task, rounds):
     "method -> a query's seconds, one for each round: an epoch of each method in turn, after one to warm up."
@@ -228,12 +231,13 @@ def seconds_of(task, rounds):
     return found
 
 def collect(folder, results=RESULTS):
-    "A file for each task, a line for each run, and what a query costs."
-    rows = kept_rows(folder)
+    "A file for each task, a line for each run, with those that are there already, and what a query costs."
     results.mkdir(parents=True, exist_ok=True)
+    rows = kept_rows(folder, results)
     for task in TASKS:
         mine = sorted(
-            (o for o in rows if o["task"] == task), key=lambda o: (o["method"], o["seed"], o["rate"])
+            (o for o in rows if o["task"] == task),
+            key=lambda o: (o["method"], o["seed"], o["rate"], o["times"], json.dumps(o["changes"]))
         )
         if mine: write_atomic(results / f"{task}.jsonl", "".join(json.dumps(o) + "\n" for o in mine))
     for o in [*folder.glob("seconds-*.json"), *folder.glob("scenes-base.json")]:

@@ -76,7 +76,24 @@ def test_an_unfinished_search_chooses_nothing(tmp_path):
     place.mkdir(parents=True)
     (place / "row.json").write_text(json.dumps(row("ddpo-is", table.SEARCH_SEED, 0.1)))
     with pytest.raises(SystemExit, match="search first"):
-        table.chosen_rate("compressibility", "ddpo-is", tmp_path)
+        table.chosen_rate("compressibility", "ddpo-is", tmp_path, tmp_path / "results")
+
+def test_runs_of_another_machine_stay_and_the_newest_of_its_like_counts(tmp_path):
+    folder, results = tmp_path / "runs", tmp_path / "results"
+    results.mkdir()
+    trials = [row("ddpo-is", table.SEARCH_SEED, g, rate) for rate, g in zip(table.RATES, (0.1, 0.2, 0.9))]
+    changed = row("ddpo-is", 0, 0.4, changes=dict(kl_coef=0.1))
+    written(results, [*trials, row("ddpo-is", 0, 0.1), changed])
+    place = folder / "compressibility" / "any-name"
+    place.mkdir(parents=True)
+    (place / "row.json").write_text(json.dumps(row("ddpo-is", 0, 0.3)))
+    assert table.chosen_rate("compressibility", "ddpo-is", folder, results) == 3.0
+    table.collect(folder, results)
+    rows = table.rows_of(results, "compressibility")
+    usual, other = (next(o for o in rows if o["seed"] == 0 and bool(o["changes"]) == c) for c in (False, True))
+    assert len(rows) == 5 and table.gain(usual) == pytest.approx(0.3) and table.gain(other) == pytest.approx(0.4)
+    table.collect(folder, results)
+    assert table.rows_of(results, "compressibility") == rows
 
 def test_who_is_ahead_of_whom(tmp_path):
     gains = dict(rwr=(0.1, 0.2, 0.3), nft=(0.6, 0.71, 0.8), draft=(0.1, 0.25, 0.25))

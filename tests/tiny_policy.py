@@ -3,7 +3,7 @@ import torch
 from ddpo_nb.loading import family_of
 from ddpo_nb.tiny import tiny_pipeline
 
-def tiny_policy(kind, lora=True, **settings):
+def tiny_policy(kind, lora=True, /, **settings):
     "The same weights at each call."
     torch.manual_seed(0)
     pipe = tiny_pipeline(kind)
