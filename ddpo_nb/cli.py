@@ -611,7 +611,7 @@ def _folder(args):
     output = _output(args) if main or args.output else None
     if several and not args.output:
         from accelerate.utils import broadcast_object_list
-        from ddpo_nb.trainer import processes
+        from ddpo_nb.prepare import processes
         processes()  # which tells accelerate how they talk
         output, = broadcast_object_list([output])
     try: yield output
@@ -815,9 +815,8 @@ def _sample(args):
     policy = _policy(args)
     from PIL import Image
     from ddpo_nb.checkpoints import write_atomic
-    from ddpo_nb.compare import exam_generators
     from ddpo_nb.rewards import to_uint8
-    from ddpo_nb.rollout import rollout
+    from ddpo_nb.rollout import exam_generators, rollout
     prompts = [p for p in args.prompt for _ in range(args.count)]
     images = to_uint8(
         rollout(policy, prompts, exam_generators(args.seed, len(prompts)), batch_size=args.batch_size).images
@@ -838,9 +837,9 @@ def _evaluate(args):
     _vlm(args)
     _geneval(args)
     items = (source := prompt_source(args.prompts)).items
-    from ddpo_nb.compare import exam_generators, load_reward, mean_interval, pm, spread
+    from ddpo_nb.compare import load_reward, mean_interval, pm, spread
     from ddpo_nb.rewards import check_prompts, check_rewards
-    from ddpo_nb.rollout import rollout
+    from ddpo_nb.rollout import exam_generators, rollout
     reward, name, *_ = load_reward(args.reward, args.model)
     check_prompts(reward, source)
     policy, items = _policy(args), spread(items, args.samples)
@@ -879,7 +878,7 @@ def _train_aesthetic(args):
 
 def _train_aesthetic_in(output, args):
     from ddpo_nb.aesthetic import train_aesthetic
-    from ddpo_nb.trainer import processes
+    from ddpo_nb.prepare import processes
     again = _go_on(_words(args, output))
     try:
         _, report = train_aesthetic(

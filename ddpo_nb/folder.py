@@ -17,7 +17,7 @@ from .figures import BASE, _finite
 from .plan import join_plans
 from .prompts import InputError
 from .resume import STATE_FILES, _plain
-from .trainer import processes
+from .prepare import processes
 
 # %% ../nbs/09g_folder.ipynb #15c0e0b7
 class Kept:

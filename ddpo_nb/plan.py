@@ -20,7 +20,7 @@ from .redact import hide, redact
 from .resume import RESULT_FREE, weighed_by_temperature
 from .reward_files import Guarded, check_signature, guarded_file
 from .rewards import check_differentiable, check_prompts, get_reward, parse_sum, reward_name
-from .trainer import check_launcher, configure_policy, processes, usable_precision
+from .prepare import check_launcher, configure_policy, processes, usable_precision
 
 # %% ../nbs/09d_plan.ipynb #e2a214e8
 QUERIES = 1024  # the default budget

@@ -11,12 +11,11 @@ from html import escape
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from .compare import exam_generators
 from .dashboard import _in_notebook, write
 from .figures import _Figure
 from .prompts import InputError, prompt_flaw
 from .rewards import to_uint8
-from .rollout import rollout
+from .rollout import exam_generators, rollout
 from .scenes import facts, parse, read
 
 # %% ../nbs/09c_playground.ipynb #1df91ac7

@@ -1,5 +1,6 @@
 """Write what Sphinx reads: `python docs/pages.py FOLDER`. The notebooks, through nbdev's own processors, a
 page for each module from its docments, and llms.txt. Nothing is run, and no list of pages is kept by hand."""
+import ast
 import dataclasses
 import importlib
 import inspect
@@ -95,6 +96,45 @@ _numbers = re.compile(r"(?<=[\d%]) (?=± \d|%(?!\w))|(?<=[\d%] ±) (?=\d)")
 def keep_numbers(text: str) -> str:
     "No line begins with the ± of an interval, nor with the % of a share: their spaces do not break"
     return _numbers.sub("\u00a0", text)
+
+# Pictures, for those who cannot see them
+
+_draws = re.compile(r"plt\.|imshow|Figure|Image|\bax\.|\bpictures\(|sheet")
+
+def first_lines(nb) -> dict:
+    "Name → docstring's first paragraph, of the functions with a picture in them that a notebook defines"
+    found = {}
+    for cell in nb.cells:
+        if cell.cell_type != "code": continue
+        try: tree = ast.parse(cell.source)
+        except SyntaxError: continue  # a cell with a magic defines nothing to draw with
+        for o in ast.walk(tree):
+            said = isinstance(o, ast.FunctionDef) and ast.get_docstring(o)
+            if said and _draws.search(ast.unparse(o)): found[o.name] = " ".join(said.split("\n\n")[0].split())
+    return found
+
+_label = re.compile(r"""\b(?:set_)?([xy]label|title)\s*[=(]\s*(["'])(.+?)\2""")
+_marks = re.compile(r"[*`#$]|\[([^\]]*)\]\([^)]*\)")
+
+def alternative(code: str, heading: str, said: dict) -> str:
+    """What the picture of a cell shows, in words: the section that it is in, and what the function that draws
+    it says of itself, or its axes and title"""
+    calls = [o for o in re.findall(r"^(?:\w+\.)?(\w+)\(", code, re.M) if o in said]
+    labels = {kind: text for kind, _, text in _label.findall(code)}
+    if calls: shown = said[calls[-1]].rstrip(".")
+    elif {"xlabel", "ylabel"} <= {*labels}: shown = f"{labels['ylabel']} against {labels['xlabel']}"
+    else: shown = labels.get("title") or labels.get("ylabel") or ""
+    plain = _marks.sub(lambda m: m[1] or "", f"{heading}: {shown}" if shown else f"{heading}, a picture")
+    return plain.replace("\\n", " ").replace("\n", " ").strip()
+
+def name_pictures(nb):
+    "An alternative text for the pictures of every cell"
+    said, heading = first_lines(nb), ""
+    for cell in nb.cells:
+        if cell.cell_type == "markdown":
+            heads = re.findall(r"^#+ (.+)$", cell.source, re.M)
+            if heads: heading = heads[-1].strip()
+        else: cell.metadata["mystnb"] = dict(image=dict(alt=alternative(cell.source, heading, said)))
 
 # Notebooks
 
@@ -280,11 +320,11 @@ def write_lessons(to: Path):
     "Every notebook, and the files that they show"
     own = {v: f"{config.lib_path.name}.{k}" for k, v in notebook_of().items()}
     for page, nb in lessons().items():
+        name_pictures(nb)
         for cell in nb.cells:
-            if cell.cell_type == "markdown":
-                said = outside_fences(keep_numbers, link_names(cell.source, own.get(page, "")))
-                cell.source = page_links(said, page)
-            else: cell.metadata["mystnb"] = dict(image=dict(alt="what the cell above draws"))
+            if cell.cell_type != "markdown": continue
+            said = outside_fences(keep_numbers, link_names(cell.source, own.get(page, "")))
+            cell.source = page_links(said, page)
         if page == "index": landing(nb)
         else: nb.cells.insert(1, mk_cell(doors(page), "markdown"))
         for i, cell in enumerate(nb.cells):

@@ -124,7 +124,14 @@ def test_the_landing_page_begins_with_the_course(site):
     assert page.index(f'href="{first}.html"') < page.index("The notebooks") < page.index("Try it")
     assert page.index('href="course.html"') < page.index("The notebooks")
     assert "<details>" not in page[:page.index("Try it")]  # nobody has to unfold the list of notebooks
-    assert 'alt="what the cell above draws"' not in page and page.index("<img") < page.index("The notebooks")
+    assert page.index("<img") < page.index("The notebooks")
+
+def test_pictures_are_described_in_words(site):
+    "By their axes, by what draws them, by their section"
+    drawn = {o: re.findall(r'<img alt="([^"]*)"', (site/f"{o}.html").read_text("utf-8")) for o in notebooks}
+    assert sum(map(len, drawn.values())) > 80 and all(min(map(len, o), default=9) > 8 for o in drawn.values())
+    assert "One dimension: log-density ℓ against x" in drawn["00_likelihood"]
+    assert any("the untouched model" in o for o in drawn["tutorials/table"])
 
 def test_llms_txt_names_every_page(site):
     text = (site/"llms.txt").read_text(encoding="utf-8")
