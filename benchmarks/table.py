@@ -24,7 +24,7 @@ the largest share that the bundled reader finds wholly right, of other scenes), 
 least half of the untouched model's alignment, since a broken model draws small files; if none does, the one
 that keeps most of it; of equals, the smallest rate.
 
-Several runs may share a machine, since no run's own clock is used: `time` measures what a query costs, one
+Several runs may share a machine, since no run's own clock is used: `time` measures what a query costs, an
 epoch of each method in turn and alone on the machine.
 """
 import argparse
@@ -60,7 +60,10 @@ _scenes = dict(model="emoji-sd3", prompts="scenes", queries=3072, each=60)
 TASKS = dict(
     compressibility=_emoji | dict(reward="jpeg_compressibility"),
     incompressibility=_emoji | dict(reward="jpeg_incompressibility"),
-    aesthetic=_emoji | dict(reward="aesthetic"), scenes=_scenes | dict(reward="scenes"))
+    aesthetic=_emoji | dict(reward="aesthetic"), scenes=_scenes | dict(reward="scenes"),
+    # for a factor that flows alone have
+    flow_compressibility=dict(
+        model="emoji-sd3", prompts="scenes", queries=1024, reward="jpeg_compressibility"))
 _group = dict(baseline="leave-one-out", per_prompt_stat_tracking=False)
 METHODS = {  # name -> the algorithm, and settings that make it another method
     "rwr": ("rwr", {}),
@@ -79,20 +82,27 @@ COLOURS = {m: get_objective(algorithm).colour for m, (algorithm, _) in METHODS.i
 COLOURS["leave-one-out"] = "#1f4e79"
 
 _some = lambda name, *values: [{name: v} for v in values]
-# factor -> what it takes, one change at a time, from VARIED's best setting
-VARIED = ("compressibility", "leave-one-out")
+# factor -> what it takes, one change at a time, from the best setting of VARIED, or of what OTHERS names
+VARIED, FLOW = ("compressibility", "leave-one-out"), ("flow_compressibility", "flow-grpo")
 FACTORS = {
     "step weighting": _some("step_weighting", "equal", "variance", "ratio-norm"),
     "clip range": _some("train_clip_range", 1e-4, 1e-3, 1e-2, 1e-1),
     "group size": _some("samples_per_prompt", 2, 4, 8, 16),
     "share of the steps": _some("train_timestep_fraction", 0.2, 0.5, 1.0),
     "window of noisy steps": [
-        dict(sample_window=0), dict(sample_window=3), dict(sample_window=3, sample_window_start=6)],
+        dict(sample_window=0), dict(sample_window=2), dict(sample_window=2, sample_window_start=2),
+        dict(sample_window=2, sample_window_every=4)],
     "price on leaving": _some("kl_coef", 0.0, 0.01, 0.1, 1.0),
     "guidance in training": _some("train_cfg", True, False)}
+OTHERS = {"window of noisy steps": FLOW}
+
+def base_of(factor):
+    "(task, method) whose best setting it changes."
+    return OTHERS.get(factor, VARIED)
 
 def applies(task, method):
-    "A reward without a gradient cannot be followed by it."
+    "A reward without a gradient cannot be followed by it; a task for one factor has one method."
+    if task == FLOW[0]: return method == FLOW[1]
     return method != "draft" or task in ("aesthetic", "scenes")
 
 def settings_of(task, method, rate=1.0):
@@ -103,10 +113,11 @@ def settings_of(task, method, rate=1.0):
     start = STARTS[t["model"]][method]
     return reward, algorithm, own | dict(train_learning_rate=float(f"{start * rate:.3g}"))
 
-def is_usual(change):
-    "Whether VARIED has these values anyway, so that its reported runs show what they do."
-    (algorithm, _), (_, _, own) = METHODS[VARIED[1]], settings_of(*VARIED)
-    config = make_config(algorithm, TASKS[VARIED[0]]["model"], True, logdir="", **own)
+def is_usual(factor, change):
+    "Whether the setting that is varied has these values anyway, so that its reported runs show what they do."
+    task, method = base_of(factor)
+    _, algorithm, own = settings_of(task, method)
+    config = make_config(algorithm, TASKS[task]["model"], True, logdir="", **own)
     return all(getattr(config, k) == v for k, v in change.items())
 
 def verdicts_of(weights, settings, each, seed=0):
@@ -130,12 +141,12 @@ def look(folder, task, methods, seed, times=1):
         name = name_of(method, seed, chosen_rate(task, method, folder), times=times)
         lines[method] = folder / task / name / "comparison/weights" / f"{METHODS[method][0]}-seed{seed}"
     config, policies = make_config("ddpo-is", t["model"], True, logdir=""), {}
-    sampler = dict(kind="ode") if task == "scenes" else dict(eta=config.sample_eta)
+    sampler = dict(kind="ode") if t["model"] == "emoji-sd3" else dict(eta=config.sample_eta)
     for who, lora in lines.items():
         policies[who] = load_policy(t["model"], lora, use_lora=lora is not None)
         policies[who].configure(config.sample_num_steps, config.sample_guidance_scale, **sampler)
     n, blocks = (16, 2) if task == "scenes" else (10, 1)
-    every = scene_prompts() if task == "scenes" else PROMPT_SETS[t["prompts"]]()
+    every = scene_prompts() if t["prompts"] == "scenes" else PROMPT_SETS[t["prompts"]]()
     prompts = every[1::len(every) // n][:n]
     painted = [o.permute(0, 2, 3, 1).numpy() for o in paint_alike(policies, prompts).values()]
     width = n // blocks
@@ -205,7 +216,7 @@ def chosen_rate(task, method, folder, results=RESULTS):
     return best_of(trials)["rate"]
 
 def kept_rows(folder, results):
-    "Every run that is kept in the results, and those that finished in the folder, which come before their like."
+    "Every run that is kept in the results or finished in the folder; of two of a kind, the folder's."
     found = [o for task in TASKS for o in rows_of(results, task)]
     found += [{"times": 1} | json.loads(o.read_text()) for o in sorted(folder.glob("*/*/row.json"))]
     like = lambda o: (o["task"], name_of(o["method"], o["seed"], o["rate"], o["changes"], o["times"]))
@@ -301,13 +312,20 @@ def figure_of(values, sign=True, scale=1.0, places=3):
     values = [o * scale for o in values if o is not None]
     return pm(*mean_interval(values), sign=sign, places=places) if values else ""
 
+def cost_of(results, task):
+    "method -> median seconds a query; empty if none were taken."
+    at = results / f"seconds-{task}.json"
+    return {m: median(v) for m, v in json.loads(at.read_text())["seconds"].items()} if at.exists() else {}
+
+def equal_seconds(results, task):
+    "The seconds in which the fastest method has used up its queries; None if none were taken."
+    cost = cost_of(results, task)
+    return min((cost[m] * TASKS[task]["queries"] for m in reported(results, task) if m in cost), default=None)
+
 def table_of(results, task):
     "What each method did with the task's queries: one row per method."
     found, rows = reported(results, task), []
-    seconds_at = results / f"seconds-{task}.json"
-    cost = json.loads(seconds_at.read_text())["seconds"] if seconds_at.exists() else {}
-    cost = {m: median(v) for m, v in cost.items()}
-    budget = min((cost[m] * TASKS[task]["queries"] for m in found if m in cost), default=None)
+    cost, budget = cost_of(results, task), equal_seconds(results, task)
     for method, by_seed in found.items():
         runs = list(by_seed.values())
         row = {
@@ -388,23 +406,41 @@ def longer_table(results):
     return Table(found)
 
 def pieces_of(results):
-    "factor -> value -> gains, one per seed; the best setting's own runs stand for the value that it has."
-    task, method = VARIED
-    rows = [o for o in rows_of(results, task) if o["method"] == method and o["seed"] != SEARCH_SEED
-            and o["times"] == 1]
+    """factor -> value -> changes, and rows by seed; the best setting's own runs stand for the value that it
+    has."""
     found = {}
     for factor, values in FACTORS.items():
+        task, method = base_of(factor)
+        own = reported(results, task).get(method, {})
+        rows = [o for o in rows_of(results, task) if o["method"] == method and o["times"] == 1]
         for change in values:
             name = ", ".join(f"{k} {v}" for k, v in change.items())
-            same = {} if is_usual(change) else change
-            gains = {o["seed"]: gain(o) for o in rows if o["changes"] == same}
-            if gains: found.setdefault(factor, {})[name] = gains
+            same = {} if is_usual(factor, change) else change
+            by_seed = {o["seed"]: o for o in rows if o["changes"] == same} if same else own
+            if by_seed: found.setdefault(factor, {})[name] = (same, by_seed)
     return {factor: by_value for factor, by_value in found.items() if len(by_value) > 1}
+
+def ahead_of(by_seed, own):
+    "The lead of runs over others, seed by seed, as a table shows it; nothing for one seed."
+    both = sorted(set(by_seed) & set(own))
+    leads = [gain(by_seed[s]) - gain(own[s]) for s in both]
+    return pm(*mean_interval(leads), sign=True) if len(both) > 1 else ""
 
 def pieces_table(results):
     "One row for each value of each factor."
-    return Table([{"factor": factor, "value": name, "gain": figure_of(gains.values()), "seeds": len(gains)}
-                  for factor, by_value in pieces_of(results).items() for name, gains in by_value.items()])
+    rows = []
+    for factor, by_value in pieces_of(results).items():
+        task, method = base_of(factor)
+        own = reported(results, task).get(method, {})
+        for name, (changes, by_seed) in by_value.items():
+            runs = [*by_seed.values()]
+            rows.append({
+                "of": f"{LABELS[method]}, {task}", "factor": factor, "value": name, "seeds": len(runs),
+                "gain": figure_of(map(gain, runs)),
+                "against the best setting": ahead_of(by_seed, own) if changes else "its value",
+                "alignment left, %": figure_of(map(kept_alignment, runs), False, 100, 0),
+                "variety, %": figure_of(map(variety, runs), False, 100, 0)})
+    return Table(rows)
 
 def kinds_of(results):
     "Emoji SD3: what each method gets right of each kind of prompt, in each reader's eyes."
@@ -448,7 +484,9 @@ def markdown(results):
         )
         if task == "scenes" and (line := base_line(results)): parts.append(line)
         parts.append(table.markdown())
-        if budget: parts.append(f"Equal seconds: {budget:.0f} of training each.")
+        if budget:
+            on = json.loads((results / f"seconds-{task}.json").read_text())["machine"]
+            parts.append(f"Equal seconds: {budget:.0f} of training each ({on}, an epoch of each in turn).")
         if task == "scenes": parts += ["By kind of prompt, %:", kinds_of(results).markdown()]
         if task == "scenes" and (longer := longer_table(results)):
             parts += ["And if one goes on:", longer.markdown()]
@@ -456,7 +494,7 @@ def markdown(results):
         if trials := searched(results, task): parts += [
             "Trials, by learning rate (in brackets: the share of alignment that is left):", trials.markdown()]
     if pieces := pieces_table(results):
-        parts += [f"## What the pieces are worth\n\n{VARIED[0]}, {LABELS[VARIED[1]]}, one change at a time.",
+        parts += ["## What the pieces are worth\n\nOne change at a time, from the best setting.",
                   pieces.markdown()]
     return "\n\n".join(o.strip("\n") for o in parts) + "\n"
 
@@ -474,6 +512,7 @@ def summary(results):
         for who in ("reader", "examiner") if right(verdicts, who) is not None}
     for task in TASKS:
         counting = [o for by_seed in reported(results, task).values() for o in by_seed.values()]
+        cost, budget = cost_of(results, task), equal_seconds(results, task)
         for row in rows_of(results, task):
             own = row["reward"] == TASKS[task]["reward"]
             entry = {k: row[k] for k in ("task", "method", "seed", "queries", "changes")} | dict(
@@ -484,13 +523,19 @@ def summary(results):
                 alignment=round(alignment(row), 5), alignment_kept=round(kept_alignment(row), 4),
                 variety=round(variety(row), 4),
                 curve=smooth(row["curve"]) if own else None)
+            if own and row in counting and row["method"] in cost:
+                entry["at_equal_seconds"] = round(at_seconds(row, cost[row["method"]], budget), 5)
             if task == "scenes": entry |= dict(
                 right=shares(row["scenes"]["verdicts"]), sharpness=round(row["scenes"]["sharpness"], 5))
             found.append(entry)
-    seconds = {task: {k: round(median(v), 5) for k, v in json.loads(at.read_text())["seconds"].items()}
-               for task in TASKS if (at := results / f"seconds-{task}.json").exists()}
+    seconds = {task: {k: round(v, 5) for k, v in cost.items()}
+               for task in TASKS if (cost := cost_of(results, task))}
+    pieces = {factor: dict(zip(("task", "method"), base_of(factor)), values={
+        name: changes for name, (changes, _) in by_value.items()})
+        for factor, by_value in pieces_of(results).items()}
     return dict(
         command="python benchmarks/table.py table", labels=LABELS, colours=COLOURS, seconds_a_query=seconds,
+        pieces=pieces,
         base=shares(json.loads(base_at.read_text())["verdicts"]) if base_at.exists() else None, runs=found)
 
 def written(summary):
@@ -524,14 +569,15 @@ def plot_pieces(results):
         len(found), 1, figsize=(6, 1.7 * len(found)), layout="constrained", squeeze=False
     )
     for ax, (factor, by_value) in zip(axes[:, 0], found.items()):
-        for i, gains in enumerate(by_value.values()):
-            ax.plot([*gains.values()], [i] * len(gains), "o", ms=4, color="C0", alpha=0.6)
-            ax.plot(np.mean([*gains.values()]), i, "|", ms=16, mew=2, color="C3")
+        for i, (_, by_seed) in enumerate(by_value.values()):
+            gains = [*map(gain, by_seed.values())]
+            ax.plot(gains, [i] * len(gains), "o", ms=4, color="C0", alpha=0.6)
+            ax.plot(np.mean(gains), i, "|", ms=16, mew=2, color="C3")
         ax.set_yticks(range(len(by_value)), [*by_value], fontsize=7)
         ax.set_ylim(-0.6, len(by_value) - 0.4)
         ax.set_title(factor, fontsize=9, loc="left")
         ax.tick_params(axis="x", labelsize=7)
-    axes[-1, 0].set_xlabel(f"gain in {TASKS[VARIED[0]]['reward']}; dots: seeds, bar: their mean", fontsize=8)
+    axes[-1, 0].set_xlabel("gain in kB; dots: seeds, bar: their mean", fontsize=8)
     fig.savefig(results / "pieces.png", dpi=110)
 
 def main():
@@ -583,10 +629,11 @@ def main():
         row = train(args.task, args.method, args.seed, args.output, rate, dict(args.set), args.times)
         print(f"{args.task}, {args.method}, seed {args.seed}: {outcome(row):+.4f}", flush=True)
     if args.command == "vary":
-        rate = chosen_rate(*VARIED, args.output)
+        base = base_of(args.factor)
+        rate = chosen_rate(*base, args.output)
         for change in FACTORS[args.factor]:
-            if is_usual(change): continue
-            row = train(*VARIED, args.seed, args.output, rate, change)
+            if is_usual(args.factor, change): continue
+            row = train(*base, args.seed, args.output, rate, change)
             print(f"{args.factor}, {change}, seed {args.seed}: {outcome(row):+.4f}", flush=True)
     if args.command == "look":
         picture, prompts = look(args.output, args.task, args.method, args.seed, args.times)

@@ -10,6 +10,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]/"benchmarks"))
 import table
 from ddpo_nb.config import make_config
 from ddpo_nb.policy import load_policy
+from ddpo_nb.prepare import configure_policy
 
 def row(method, seed, gained, rate=1.0, task="compressibility", right=None, **kw):
     "A finished run whose pictures all gained as much."
@@ -90,8 +91,9 @@ def test_runs_of_another_machine_stay_and_the_newest_of_its_like_counts(tmp_path
     assert table.chosen_rate("compressibility", "ddpo-is", folder, results) == 3.0
     table.collect(folder, results)
     rows = table.rows_of(results, "compressibility")
-    usual, other = (next(o for o in rows if o["seed"] == 0 and bool(o["changes"]) == c) for c in (False, True))
-    assert len(rows) == 5 and table.gain(usual) == pytest.approx(0.3) and table.gain(other) == pytest.approx(0.4)
+    usual, = (table.gain(o) for o in rows if o["seed"] == 0 and not o["changes"])
+    other, = (table.gain(o) for o in rows if o["changes"])
+    assert len(rows) == 5 and usual == pytest.approx(0.3) and other == pytest.approx(0.4)
     table.collect(folder, results)
     assert table.rows_of(results, "compressibility") == rows
 
@@ -146,24 +148,39 @@ def test_the_pieces_are_told_from_the_reported_runs(tmp_path):
     folder = written(tmp_path, [*varied, row("leave-one-out", 0, 0.5)])
     (line,), _ = table.table_of(folder, "compressibility")
     assert line["seeds"] == 1 and line["gain"].startswith("+0.50")
-    pieces, usual = table.pieces_of(folder), {0: pytest.approx(0.5)}  # the reported run stands for its values
-    assert pieces["price on leaving"] == {
-        "kl_coef 0.0": usual, "kl_coef 1.0": {0: pytest.approx(0.0), 1: pytest.approx(0.0)}}
-    assert pieces["guidance in training"] == {
-        "train_cfg True": usual, "train_cfg False": {0: pytest.approx(0.1), 1: pytest.approx(0.1)}}
+    pieces = {factor: {name: {s: round(table.gain(o), 5) for s, o in by_seed.items()}
+                       for name, (_, by_seed) in by_value.items()}
+              for factor, by_value in table.pieces_of(folder).items()}
+    usual = {0: 0.5}  # the reported run stands for its values
+    assert pieces == {"price on leaving": {"kl_coef 0.0": usual, "kl_coef 1.0": {0: 0, 1: 0}},
+                      "guidance in training": {"train_cfg True": usual, "train_cfg False": {0: 0.1, 1: 0.1}}}
     table.plot_pieces(folder)
     assert (folder / "pieces.png").stat().st_size > 5000 and "What the pieces are worth" in table.markdown(
         folder
     )
 
-def test_every_change_of_a_piece_makes_a_config():
-    task, method = table.VARIED
-    _, algorithm, own = table.settings_of(task, method)
-    for factor, values in table.FACTORS.items():
-        assert len(values) > 1
-        for change in values:
-            config = make_config(algorithm, "emoji-sd", True, logdir="", **own | change)
-            assert all(getattr(config, k) == v for k, v in change.items()), factor
+def test_a_piece_is_compared_with_the_best_setting_seed_by_seed(tmp_path):
+    varied = [row("leave-one-out", s, g, changes=dict(kl_coef=1.0)) for s, g in enumerate((0.1, 0.4, 0.2))]
+    own = [row("leave-one-out", s, g) for s, g in enumerate((0.2, 0.5, 0.31))]
+    lines = {o["value"]: o for o in table.pieces_table(written(tmp_path, [*varied, *own]))}
+    assert lines["kl_coef 0.0"]["against the best setting"] == "its value"
+    assert lines["kl_coef 1.0"]["against the best setting"].startswith("−0.103 ± 0.01")
+    about = table.summary(tmp_path)["pieces"]["price on leaving"]
+    assert (about["task"], about["method"]) == ("compressibility", "leave-one-out")
+    assert about["values"] == {"kl_coef 0.0": {}, "kl_coef 1.0": {"kl_coef": 1.0}}
+
+@pytest.mark.parametrize("factor", table.FACTORS)
+def test_every_change_of_a_piece_can_be_trained_and_one_of_them_is_usual(factor):
+    task, method = table.base_of(factor)
+    assert table.applies(task, method)
+    model, (_, algorithm, own) = table.TASKS[task]["model"], table.settings_of(task, method)
+    policy = load_policy(model, lora_rank=4)
+    for change in table.FACTORS[factor]:
+        config = make_config(algorithm, model, True, logdir="", **own | change)
+        configure_policy(config, policy)
+        assert all(getattr(config, k) == v for k, v in change.items())
+    usual = [o for o in table.FACTORS[factor] if table.is_usual(factor, o)]
+    assert len(usual) == 1 and len(table.FACTORS[factor]) > 1
 
 def test_every_method_makes_a_config_for_every_task_it_applies_to():
     for task in table.TASKS:
