@@ -215,10 +215,15 @@ def chosen_rate(task, method, folder, results=RESULTS):
     if not trials: raise SystemExit(f"{task}, {method}: search first")
     return best_of(trials)["rate"]
 
+def read_row(text):
+    "A finished run; the first ones say nothing of how many times the queries they had: once."
+    row = json.loads(text)
+    return row | {"times": row.get("times", 1)}
+
 def kept_rows(folder, results):
     "Every run that is kept in the results or finished in the folder; of two of a kind, the folder's."
     found = [o for task in TASKS for o in rows_of(results, task)]
-    found += [{"times": 1} | json.loads(o.read_text()) for o in sorted(folder.glob("*/*/row.json"))]
+    found += [read_row(o.read_text()) for o in sorted(folder.glob("*/*/row.json"))]
     like = lambda o: (o["task"], name_of(o["method"], o["seed"], o["rate"], o["changes"], o["times"]))
     return list({like(o): o for o in found}.values())
 
@@ -258,8 +263,7 @@ def collect(folder, results=RESULTS):
 def rows_of(results, task):
     "Every kept run of a task, trials and changed ones too."
     file = results / f"{task}.jsonl"
-    # the first runs say nothing of how many times the queries they had: once
-    return [{"times": 1} | json.loads(o) for o in file.read_text().splitlines()] if file.exists() else []
+    return list(map(read_row, file.read_text().splitlines())) if file.exists() else []
 
 def trials_of(rows, method):
     "A method's trials, by learning rate; none unless all of them are there."
