@@ -93,8 +93,9 @@ FACTORS = {
         dict(sample_window=0), dict(sample_window=2), dict(sample_window=2, sample_window_start=2),
         dict(sample_window=2, sample_window_every=4)],
     "price on leaving": _some("kl_coef", 0.0, 0.01, 0.1, 1.0),
-    "guidance in training": _some("train_cfg", True, False)}
-OTHERS = {"window of noisy steps": FLOW}
+    "guidance in training": _some("train_cfg", True, False),
+    "step weighting, a flow": _some("step_weighting", "equal", "variance", "ratio-norm")}
+OTHERS = {"window of noisy steps": FLOW, "step weighting, a flow": FLOW}
 
 def base_of(factor):
     "(task, method) whose best setting it changes."
