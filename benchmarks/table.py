@@ -565,26 +565,6 @@ def plot(results, task):
     ax.legend(fontsize=7)
     fig.savefig(results / f"{task}.png", dpi=110)
 
-def plot_pieces(results):
-    "A small figure for each factor: every seed's gain, and their mean."
-    import matplotlib.pyplot as plt
-    found = pieces_of(results)
-    if not found: return
-    fig, axes = plt.subplots(
-        len(found), 1, figsize=(6, 1.7 * len(found)), layout="constrained", squeeze=False
-    )
-    for ax, (factor, by_value) in zip(axes[:, 0], found.items()):
-        for i, (_, by_seed) in enumerate(by_value.values()):
-            gains = [*map(gain, by_seed.values())]
-            ax.plot(gains, [i] * len(gains), "o", ms=4, color="C0", alpha=0.6)
-            ax.plot(np.mean(gains), i, "|", ms=16, mew=2, color="C3")
-        ax.set_yticks(range(len(by_value)), [*by_value], fontsize=7)
-        ax.set_ylim(-0.6, len(by_value) - 0.4)
-        ax.set_title(factor, fontsize=9, loc="left")
-        ax.tick_params(axis="x", labelsize=7)
-    axes[-1, 0].set_xlabel("gain in kB; dots: seeds, bar: their mean", fontsize=8)
-    fig.savefig(results / "pieces.png", dpi=110)
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -662,7 +642,6 @@ def main():
         for at, text in made.items(): write_atomic(at, text)
         for task in TASKS:
             if reported(args.results, task): plot(args.results, task)
-        plot_pieces(args.results)
         print(made[args.results / "table.md"])
 
 if __name__ == "__main__": main()

@@ -132,7 +132,7 @@ def name_pictures(nb):
     said, heading = first_lines(nb), ""
     for cell in nb.cells:
         if cell.cell_type == "markdown":
-            heads = re.findall(r"^#+ (.+)$", cell.source, re.M)
+            heads = re.findall(r"^#+ (.+)$", _fence.sub("", cell.source), re.M)  # code has comments
             if heads: heading = heads[-1].strip()
         else: cell.metadata["mystnb"] = dict(image=dict(alt=alternative(cell.source, heading, said)))
 

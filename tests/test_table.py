@@ -154,10 +154,7 @@ def test_the_pieces_are_told_from_the_reported_runs(tmp_path):
     usual = {0: 0.5}  # the reported run stands for its values
     assert pieces == {"price on leaving": {"kl_coef 0.0": usual, "kl_coef 1.0": {0: 0, 1: 0}},
                       "guidance in training": {"train_cfg True": usual, "train_cfg False": {0: 0.1, 1: 0.1}}}
-    table.plot_pieces(folder)
-    assert (folder / "pieces.png").stat().st_size > 5000 and "What the pieces are worth" in table.markdown(
-        folder
-    )
+    assert "What the pieces are worth" in table.markdown(folder)
 
 def test_a_piece_is_compared_with_the_best_setting_seed_by_seed(tmp_path):
     varied = [row("leave-one-out", s, g, changes=dict(kl_coef=1.0)) for s, g in enumerate((0.1, 0.4, 0.2))]
