@@ -115,6 +115,14 @@ def test_equal_seconds_cut_the_dearer_method_short(tmp_path):
     # the last 256 pictures of 1,024 and of 512 queries
     assert reached == {"RWR": pytest.approx(1.75), "DiffusionNFT": pytest.approx(1.35)}
 
+def test_who_trains_on_another_reward_has_no_reward_at_equal_seconds(tmp_path):
+    rows = [row("rwr", 0, 0.8, task="scenes", right=0.6)]
+    rows.append(row("draft", 0, 0.2, task="scenes", right=0.9) | dict(reward="scenes_logprob"))
+    folder = written(tmp_path, rows)
+    (folder / "seconds-scenes.json").write_text(json.dumps(dict(seconds={"rwr": [0.1], "draft": [0.1]})))
+    rwr, draft = table.table_of(folder, "scenes")[0]
+    assert rwr["reward at equal seconds"] and not draft["reward at equal seconds"] and not draft["gain"]
+
 def test_scenes_are_ranked_by_what_is_wholly_right_in_each_readers_eyes(tmp_path):
     rows = [row(m, s, 0.1, task="scenes", right=r) for m, r in (("rwr", 0.6), ("nft", 0.9)) for s in (0, 1)]
     folder = written(tmp_path, rows)
