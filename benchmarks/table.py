@@ -347,10 +347,9 @@ def table_of(results, task):
                 )
             row["sharpness"] = figure_of([o["scenes"]["sharpness"] for o in runs], False, places=4)
         own = runs[0]["reward"] == TASKS[task]["reward"]  # DRaFT on scenes climbs another
-        if own:
-            row |= {"gain": figure_of(map(gain, runs)), "held-out gain": figure_of(map(held_out, runs))}
-        else: row |= {"gain": "", "held-out gain": ""}
         row |= {
+            "gain": figure_of(map(gain, runs)) if own else "",
+            "held-out gain": figure_of(map(held_out, runs)) if own else "",
             "alignment": figure_of(map(alignment, runs)),
             "variety, %": figure_of(map(variety, runs), False, 100, 0)
         }

@@ -216,7 +216,7 @@ def test_what_readme_and_tutorials_say_of_the_rows_is_in_the_rows():
     for who in ("reader", "examiner"):
         assert share(usual, who) + " %" in readme and share(usual, who) in counting
     best = {m: [*o.values()] for m, o in table.reported(table.RESULTS, "scenes").items()}
-    for method in ("flow-grpo", "rwr"): assert share(best[method], "examiner") + " %" in readme
+    for method in ("draft", "flow-grpo", "rwr"): assert share(best[method], "examiner") + " %" in readme
     for runs in best.values():  # a row of the tutorial's table
         rate = runs[0]["settings"]["train_learning_rate"]
         said = f"| {len(runs)} | {rate:g} | {share(runs, 'reader')} | {share(runs, 'examiner')} |"
@@ -224,6 +224,18 @@ def test_what_readme_and_tutorials_say_of_the_rows_is_in_the_rows():
     (long,) = [o for o in plain if o["times"] == 4]
     right = table.right(long["scenes"]["verdicts"], "examiner")
     assert f"come to {right:.0%}".replace("%", " %") in readme and f"**{100 * right:.0f}**" in counting
+
+def test_the_recipes_baseline_is_ahead_as_often_as_is_said():
+    "of leave-one-out and the prompt's own history, in recipes.py and `tutorials/table`"
+    leads = []
+    for task in ("compressibility", "incompressibility", "aesthetic"):
+        found = table.reported(table.RESULTS, task)
+        new, old = found["leave-one-out"], found["ddpo-is"]
+        leads += [table.gain(new[s]) - table.gain(old[s]) for s in sorted(set(new) & set(old))]
+    said = f"ahead of the prompt's own history in {sum(o > 0 for o in leads)} of {len(leads)} runs"
+    assert said in (table.RESULTS.parents[2] / "ddpo_nb/recipes.py").read_text(encoding="utf-8")
+    tutorial = (table.RESULTS.parents[2] / "nbs/tutorials/table.ipynb").read_text(encoding="utf-8")
+    assert f"ahead in {sum(o > 0 for o in leads)} of {len(leads)} runs" in tutorial
 
 def test_settings_are_read_as_the_command_line_reads_them(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["table.py", "run", "scenes", "nft", "0", "--set", "kl_coef"])
