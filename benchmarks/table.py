@@ -8,7 +8,7 @@ seconds.
     # one factor at a time, from the best setting
     python benchmarks/table.py vary FACTOR SEED [--output DIR]
     # pictures by runs, below the untouched model's
-    python benchmarks/table.py look TASK METHOD ... [--seed 0] [--times 4] [--output DIR]
+    python benchmarks/table.py look TASK METHOD ... [--seed 0 ...] [--times 4] [--output DIR]
     python benchmarks/table.py base [--output DIR]                    # what Emoji SD3 gets right as it comes
     python benchmarks/table.py time [TASK] [--output DIR]             # what a query of each costs, in turn
     # all that is there, beside what benchmarks/results has already
@@ -31,7 +31,8 @@ import argparse
 import json
 import time as clock
 from dataclasses import asdict
-from itertools import combinations
+from functools import lru_cache
+from itertools import combinations, product
 from pathlib import Path
 from statistics import median
 
@@ -134,13 +135,14 @@ def name_of(method, seed, rate, changes=None, times=1):
     return ",".join([f"{method}-{seed}-{rate:.2g}"] + [f"{k}={v}" for k, v in (changes or {}).items()]
                     + [f"times={times}"] * (times != 1))
 
-def look(folder, task, methods, seed, times=1):
-    """Every so many-th prompt of training by the untouched model and, below, by each method's run, from the
-    same noise; on scenes in two such blocks. Returns the picture and the prompts."""
+def look(folder, task, methods, seeds=(0,), times=1):
+    """Every so many-th prompt of training by the untouched model and, below, by each method's run with each
+    seed, from the same noise; on scenes in two such blocks. Returns the picture and the prompts."""
     t, lines = TASKS[task], {"untouched": None}
-    for method in methods:
+    for method, seed in product(methods, seeds):
         name = name_of(method, seed, chosen_rate(task, method, folder), times=times)
-        lines[method] = folder / task / name / "comparison/weights" / f"{METHODS[method][0]}-seed{seed}"
+        weights = folder / task / name / "comparison/weights"
+        lines[method, seed] = weights / f"{METHODS[method][0]}-seed{seed}"
     config, policies = make_config("ddpo-is", t["model"], True, logdir=""), {}
     sampler = dict(kind="ode") if t["model"] == "emoji-sd3" else dict(eta=config.sample_eta)
     for who, lora in lines.items():
@@ -291,6 +293,18 @@ def right(verdicts, who, to="both", kind=None):
     taken = [o[who] for k, o in verdicts.items() if k.endswith(f"/{to}") and kind in (None, k.split("/")[0])
              and who in o]
     return float(np.mean(np.concatenate(taken))) if taken else None
+
+@lru_cache
+def counts_asked(each, seed):
+    "How many of a thing each prompt of counting asks for, by whom its scene was shown to."
+    asked = asked_scenes(each, seed)
+    return {to: [o.count for o in asked["counting", to]] for to in ("both", "base", "neither")}
+
+def right_by_count(verdicts, who, seed=0):
+    "Share wholly right by how many of a thing the prompt asks for, whoever was shown it: '2' -> share."
+    asked = counts_asked(len(verdicts["counting/both"][who]), seed)
+    said = [(n, o) for to, counts in asked.items() for n, o in zip(counts, verdicts[f"counting/{to}"][who])]
+    return {str(n): float(np.mean([o for k, o in said if k == n])) for n in sorted({k for k, _ in said})}
 
 def held_out(row):
     "Mean gain over all prompts that training did not show."
@@ -510,9 +524,10 @@ def smooth(curve, window=256):
 def summary(results):
     "What the package carries of all this: one entry per run, for `tutorials/table`."
     found, base_at = [], results / "scenes-base.json"
-    shares = lambda verdicts: {
+    shares = lambda verdicts, seed=0: {
         who: {to: round(right(verdicts, who, to), 6) for to in ("both", "base", "neither")}
         | {kind: round(right(verdicts, who, kind=kind), 6) for kind in KINDS}
+        | {n: round(share, 6) for n, share in right_by_count(verdicts, who, seed).items()}
         for who in ("reader", "examiner") if right(verdicts, who) is not None}
     for task in TASKS:
         counting = [o for by_seed in reported(results, task).values() for o in by_seed.values()]
@@ -530,7 +545,8 @@ def summary(results):
             if own and row in counting and row["method"] in cost:
                 entry["at_equal_seconds"] = round(at_seconds(row, cost[row["method"]], budget), 5)
             if task == "scenes": entry |= dict(
-                right=shares(row["scenes"]["verdicts"]), sharpness=round(row["scenes"]["sharpness"], 5))
+                right=shares(row["scenes"]["verdicts"], SEARCH_SEED if row["seed"] == SEARCH_SEED else 0),
+                sharpness=round(row["scenes"]["sharpness"], 5))
             found.append(entry)
     seconds = {task: {k: round(v, 5) for k, v in cost.items()}
                for task in TASKS if (cost := cost_of(results, task))}
@@ -587,7 +603,7 @@ def main():
     one = commands.add_parser("look", parents=[common])
     one.add_argument("task", **task)
     one.add_argument("method", nargs="+", **method)
-    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--seed", type=int, nargs="+", default=[0], help="one or several; default: 0")
     one.add_argument("--times", type=int, default=1)
     one.add_argument("--to", type=Path, default=Path("look.png"), help="the file")
     one = commands.add_parser("vary", parents=[common])

@@ -253,12 +253,19 @@ def test_what_the_package_carries_says_what_the_rows_say(tmp_path):
     assert nft["right"]["examiner"]["counting"] == 0.7 and "right" not in emoji and draft["curve"] is None
     assert emoji["curve"][-1] == [1024, pytest.approx(1 + 0.1 * 7.5 / 8)]
 
+def test_counting_is_told_apart_by_how_many_were_asked_for():
+    asked = {to: table.asked_scenes(5, 0)["counting", to] for to in ("both", "base", "neither")}
+    said = {f"counting/{to}": dict(reader=[int(o.count != 3) for o in scenes]) for to, scenes in asked.items()}
+    assert table.right_by_count(said, "reader") == {"2": 1.0, "3": 0.0, "4": 1.0}
+    other = table.right_by_count(said, "reader", seed=1)    # of other scenes, which are in another order
+    assert set(other) == {"2", "3", "4"} and other["3"] > 0
+
 def test_runs_are_looked_at_below_the_untouched_model(tmp_path, monkeypatch):
     monkeypatch.setattr(table, "chosen_rate", lambda *_: 1.0)
     policy = load_policy(lora_rank=2)
     for o in policy.trainable_parameters(): torch.nn.init.constant_(o.data, 0.05)
     policy.save_weights(tmp_path / "compressibility" / "rwr-0-1/comparison/weights/rwr-seed0")
-    picture, prompts = table.look(tmp_path, "compressibility", ["rwr"], 0)
+    picture, prompts = table.look(tmp_path, "compressibility", ["rwr"], (0,))
     untouched, trained = np.split(np.asarray(picture), 2)
     assert untouched.shape == (64, 64 * len(prompts), 3) and len(set(prompts)) == len(prompts) == 10
     assert (untouched.astype(int) != trained).any()
