@@ -30,6 +30,7 @@ epoch of each method in turn and alone on the machine.
 import argparse
 import json
 import time as clock
+from collections import Counter
 from dataclasses import asdict
 from functools import lru_cache
 from itertools import combinations, product
@@ -495,10 +496,10 @@ def markdown(results):
     for task, t in TASKS.items():
         table, budget = table_of(results, task)
         if not table: continue
-        some = next(iter(next(iter(reported(results, task).values())).values()))
+        on = Counter(o["machine"] for by_seed in reported(results, task).values() for o in by_seed.values())
+        machines = ", ".join(f"{n} on {machine}" for machine, n in on.most_common())
         parts.append(
-            f"## {task}\n\n`{t['model']}`, reward `{t['reward']}`, {t['queries']:,} queries each;"
-            f" {some['machine']}."
+            f"## {task}\n\n`{t['model']}`, reward `{t['reward']}`, {t['queries']:,} queries each; runs: {machines}."
         )
         if task == "scenes" and (line := base_line(results)): parts.append(line)
         parts.append(table.markdown())

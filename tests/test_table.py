@@ -195,6 +195,12 @@ def test_every_method_makes_a_config_for_every_task_it_applies_to():
             assert table.TASKS[task]["queries"] % 512 == 0
     assert not table.applies("compressibility", "draft")
 
+def test_the_table_says_which_machines_its_runs_come_from(tmp_path):
+    rows = [row("nft", 0, 0.1), row("nft", 1, 0.1), row("rwr", 0, 0.1, machine="another")]
+    rows.append(row("rwr", table.SEARCH_SEED, 0.1, machine="a trial's"))
+    text = table.markdown(written(tmp_path, rows))
+    assert "1,024 queries each; runs: 2 on a machine, 1 on another.\n" in text
+
 def test_the_kept_table_is_made_of_the_kept_rows(monkeypatch):
     "`python benchmarks/table.py table --check` is content, and is not when something is left to make"
     monkeypatch.setattr(sys, "argv", ["table.py", "table", "--check"])
@@ -224,6 +230,12 @@ def test_what_readme_and_tutorials_say_of_the_rows_is_in_the_rows():
     (long,) = [o for o in plain if o["times"] == 4]
     right = table.right(long["scenes"]["verdicts"], "examiner")
     assert f"come to {right:.0%}".replace("%", " %") in readme and f"**{100 * right:.0f}**" in counting
+
+def test_with_one_update_an_epoch_ddpos_two_forms_are_one_run():
+    "as `tutorials/table` says of scenes"
+    found = table.reported(table.RESULTS, "scenes")
+    pairs = [(found["ddpo-sf"][s], o) for s, o in found["ddpo-is"].items() if s in found["ddpo-sf"]]
+    assert pairs and all(a[k] == b[k] for a, b in pairs for k in ("curve", "trained", "scenes"))
 
 def test_the_recipes_baseline_is_ahead_as_often_as_is_said():
     "of leave-one-out and the prompt's own history, in recipes.py and `tutorials/table`"

@@ -185,6 +185,16 @@ def test_score_function_is_on_policy_only():
     with pytest.raises(InputError, match="policy that sampled"):
         make_config("ddpo-sf", train_num_inner_epochs=2)
 
+def test_of_one_update_an_epoch_the_ratio_is_one_and_importance_sampling_is_the_score_function():
+    "to the bit; from the second update on they differ"
+    def trained(algorithm, **kw):
+        t = trainer(algorithm=algorithm, num_epochs=2, **kw)
+        t.train(progress=False)
+        return weights(t)
+    whole = dict(sample_batch_size=4, train_batch_size=4, sample_num_batches_per_epoch=1)
+    assert torch.equal(trained("ddpo-is", **whole), trained("ddpo-sf", **whole))
+    assert not torch.equal(trained("ddpo-is", **whole | dict(train_batch_size=2)), trained("ddpo-sf", **whole))
+
 def test_rwr_trainer_takes_rwr_only():
     assert RWRConfig().algorithm == "rwr"
     with pytest.raises(InputError, match="algorithm"): RWRTrainer(DDPOConfig(), None, None, None)
