@@ -1,5 +1,6 @@
 """benchmarks/table.py: what is made of the rows, on rows that are made up and on those that are kept."""
 import json, sys
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -231,6 +232,23 @@ def test_what_readme_and_tutorials_say_of_the_rows_is_in_the_rows():
     right = table.right(long["scenes"]["verdicts"], "examiner")
     assert f"come to {right:.0%}".replace("%", " %") in readme and f"**{100 * right:.0f}**" in counting
 
+def test_the_papers_order_is_what_the_tutorial_says_it_becomes():
+    "among DDPO-IS, DDPO-SF and the two regressions, on Emoji SD"
+    order, said = ("ddpo-is", "ddpo-sf", "rwr", "rwr-sparse"), {}
+    for task in ("compressibility", "incompressibility", "aesthetic"):
+        found = table.reported(table.RESULTS, task)
+        for a, b in combinations(order, 2):
+            seeds = sorted(set(found[a]) & set(found[b]))
+            leads = [table.gain(found[a][s]) - table.gain(found[b][s]) for s in seeds]
+            lead, half = table.mean_interval(leads)
+            regressions = {a, b} == {"rwr", "rwr-sparse"}
+            assert len(seeds) == 5 and (lead > -half or regressions), (task, a, b)
+            if lead > half and not regressions: said.setdefault(task, set()).add((a, b))
+    assert said == dict(
+        compressibility={("ddpo-is", "ddpo-sf")},
+        incompressibility={("ddpo-is", "rwr"), ("ddpo-is", "rwr-sparse"), ("ddpo-sf", "rwr-sparse")},
+        aesthetic={("ddpo-is", "rwr-sparse"), ("ddpo-sf", "rwr-sparse")})
+
 def test_with_one_update_an_epoch_ddpos_two_forms_are_one_run():
     "as `tutorials/table` says of scenes"
     found = table.reported(table.RESULTS, "scenes")
@@ -267,7 +285,8 @@ def test_what_the_package_carries_says_what_the_rows_say(tmp_path):
 
 def test_counting_is_told_apart_by_how_many_were_asked_for():
     asked = {to: table.asked_scenes(5, 0)["counting", to] for to in ("both", "base", "neither")}
-    said = {f"counting/{to}": dict(reader=[int(o.count != 3) for o in scenes]) for to, scenes in asked.items()}
+    not_three = lambda scenes: dict(reader=[int(o.count != 3) for o in scenes])
+    said = {f"counting/{to}": not_three(scenes) for to, scenes in asked.items()}
     assert table.right_by_count(said, "reader") == {"2": 1.0, "3": 0.0, "4": 1.0}
     other = table.right_by_count(said, "reader", seed=1)    # of other scenes, which are in another order
     assert set(other) == {"2", "3", "4"} and other["3"] > 0
