@@ -499,7 +499,8 @@ def markdown(results):
         on = Counter(o["machine"] for by_seed in reported(results, task).values() for o in by_seed.values())
         machines = ", ".join(f"{n} on {machine}" for machine, n in on.most_common())
         parts.append(
-            f"## {task}\n\n`{t['model']}`, reward `{t['reward']}`, {t['queries']:,} queries each; runs: {machines}."
+            f"## {task}\n\n`{t['model']}`, reward `{t['reward']}`, {t['queries']:,} queries each;"
+            f" runs: {machines}."
         )
         if task == "scenes" and (line := base_line(results)): parts.append(line)
         parts.append(table.markdown())

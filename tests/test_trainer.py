@@ -193,7 +193,8 @@ def test_of_one_update_an_epoch_the_ratio_is_one_and_importance_sampling_is_the_
         return weights(t)
     whole = dict(sample_batch_size=4, train_batch_size=4, sample_num_batches_per_epoch=1)
     assert torch.equal(trained("ddpo-is", **whole), trained("ddpo-sf", **whole))
-    assert not torch.equal(trained("ddpo-is", **whole | dict(train_batch_size=2)), trained("ddpo-sf", **whole))
+    halves = whole | dict(train_batch_size=2)
+    assert not torch.equal(trained("ddpo-is", **halves), trained("ddpo-sf", **whole))
 
 def test_rwr_trainer_takes_rwr_only():
     assert RWRConfig().algorithm == "rwr"
