@@ -228,6 +228,11 @@ def test_what_readme_and_tutorials_say_of_the_rows_is_in_the_rows():
         rate = runs[0]["settings"]["train_learning_rate"]
         said = f"| {len(runs)} | {rate:g} | {share(runs, 'reader')} | {share(runs, 'examiner')} |"
         assert said in counting, said
+    found = table.reported(table.RESULTS, "scenes")
+    by_examiner = lambda o: 100 * table.right(o["scenes"]["verdicts"], "examiner")
+    leads = [by_examiner(found["draft"][s]) - by_examiner(o) for s, o in found["nft"].items()]
+    tutorial = (place / "nbs/tutorials/table.ipynb").read_text(encoding="utf-8")
+    assert table.figure_of(leads, False, 1, 1) + " points" in tutorial
     (long,) = [o for o in plain if o["times"] == 4]
     right = table.right(long["scenes"]["verdicts"], "examiner")
     assert f"come to {right:.0%}".replace("%", " %") in readme and f"**{100 * right:.0f}**" in counting
