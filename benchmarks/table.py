@@ -50,7 +50,7 @@ from ddpo_nb.playground import paint_alike
 from ddpo_nb.policy import load_policy
 from ddpo_nb.prompts import PROMPT_SETS, prompt_source
 from ddpo_nb.rewards import get_reward
-from ddpo_nb.scenes import KINDS, scene_prompts
+from ddpo_nb.scenes import KINDS, SHOWN, scene_prompts
 from ddpo_nb.trainer import make_trainer
 from scenes import asked_scenes, judges, listed, measure
 from speed import hardware
@@ -131,6 +131,10 @@ def verdicts_of(weights, settings, each, seed=0):
     verdicts, sharp, variety = measure(policy, asked_scenes(each, seed), judges(), seed)
     return dict(verdicts=listed(verdicts), sharpness=sharp, variety=variety)
 
+def exam_seed(seed):
+    "Of the scenes that a run is examined with: one for all that are reported, another for the search."
+    return seed if seed == SEARCH_SEED else 0
+
 def name_of(method, seed, rate, changes=None, times=1):
     "The folder of a run."
     return ",".join([f"{method}-{seed}-{rate:.2g}"] + [f"{k}={v}" for k, v in (changes or {}).items()]
@@ -183,7 +187,7 @@ def train(task, method, seed, folder, rate, changes=None, times=1):
         weights = place / "comparison" / "weights" / f"{algorithm}-seed{seed}"
         config = c.settings["configs"][algorithm]
         # what the search chooses by is not what the chosen is reported on
-        row["scenes"] = verdicts_of(weights, config, t["each"], seed if seed == SEARCH_SEED else 0)
+        row["scenes"] = verdicts_of(weights, config, t["each"], exam_seed(seed))
     write_atomic(place / "row.json", json.dumps(row))
     return row
 
@@ -299,7 +303,7 @@ def right(verdicts, who, to="both", kind=None):
 def counts_asked(each, seed):
     "How many of a thing each prompt of counting asks for, by whom its scene was shown to."
     asked = asked_scenes(each, seed)
-    return {to: [o.count for o in asked["counting", to]] for to in ("both", "base", "neither")}
+    return {to: [o.count for o in asked["counting", to]] for to in SHOWN}
 
 def right_by_count(verdicts, who, seed=0):
     "Share wholly right by how many of a thing the prompt asks for, whoever was shown it: '2' -> share."
@@ -527,7 +531,7 @@ def summary(results):
     "What the package carries of all this: one entry per run, for `tutorials/table`."
     found, base_at = [], results / "scenes-base.json"
     shares = lambda verdicts, seed=0: {
-        who: {to: round(right(verdicts, who, to), 6) for to in ("both", "base", "neither")}
+        who: {to: round(right(verdicts, who, to), 6) for to in SHOWN}
         | {kind: round(right(verdicts, who, kind=kind), 6) for kind in KINDS}
         | {n: round(share, 6) for n, share in right_by_count(verdicts, who, seed).items()}
         for who in ("reader", "examiner") if right(verdicts, who) is not None}
@@ -547,7 +551,7 @@ def summary(results):
             if own and row in counting and row["method"] in cost:
                 entry["at_equal_seconds"] = round(at_seconds(row, cost[row["method"]], budget), 5)
             if task == "scenes": entry |= dict(
-                right=shares(row["scenes"]["verdicts"], SEARCH_SEED if row["seed"] == SEARCH_SEED else 0),
+                right=shares(row["scenes"]["verdicts"], exam_seed(row["seed"])),
                 sharpness=round(row["scenes"]["sharpness"], 5))
             found.append(entry)
     seconds = {task: {k: round(v, 5) for k, v in cost.items()}
