@@ -25,6 +25,7 @@ class Backend:
     def current_device(self): return 0
     def device_count(self): return 1
     def manual_seed_all(self, seed): pass
+    def get_amp_supported_dtype(self): return [torch.float16, torch.bfloat16]
     # what `fork_rng` keeps; it is the CPU's here
     def get_rng_state(self, device=0): return torch.get_rng_state()
     def set_rng_state(self, state, device=0): pass

@@ -36,6 +36,7 @@ def trainer(home="", algorithm="ddpo-is", lora=True, reward=jpeg_compressibility
 def brightness(images, prompts, metadata):
     "A reward without steps: the last bit of a pixel may make a JPEG file three bytes longer."
     return images.mean((1, 2, 3)), {}
+brightness.differentiable = True
 
 def weights(t): return torch.cat([p.detach().cpu().flatten() for p in t.policy.trainable_parameters()])
 
@@ -104,11 +105,13 @@ def test_a_small_network_trains_as_on_the_cpu(gpu):
 def same(here, there, keys=("loss", "diversity", "grad_norm", "reward_mean"), rel=1e-4):
     return [there[k] for k in keys] == pytest.approx([here[k] for k in keys], rel=rel)
 
-EPOCHS = [("ddpo-is", True), ("rwr", True), ("ddpo-is", False), ("rwr-sparse", False), ("ddpo-sf", True)]
+EPOCHS = [("ddpo-is", True), ("rwr", True), ("nft", True), ("draft", False)]
+MORE = [("ddpo-is", False), ("rwr-sparse", False), ("ddpo-sf", True), ("nft", False), ("alignprop", False)]
 
 @pytest.mark.parametrize("kind,algorithm,offload", [
-    *(pytest.param("pretended", *o, marks=[pytest.mark.slow] if i > 1 else []) for i, o in enumerate(EPOCHS)),
-    *(pytest.param("cuda", *o, marks=pytest.mark.cuda) for o in EPOCHS)])
+    *(pytest.param("pretended", *o) for o in EPOCHS),
+    *(pytest.param("pretended", *o, marks=pytest.mark.slow) for o in MORE),
+    *(pytest.param("cuda", *o, marks=pytest.mark.cuda) for o in EPOCHS + MORE)])
 def test_an_epoch_is_the_cpus(kind, algorithm, offload):
     "Rollout, advantages, examples, loss, updates. A GPU's own rounding of the gradient: a thousandth"
     with placed("cpu"): here = trainer(algorithm=algorithm, reward=brightness).epoch()
