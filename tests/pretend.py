@@ -111,13 +111,12 @@ def run(func, args, kwargs):
     "The operation on the CPU; its results are where a GPU's would be."
     given, device = [*leaves(args), *leaves(kwargs.values())], kwargs.get("device")
     check(func, args, given)
-    there = any(map(on_gpu, given)) if device is None else torch.device(device).type == GPU.type
+    named = device is not None and torch.device(device).type == GPU.type
+    there = any(map(on_gpu, given)) if device is None else named
     if func is aten.copy_.default: there = on_gpu(args[0])
     if there and any(isinstance(o, torch.Generator) and o.device.type == "cpu" for o in given):
         raise RuntimeError(f"Expected a {GPU.type!r} device type for generator but found 'cpu'")
-    own = {k: plain(v) for k, v in kwargs.items()} | (
-        {} if device is None else dict(device=torch.device("cpu"))
-    )
+    own = {k: plain(v) for k, v in kwargs.items()} | (dict(device=torch.device("cpu")) if named else {})
     if own.get("pin_memory"): own["pin_memory"] = False
     out = func(*plain(args), **own)
     if not there: return out

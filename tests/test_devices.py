@@ -86,6 +86,11 @@ def test_the_device_is_there_in_other_threads_too(gpu):
         assert there.device.type == gpu.type and there.tolist() == [2, 2, 2]
         refused(lambda: pool.submit(torch.add, there, torch.ones(3)).result(), "same device")
 
+def test_what_has_no_values_stays_without_them(gpu):
+    with torch.device("meta"): net, x = torch.nn.Linear(3, 4), torch.empty(2, 3)
+    assert net(x.to("meta")).device.type == torch.ones(2, device="meta").device.type == "meta"
+    refused(lambda: net(torch.ones(2, 3, device=gpu)), "device")
+
 def test_a_small_network_trains_as_on_the_cpu(gpu):
     def trained(device):
         torch.manual_seed(0)

@@ -305,3 +305,20 @@ def test_runs_are_looked_at_below_the_untouched_model(tmp_path, monkeypatch):
     untouched, trained = np.split(np.asarray(picture), 2)
     assert untouched.shape == (64, 64 * len(prompts), 3) and len(set(prompts)) == len(prompts) == 10
     assert (untouched.astype(int) != trained).any()
+
+def test_how_many_things_are_seen_where_so_many_were_asked_for(tmp_path, monkeypatch):
+    policy = load_policy("emoji-sd3", lora_rank=2)
+    for o in policy.trainable_parameters(): torch.nn.init.constant_(o.data, 0.05)
+    policy.save_weights(tmp_path / "trained")
+    monkeypatch.setattr(table.seen_of, "__defaults__", (3,))
+    command = ["table.py", "seen", "mine", str(tmp_path / "trained"), "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    table.main()
+    said = json.loads((tmp_path / "seen-mine.json").read_text())
+    assert list(said) == ["untouched", "trained"] and said["untouched"] != said["trained"]
+    for found in said.values():
+        assert [sum(o["pictures"] for o in of.values()) for of in found.values()] == [3, 3, 3]
+        assert all(o["log_prob"] < 0 for of in found.values() for o in of.values())
+    assert said["untouched"]["4"]["4"]["pictures"] == 3  # four fill the picture
+    table.collect(tmp_path, results=tmp_path / "results")
+    assert table.summary(tmp_path / "results")["seen"] == dict(mine=said)
