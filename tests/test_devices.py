@@ -91,6 +91,13 @@ def test_what_has_no_values_stays_without_them(gpu):
     assert net(x.to("meta")).device.type == torch.ones(2, device="meta").device.type == "meta"
     refused(lambda: net(torch.ones(2, 3, device=gpu)), "device")
 
+def test_autocast_is_understood(gpu):
+    net, x = torch.nn.Linear(3, 4).to(gpu), torch.ones(2, 3, device=gpu)
+    with torch.autocast(gpu.type, torch.bfloat16):
+        cast = net(x)
+        with torch.autocast(gpu.type, enabled=False): assert torch.equal(net(x), net(x.float()))
+    assert torch.allclose(cast.float().cpu(), net(x).cpu(), atol=0.05)
+
 def test_a_small_network_trains_as_on_the_cpu(gpu):
     def trained(device):
         torch.manual_seed(0)
