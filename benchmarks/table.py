@@ -10,6 +10,8 @@ seconds.
     # pictures by runs, below the untouched model's
     python benchmarks/table.py look TASK METHOD ... [--seed 0 ...] [--times 4] [--output DIR]
     python benchmarks/table.py base [--output DIR]                    # what Emoji SD3 gets right as it comes
+    # how many things the reader sees where two, three or four were asked for
+    python benchmarks/table.py seen NAME WEIGHTS ... [--output DIR]
     python benchmarks/table.py time [TASK] [--output DIR]             # what a query of each costs, in turn
     # all that is there, beside what benchmarks/results has already
     python benchmarks/table.py collect [--output DIR]
@@ -50,9 +52,9 @@ from ddpo_nb.playground import paint_alike
 from ddpo_nb.policy import load_policy
 from ddpo_nb.prompts import PROMPT_SETS, prompt_source
 from ddpo_nb.rewards import get_reward
-from ddpo_nb.scenes import KINDS, SHOWN, scene_prompts
+from ddpo_nb.scenes import KINDS, SHOWN, draw_scene, readings, scene_prompts, scenes_logprob, wordings
 from ddpo_nb.trainer import make_trainer
-from scenes import asked_scenes, judges, listed, measure
+from scenes import asked_scenes, judges, listed, measure, paint
 from speed import hardware
 
 RESULTS, SEARCH_SEED, RATES = Path(__file__).parent / "results" / "table", 100, (1 / 3, 1.0, 3.0)
@@ -134,6 +136,24 @@ def verdicts_of(weights, settings, each, seed=0):
 def exam_seed(seed):
     "Of the scenes that a run is examined with: one for all that are reported, another for the search."
     return seed if seed == SEARCH_SEED else 0
+
+def seen_of(weights, settings, each=100):
+    """What the reader sees where so many of a thing are asked for, in `each` pictures of each number by these
+    weights or by the untouched model: number asked for -> number seen -> pictures, mean log-probability."""
+    policy, rng = load_policy("emoji-sd3", weights, use_lora=weights is not None), np.random.default_rng(977)
+    policy.configure(settings["sample_num_steps"], settings["sample_guidance_scale"], kind="ode")
+    reader, asked, found = scenes_logprob(), {2: [], 3: [], 4: []}, {}
+    while any(len(o) < each for o in asked.values()):
+        scene = draw_scene(rng, "counting")
+        if len(asked[scene.count]) < each: asked[scene.count].append(wordings(scene)[0])
+    for n, prompts in asked.items():
+        images = paint(policy, prompts, seed=0)
+        with torch.no_grad(): outputs = reader.look(images)
+        seen = np.array([len(o.objects) for o in readings(outputs, reader.threshold)])
+        log_prob = reader(images, prompts, [{}] * each)[0]
+        of = {int(k): log_prob[seen == k] for k in np.unique(seen)}
+        found[str(n)] = {k: dict(pictures=len(o), log_prob=round(o.mean(), 3)) for k, o in of.items()}
+    return found
 
 def name_of(method, seed, rate, changes=None, times=1):
     "The folder of a run."
@@ -264,7 +284,7 @@ def collect(folder, results=RESULTS):
             key=lambda o: (o["method"], o["seed"], o["rate"], o["times"], json.dumps(o["changes"]))
         )
         if mine: write_atomic(results / f"{task}.jsonl", "".join(json.dumps(o) + "\n" for o in mine))
-    for o in [*folder.glob("seconds-*.json"), *folder.glob("scenes-base.json")]:
+    for o in [o for kind in ("seconds-*", "seen-*", "scenes-base") for o in folder.glob(f"{kind}.json")]:
         write_atomic(results / o.name, o.read_text())
     print(f"{len(rows)} runs, in {results}")
 
@@ -562,6 +582,8 @@ def summary(results):
     return dict(
         command="python benchmarks/table.py table", labels=LABELS, colours=COLOURS, seconds_a_query=seconds,
         pieces=pieces,
+        seen={o.stem.removeprefix("seen-"): json.loads(o.read_text())
+              for o in sorted(results.glob("seen-*.json"))},
         base=shares(json.loads(base_at.read_text())["verdicts"]) if base_at.exists() else None, runs=found)
 
 def written(summary):
@@ -612,6 +634,9 @@ def main():
     one.add_argument("--seed", type=int, nargs="+", default=[0], help="one or several; default: 0")
     one.add_argument("--times", type=int, default=1)
     one.add_argument("--to", type=Path, default=Path("look.png"), help="the file")
+    one = commands.add_parser("seen", parents=[common])
+    one.add_argument("name", help="of what is written: seen-NAME.json")
+    one.add_argument("weights", type=Path, nargs="+", help="folders of trained weights of Emoji SD3")
     one = commands.add_parser("vary", parents=[common])
     one.add_argument("factor", choices=list(FACTORS))
     one.add_argument("seed", type=int)
@@ -645,8 +670,11 @@ def main():
         picture, prompts = look(args.output, args.task, args.method, args.seed, args.times)
         picture.quantize(255).save(args.to, optimize=True)  # a third of the bytes; looks the same
         print(*prompts, sep=", ")
+    usual = asdict(make_config("nft", "emoji-sd3", True, logdir=""))
+    if args.command == "seen":
+        said = {o.name if o else "untouched": seen_of(o, usual) for o in (None, *args.weights)}
+        write_atomic(args.output / f"seen-{args.name}.json", json.dumps(said))
     if args.command == "base":
-        usual = asdict(make_config("nft", "emoji-sd3", True, logdir=""))
         found = verdicts_of(None, usual, TASKS["scenes"]["each"])
         write_atomic(args.output / "scenes-base.json", json.dumps(found))
     if args.command == "time":

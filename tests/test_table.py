@@ -254,6 +254,20 @@ def test_the_papers_order_is_what_the_tutorial_says_it_becomes():
         incompressibility={("ddpo-is", "rwr"), ("ddpo-is", "rwr-sparse"), ("ddpo-sf", "rwr-sparse")},
         aesthetic={("ddpo-is", "rwr-sparse"), ("ddpo-sf", "rwr-sparse")})
 
+def test_of_three_things_the_reward_of_log_probabilities_is_paid_in_a_fourth():
+    "as `tutorials/table` says: its text is about these numbers"
+    of = {name: json.loads((table.RESULTS / f"seen-{name}.json").read_text()) for name in
+          ("draft", "nft", "nft-logprob")}
+    before = {n: o["pictures"] for n, o in of["draft"]["untouched"]["3"].items()}
+    nats = {n: o["log_prob"] for n, o in of["draft"]["untouched"]["3"].items()}
+    assert (round(nats["2"], 1), round(nats["4"], 1)) == (-4.8, -1.4)
+    seen = {name: [{n: o["3"].get(n, dict(pictures=0))["pictures"] for n in "234"} for who, o in runs.items()
+                   if who != "untouched"] for name, runs in of.items()}
+    assert len(seen["draft"]) == 5 and all(o["2"] < before["2"] for o in seen["draft"] + seen["nft-logprob"])
+    assert sum(o["4"] > before["4"] for o in seen["draft"]) == 4
+    assert all(o["4"] < before["4"] and o["2"] > before["2"] for o in seen["nft"])
+    assert all(abs(o["4"] - before["4"]) <= 1 for o in seen["nft-logprob"])
+
 def test_with_one_update_an_epoch_ddpos_two_forms_are_one_run():
     "as `tutorials/table` says of scenes"
     found = table.reported(table.RESULTS, "scenes")
