@@ -137,10 +137,15 @@ def exam_seed(seed):
     "Of the scenes that a run is examined with: one for all that are reported, another for the search."
     return seed if seed == SEARCH_SEED else 0
 
-def seen_of(weights, settings, each=100):
+def usual_settings():
+    "Those that Emoji SD3 paints with by default, whatever trains it."
+    return asdict(make_config("nft", "emoji-sd3", True, logdir=""))
+
+def seen_of(weights, each=100):
     """What the reader sees where so many of a thing are asked for, in `each` pictures of each number by these
     weights or by the untouched model: number asked for -> number seen -> pictures, mean log-probability."""
-    policy, rng = load_policy("emoji-sd3", weights, use_lora=weights is not None), np.random.default_rng(977)
+    policy = load_policy("emoji-sd3", weights, use_lora=weights is not None)
+    settings, rng = usual_settings(), np.random.default_rng(977)
     policy.configure(settings["sample_num_steps"], settings["sample_guidance_scale"], kind="ode")
     reader, asked, found = scenes_logprob(), {2: [], 3: [], 4: []}, {}
     while any(len(o) < each for o in asked.values()):
@@ -670,12 +675,13 @@ def main():
         picture, prompts = look(args.output, args.task, args.method, args.seed, args.times)
         picture.quantize(255).save(args.to, optimize=True)  # a third of the bytes; looks the same
         print(*prompts, sep=", ")
-    usual = asdict(make_config("nft", "emoji-sd3", True, logdir=""))
     if args.command == "seen":
-        said = {o.name if o else "untouched": seen_of(o, usual) for o in (None, *args.weights)}
+        if len({o.name for o in args.weights}) < len(args.weights):
+            raise SystemExit("two folders of weights have one name, and one line of what is written")
+        said = {o.name if o else "untouched": seen_of(o) for o in (None, *args.weights)}
         write_atomic(args.output / f"seen-{args.name}.json", json.dumps(said))
     if args.command == "base":
-        found = verdicts_of(None, usual, TASKS["scenes"]["each"])
+        found = verdicts_of(None, usual_settings(), TASKS["scenes"]["each"])
         write_atomic(args.output / "scenes-base.json", json.dumps(found))
     if args.command == "time":
         for task in args.task:

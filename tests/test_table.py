@@ -326,6 +326,8 @@ def test_how_many_things_are_seen_where_so_many_were_asked_for(tmp_path, monkeyp
     policy.save_weights(tmp_path / "trained")
     monkeypatch.setattr(table.seen_of, "__defaults__", (3,))
     command = ["table.py", "seen", "mine", str(tmp_path / "trained"), "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*command[:4], str(tmp_path / "other/trained"), *command[4:]])
+    with pytest.raises(SystemExit, match="one name"): table.main()
     monkeypatch.setattr(sys, "argv", command)
     table.main()
     said = json.loads((tmp_path / "seen-mine.json").read_text())
