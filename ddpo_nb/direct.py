@@ -29,7 +29,9 @@ def uphill(
         seen = images.detach().requires_grad_()
         whole = torch.autocast(kind, enabled=False) if kind != "meta" else nullcontext()
         with whole: found, total = judge(seen)
-        pull, = torch.autograd.grad(total, seen)
+        pull, = torch.autograd.grad(total, seen, allow_unused=True)
+    if pull is None:
+        raise InputError("reward", "it does not depend on the pictures", "use torch's operations alone")
     # a decoder in fp16 would round a pull of 1e-8 a pixel to nothing: it gets each at size one
     size = pull.flatten(1).abs().amax(1).clamp(min=torch.finfo(pull.dtype).tiny)
     scale = size.reshape(-1, *[1] * (x0.ndim - 1))
@@ -45,6 +47,8 @@ def _one_step_back(policy, x, t, prev, cond, guidance, down, parameters, further
     with torch.enable_grad():
         x = x.detach().requires_grad_(further)
         with nullcontext() if parameters else torch.no_grad(): output = policy.predict(x, t, cond, guidance)
+        # older torch would hand the next step these casts of the weights, which have no gradient
+        if not parameters: torch.clear_autocast_cache()
         mean = policy.process.step(output, x, t, prev).mean
     inputs = [x, *parameters] if further else parameters
     found = torch.autograd.grad(mean, inputs, down, allow_unused=True)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['REWARDS', 'stopping', 'to_uint8', 'jpeg_size', 'jpeg_incompressibility', 'jpeg_compressibility', 'check_name',
            'get_reward', 'reward', 'check_rewards', 'Stopped', 'RewardError', 'reward_name', 'their_frames', 'ask',
-           'answer', 'differentiable', 'check_differentiable', 'as_column', 'parse_sum', 'WeightedSum', 'check_prompts',
-           'can_score', 'ParallelReward', 'join_info', 'PromptAlignment', 'prompt_alignment']
+           'answer', 'differentiable', 'check_differentiable', 'depends_on', 'as_column', 'parse_sum', 'WeightedSum',
+           'check_prompts', 'can_score', 'ParallelReward', 'join_info', 'PromptAlignment', 'prompt_alignment']
 
 # %% ../nbs/05_rewards.ipynb #5ce11a5e
 import io, multiprocessing, os, pickle, re, signal, threading, traceback
@@ -263,9 +263,24 @@ def check_differentiable(reward, algorithm: str, argument: str = "--reward"):
             " pickscore, scenes_logprob, or sums of them"
         )
 
-def as_column(rewards, name: str) -> Tensor:
-    "What a differentiable reward answered, (n,), with its gradient. InputError if it has none."
-    if not isinstance(rewards, Tensor) or not rewards.requires_grad:
+def depends_on(y, x: Tensor) -> bool:
+    "Whether x has a part in y's graph; a y with a gradient in other weights alone does not depend on it."
+    todo, seen = [getattr(y, "grad_fn", None)], {None}
+    while todo:
+        node = todo.pop()
+        if node in seen: continue
+        if node is x.grad_fn or getattr(node, "variable", None) is x: return True
+        seen.add(node)
+        todo += [before for before, _ in node.next_functions]
+    return y is x
+
+def as_column(
+    rewards,        # what a differentiable reward answered
+    images: Tensor, # about these, which have a gradient
+    name: str,      # of the reward
+) -> Tensor:        # (n,), with its gradient
+    "InputError if the answer does not depend on the pictures."
+    if not isinstance(rewards, Tensor) or not depends_on(rewards, images):
         raise InputError(
             f"reward {name}", "its answer has no gradient in the pictures",
             "return a tensor that depends on them by torch's operations alone, or choose another algorithm"
@@ -330,7 +345,7 @@ class WeightedSum:
                     "return a dictionary"
                 )
             info |= {f"{name}/{k}": v for k, v in (own or {}).items()} | {f"reward/{name}": values}
-            total = total + weight * (as_column(found, name) if gradient else values)
+            total = total + weight * (as_column(found, images, name) if gradient else values)
         return total, info
 
 # %% ../nbs/05_rewards.ipynb #b8ffdea4

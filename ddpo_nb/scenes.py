@@ -397,7 +397,7 @@ def reader_from(folder: Path) -> tuple:
         raise InputError("reader", f"{str(folder)!r} was made for another world", "train it again")
     reader = SceneReader(config["width"])
     reader.load_state_dict(load_file(folder / "model.safetensors"))
-    return reader.float().eval(), config["threshold"]
+    return reader.float().eval().requires_grad_(False), config["threshold"]
 
 def scenes(model: str = "emoji-sd3") -> SceneReward:
     "The share of what a prompt asks for that the picture shows."

@@ -320,7 +320,7 @@ def _judge_with_gradient(self:DDPOTrainer, images, *about):
     "The judges' answer about images that have a gradient, and what is to grow: the sum of the rewards."
     rewards, info = answer(self.reward_function, images, *about)
     watched = answer(self.watched, images.detach(), *about)[0] if self.watched else None
-    return (rewards, info, watched), as_column(rewards, reward_name(self.reward_function)).sum()
+    return (rewards, info, watched), as_column(rewards, images, reward_name(self.reward_function)).sum()
 
 @patch
 def _collect_gradients(self:DDPOTrainer) -> Work:

@@ -17,7 +17,7 @@ from .mdp import step_std
 from .models import modeling_sd_base as sd
 from .policy import Conditioning
 from .prompts import InputError
-from .rewards import answer, as_column, check_differentiable, reward_name
+from .rewards import answer, as_column, check_differentiable, depends_on, reward_name
 from .rollout import rollout, sample_generator
 
 # %% ../nbs/08d_trl.ipynb #2d61a326
@@ -487,6 +487,7 @@ class TrlAlignProp:
     "What TRL's AlignProp trainer calls its parts."
     _tag_names = ["alignprop"]
     _of_gradients = ("compute_rewards", "calculate_loss")
+    _loss_of = "loss of the picture's batch"
 
     def compute_rewards(self, prompt_image_pairs: dict) -> torch.Tensor:
         "Rewards (n,), with their gradient, of images, prompts and prompt_metadata."
@@ -506,17 +507,22 @@ class TrlAlignProp:
         "By TRL's two methods, which a subclass may override."
         self._info, name = {}, reward_name(self.reward_function)
         pairs = dict(zip(("images", "prompts", "prompt_metadata"), (images, *about)))
-        rewards = as_column(self.compute_rewards(pairs), name)
+        rewards = as_column(self.compute_rewards(pairs), images, name)
         loss = self.calculate_loss(rewards)
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not depends_on(loss, images):
             raise InputError(
                 "calculate_loss", "it is not one number with a gradient", "return one, from the rewards")
+        self._info = {**(self._info or {}), self._loss_of: [loss.item()] * len(images)}
         watched = answer(self.watched, images.detach(), *about)[0] if self.watched else None
         return (rewards, self._info, watched), -loss.sum() * len(images)  # the loss is a mean
 
+    def figures(self, work) -> dict:
+        "Means of the figures to log; the loss is `calculate_loss`'s."
+        return super().figures(work) | dict(loss=work.row["reward_info"].pop(self._loss_of))
+
     def _show(self, batches):
-        "To the hook, as TRL's has it: the last batch, where it is due."
-        if self.hook is None: return super()._show(batches)
+        "To the hook, as TRL's has it: the last batch, where it is due. Without a hook, to the tracker."
         if (step := self.global_step + 1) % self.config.log_image_freq: return
+        if self.hook is None: return super()._show(batches)
         names = ("images", "prompts", "prompt_metadata", "rewards")
         self.hook(dict(zip(names, batches[-1])), step, self.accelerator.trackers[0])

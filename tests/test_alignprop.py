@@ -118,6 +118,20 @@ def test_the_hook_gets_trls_dictionary_when_it_is_due(folder):
     assert pair["rewards"].shape == (2,) and not pair["images"].requires_grad
     tracker.log_images({"a": pair["images"][:1]}, step=step)
 
+def test_without_a_hook_pictures_are_logged_as_often(folder, monkeypatch):
+    shown = []
+    monkeypatch.setattr(DDPOTrainer, "_show", lambda self, batches: shown.append(self.global_step + 1))
+    make(folder, num_epochs=4, log_image_freq=2).train(progress=False)
+    assert shown == [2, 4]
+
+def test_the_loss_that_is_logged_is_calculate_losss(folder):
+    class Mine(AlignPropTrainer):
+        def calculate_loss(self, rewards): return 7 - 3 * rewards.mean()
+    usual, mine = make(folder).epoch(), make(folder, Mine).epoch()
+    assert usual["loss"] == pytest.approx(10 - usual["reward_mean"], rel=1e-5)
+    assert mine["loss"] == pytest.approx(7 - 3 * mine["reward_mean"], rel=1e-5)
+    assert usual["reward_info"] == {}
+
 def test_overridden_methods_are_called_with_trls_arguments(folder):
     calls = []
     class Mine(AlignPropTrainer):
@@ -146,6 +160,9 @@ def test_what_would_not_be_called_or_cannot_be_is_refused_in_one_line(folder):
     class Odd(AlignPropTrainer):
         def calculate_loss(self, rewards): return rewards
     refused("calculate_loss", Odd)
+    class Elsewhere(AlignPropTrainer):
+        def calculate_loss(self, rewards): return self.trainable_layers[0].sum() ** 2
+    refused("calculate_loss", Elsewhere)
     class Ddpo(DDPOTrainer):
         def compute_rewards(self, prompt_image_pairs, is_async=False): return (), ()
     refused("compute_rewards", Ddpo)

@@ -8,6 +8,7 @@ from types import FunctionType
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from hypothesis import given, settings, strategies as st
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, SiglipImageProcessor
 
@@ -23,8 +24,8 @@ from ddpo_nb.nft import TinyFlow
 from ddpo_nb.preference import ImageReward, PickScore
 from ddpo_nb.prompts import InputError, PromptSource
 from ddpo_nb.reward_files import Guarded, guarded_file
-from ddpo_nb.rewards import (PromptAlignment, WeightedSum, as_column, check_differentiable, differentiable,
-                             jpeg_compressibility, jpeg_incompressibility, to_uint8)
+from ddpo_nb.rewards import (PromptAlignment, WeightedSum, as_column, check_differentiable, depends_on,
+                             differentiable, jpeg_compressibility, jpeg_incompressibility, to_uint8)
 from ddpo_nb.rollout import rollout, sample_generator
 from ddpo_nb.rwr import TinyDiffusion, x0_moments
 from ddpo_nb.scenes import SceneLogProb, SceneReward, scenes_logprob
@@ -56,7 +57,7 @@ def sampled(policy, objective, reward=brightness):
     def paint(x0, *about):
         def judge(images):
             found = reward(images, *about)
-            return found, as_column(found[0], "reward").sum()
+            return found, as_column(found[0], images, "reward").sum()
         images, found, gradient = uphill(policy, x0, judge)
         up.append(gradient)
         return images
@@ -307,6 +308,26 @@ def test_in_half_precision_the_walk_is_cast_as_the_sampling_was():
     row = t.epoch()
     assert all(seen) and len(seen) >= 5 and math.isfinite(row["grad_norm"]) and row["grad_norm"] > 0
 
+@pytest.mark.parametrize("passed", [[[0, 1, 1, 0]], [[1, 0, 1, 0]], [[1, 1, 1, 0], [1, 1, 0, 0]]])
+def test_casts_of_a_step_without_a_gradient_are_not_taken_for_the_next_one_s(passed, monkeypatch):
+    "as autocast of older torch, which is allowed, hands them out"
+    linear, forget, casts = torch.nn.functional.linear, torch.clear_autocast_cache, {}
+    def cast(x, w, b=None):
+        if w not in casts: casts[w] = w * 1.0
+        return linear(x, casts[w], b)
+    policy, objective = make("sd", steps=4, eta=0.0), AlignProp(fewest=0)
+    passed = torch.tensor(passed).bool().repeat(3, 1)[:3]
+    monkeypatch.setattr(AlignProp, "passed", lambda *_: passed)
+    usual = by_walking(policy, objective)[0]
+    monkeypatch.setattr(torch.nn.functional, "linear", cast)
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: (casts.clear(), forget()))
+    t = sampled(policy, objective)
+    casts.clear()
+    examples = objective.examples(policy, t, torch.zeros(len(PROMPTS)), None)
+    for p in policy.trainable_parameters(): p.grad = None
+    objective.loss(policy, t, examples)[0].sum().backward()
+    torch.testing.assert_close(-grads(policy), usual, rtol=1e-3, atol=1e-4 * usual.abs().max().item())
+
 def test_what_is_watched_has_no_part_in_the_gradient():
     a, b = trainer(), trainer(watch_reward="jpeg_compressibility")
     for t in (a, b): row = t.epoch()
@@ -335,6 +356,32 @@ def test_a_user_s_reward_that_says_nothing_is_taken_at_its_answer():
     with pytest.raises(InputError, match="^reward numbers: its answer has no gradient") as e: t.epoch()
     assert "\n" not in str(e.value) and torch.equal(weights(t), before)
 
+weight = torch.nn.Parameter(torch.ones(()))
+
+def cut_off(images, prompts, metadata):
+    "The usual mistake: bytes on the way to a scorer whose own weights have a gradient."
+    return (images * 255).round().byte().float().mean((1, 2, 3)) * weight, {}
+
+@pytest.mark.parametrize("reward,name", [
+    (cut_off, "cut_off"), (WeightedSum({"whole": (1, brightness), "bytes": (5, cut_off)}), "bytes")])
+def test_a_gradient_in_the_scorers_weights_alone_is_none_in_the_pictures(reward, name):
+    t = trainer(reward=reward)
+    with pytest.raises(InputError, match=f"^reward {name}: its answer has no gradient in the pic") as e: t.epoch()
+    assert "\n" not in str(e.value)
+
+def test_an_answer_depends_on_what_it_is_computed_from():
+    x, other = torch.rand(3, requires_grad=True), torch.rand(3, requires_grad=True)
+    inner = other * 2
+    for way in (True, False): assert depends_on(checkpoint(torch.sin, x, use_reentrant=way) + other, x)
+    assert depends_on(x.clone().mean(), x) and depends_on(inner.sum(), inner) and depends_on(x, x)
+    for y in (other.sum(), (x.detach() * other).sum(), torch.ones(3), inner): assert not depends_on(y, x)
+    assert not depends_on(other * 3, inner)
+
+def test_a_judge_that_ignores_the_pictures_is_refused_by_name():
+    policy = make("sd", steps=1)
+    with pytest.raises(InputError, match="^reward: it does not depend on the pictures"):
+        uphill(policy, torch.zeros(1, *policy.latent_shape), lambda images: (None, weight * 2))
+
 def test_a_file_s_reward_says_what_its_function_says(tmp_path):
     (tmp_path/"r.py").write_text(
         "def silent(images, prompts, metadata): return images.mean((1, 2, 3)), {}\n"
@@ -343,7 +390,7 @@ def test_a_file_s_reward_says_what_its_function_says(tmp_path):
     silent, flat = (guarded_file(tmp_path/"r.py", o) for o in ("silent", "flat"))
     assert differentiable(silent) is None and differentiable(flat) is False
     images = torch.rand(2, 3, 8, 8, requires_grad=True)
-    assert as_column(silent(images, ["a", "b"], [{}, {}])[0], "silent").requires_grad
+    assert as_column(silent(images, ["a", "b"], [{}, {}])[0], images, "silent").requires_grad
     summed = Guarded(WeightedSum({"silent": (1, silent), "flat": (1, flat)}), "silent+flat")
     with pytest.raises(InputError, match="^--reward: flat has no gradient"):
         check_differentiable(summed, "draft")

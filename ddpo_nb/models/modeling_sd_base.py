@@ -209,7 +209,10 @@ def pipeline_step_with_grad(
         )
     def predict(i, *o):
         if truncated_backprop and i < cut():
-            with torch.no_grad(): return policy.predict(*o)
+            with torch.no_grad(): output = policy.predict(*o)
+            # older torch would hand the next step these casts of the weights, without a gradient
+            torch.clear_autocast_cache()
+            return output
         return (
             checkpoint(policy.predict, *o, use_reentrant=False) if gradient_checkpoint else policy.predict(*o)
         )
