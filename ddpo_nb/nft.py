@@ -72,7 +72,8 @@ _emoji = EMOJI | dict(
     train_batch_size=16, train_cfg=False, train_timestep_fraction=0.5, train_learning_rate=1e-2,
     nft_space="output")
 # NVlabs/DiffusionNFT, config/nft.py (sd3_geneval) and config/base.py: one update an epoch, of all its
-# samples; 24 pictures of a prompt, measured against their own mean and the batch's spread; 9 of 10 steps
+# samples; 24 pictures of a prompt, measured against their own mean and the batch's spread; 9 of 10 steps.
+# They sample without guidance and noise; PAPER and FLOW do not, since `compare` draws for all alike
 _published = dict(
     train_cfg=False, train_timestep_fraction=0.99, kl_coef=1e-4, baseline="leave-one-out",
     per_prompt_stat_tracking=False)
@@ -146,11 +147,13 @@ class NFT(Objective):
     def check(cls, c):
         "InputError for values out of range, and for those that others leave without effect."
         cls.from_config(c)
-        for name in ("decay_rate", "decay_delay"):
-            usual = getattr(cls, name)
-            if getattr(c, cls._said(name)) != usual and not c.nft_decay_max:
+        for name in ("decay_rate", "decay_delay", "decay_max"):
+            if getattr(c, cls._said(name)) == getattr(cls, name): continue
+            for other in {"decay_max", "decay_rate"} - {name}:
+                # either of them at 0 says so; at both, neither is too much
+                if getattr(c, cls._said(other)) or not getattr(c, cls._said(name)): continue
                 raise InputError(
-                    cls._said(name), "nft_decay_max is 0, so that nothing is averaged",
+                    cls._said(name), f"{cls._said(other)} is 0, so that nothing is averaged",
                     "leave it, or set that"
                 )
 
@@ -268,6 +271,9 @@ def end_epoch(self: NFT, policy, updates: int):
 # %% ../nbs/08b_nft.ipynb #42049fc1
 @patch
 def state_dict(self: NFT) -> dict: return dict(old=self.old)
+
+@patch
+def forget(self: NFT): self.old = None
 
 @patch
 @torch.no_grad()

@@ -101,6 +101,7 @@ class Objective:
     def end_epoch(self, policy, updates: int): "Called when an epoch's updates are done, `updates` in all."
     def state_dict(self) -> dict: return {}  # for checkpoints
     def load_state_dict(self, policy, state: dict): "Take up what `state_dict` wrote."
+    def forget(self): "The policy has other weights than the updates led to: keep nothing of those."
 
     def kept(self, groups: dict) -> int:
         """How many samples are trained on, of so many groups of each size (size -> number): all,

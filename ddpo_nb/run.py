@@ -191,6 +191,7 @@ def _take_best(self:Run):
     "Return to the remembered weights."
     if self.best is None: return
     self._take(self.best["weights"])
+    self.objective.forget()
 
 # %% ../nbs/08h_run.ipynb #cd029b26
 def _tag(text, most=100):

@@ -323,14 +323,14 @@ def test_at_no_decay_the_newest_weights_sample_to_the_last_bit():
 KINDS = [k for k in TINY if k != "sd3"]  # T5 takes longest, and makes no difference here
 def brightness(images, prompts, metadata): return images.mean((1, 2, 3)), {}
 
-def config(kind, out="", **settings):
+def config(kind, out="", algorithm="nft", **settings):
     few = dict(
         logdir=str(out), mixed_precision="no", sample_num_steps=3, sample_batch_size=4, num_epochs=2,
         sample_num_batches_per_epoch=1, train_batch_size=2, sample_guidance_scale=3.0, sample_resolution=16,
         train_learning_rate=1e-2, train_cfg="flux" in kind, num_checkpoint_limit=9,
         train_timestep_fraction=1.0, nft_decay_rate=0.1
     )
-    return make_config("nft", **few | settings)
+    return make_config(algorithm, **few | settings)
 
 def trainer(kind="sd", out="", lora=True, **settings):
     c, prompts = config(kind, out, **settings), PromptSource(["a cat", "a fox"], 0)
@@ -405,6 +405,24 @@ def test_pictures_are_the_averaged_policy_s():
     t.objective.old = [p.detach().clone() for p in t.policy.trainable_parameters()]
     t.prompt_function = PromptSource(["a cat", "a fox"], 0)
     assert not torch.equal(theirs, t.sample().images)
+
+def test_who_returns_to_the_best_weights_samples_with_them():
+    t = trainer(nft_decay_rate=10.0, nft_decay_max=0.9)
+    t.train(progress=False)
+    t.best = dict(weights=[p.detach() + 1 for p in t.policy.trainable_parameters()])
+    t._take_best()
+    best = weights(t).clone()
+    with t.objective.sampling(t.policy): assert torch.equal(weights(t), best)
+
+@pytest.mark.parametrize("algorithm", ["nft", "ddpo-is"])
+def test_an_adapter_s_frozen_weights_stay_frozen_where_the_pretrained_model_is_asked(algorithm):
+    policy = tiny_policy("sd")
+    for p in policy.trainable_parameters()[::2]: p.requires_grad_(False)
+    c = config("sd", algorithm=algorithm, kl_coef=0.1)
+    t = make_trainer(c, brightness, PromptSource(["a cat", "a fox"], 0), policy)
+    few = len(policy.trainable_parameters())
+    t.epoch()
+    assert len(policy.trainable_parameters()) == few == len(t.optimizer.param_groups[0]["params"])
 
 @pytest.mark.parametrize("lora", [True, False])
 def test_half_precision_does_not_take_the_old_weights_for_the_new(lora):
@@ -494,6 +512,8 @@ def test_a_text_is_embedded_alike_whatever_comes_with_it(kind):
     (dict(nft_decay_rate=-1.0), "nft_decay_rate: -1.0 is out of range"),
     (dict(nft_decay_max=0.0, nft_decay_rate=0.1), "nft_decay_rate: nft_decay_max is 0"),
     (dict(nft_decay_max=0.0, nft_decay_delay=5), "nft_decay_delay: nft_decay_max is 0"),
+    (dict(nft_decay_rate=0.0, nft_decay_max=0.9), "nft_decay_max: nft_decay_rate is 0"),
+    (dict(nft_decay_rate=0.0, nft_decay_delay=5), "nft_decay_delay: nft_decay_rate is 0"),
     (dict(nft_beta="much"), "nft_beta: 'much' is not of type float"),
     (dict(nft_adaptive="maybe"), "nft_adaptive: 'maybe' is not of type bool"),
     (dict(algorithm="ddpo-is", nft_beta=0.5), "nft_beta: ddpo-is does nothing"),

@@ -65,7 +65,10 @@ def rwr(algorithm, **kw):
     t = make_trainer(c, lambda images, prompts, _: (images.mean((1, 2, 3)) * 30, {}), prompts, policy)
     work, first = t.collect(), rank * size
     examples = t.objective.examples(t.policy, work.trajectories, work.advantages, sample_generator(0, 0, 0))
-    if algorithm == "nft": own_seeds(examples, first)
+    if algorithm == "nft":
+        own_seeds(examples, first)
+        away = torch.Generator().manual_seed(0)  # where the policy is no longer the one that sampled
+        for p in t.policy.trainable_parameters(): p.data += 0.02 * torch.randn(p.shape, generator=away)
     elif algorithm != "draft": draws_of_their_own(examples, first, work.trajectories.latents.shape[2:])
     t.gradient(work.trajectories, examples)
     flat = lambda of: torch.cat([of(p).detach().flatten() for p in t.policy.trainable_parameters()])
@@ -113,7 +116,7 @@ if not c.resume_from:
     more = rwr("rwr", rwr_normalizer="prompt", rwr_rewards="raw", rwr_beta=1.0,
                per_prompt_stat_tracking=False)
     more |= rwr("rwr-sparse", rwr_fraction=0.4)
-    more |= rwr("nft", train_timestep_fraction=1.0, nft_decay_rate=0.2, train_learning_rate=1e-2)
+    more |= rwr("nft", train_timestep_fraction=1.0, kl_coef=0.1, nft_decay_rate=0.2, train_learning_rate=1e-2)
     more |= rwr("draft", draft_steps=2, train_learning_rate=1e-2)
     more |= {f"family-{kind}": family(kind) for kind in ("sdxl", "sd3-without-t5", "flux")}
     if n > 1: more["stopped"] = stopped()
