@@ -366,7 +366,8 @@ def cut_off(images, prompts, metadata):
     (cut_off, "cut_off"), (WeightedSum({"whole": (1, brightness), "bytes": (5, cut_off)}), "bytes")])
 def test_a_gradient_in_the_scorers_weights_alone_is_none_in_the_pictures(reward, name):
     t = trainer(reward=reward)
-    with pytest.raises(InputError, match=f"^reward {name}: its answer has no gradient in the pic") as e: t.epoch()
+    refusal = f"^reward {name}: its answer has no gradient in the pictures"
+    with pytest.raises(InputError, match=refusal) as e: t.epoch()
     assert "\n" not in str(e.value)
 
 def test_an_answer_depends_on_what_it_is_computed_from():
