@@ -516,6 +516,24 @@ class TrlAlignProp:
         watched = answer(self.watched, images.detach(), *about)[0] if self.watched else None
         return (rewards, self._info, watched), -loss.sum() * len(images)  # the loss is a mean
 
+    def _generate_samples(self, batch_size: int, with_grad: bool = True, prompts: list|None = None) -> dict:
+        """Images, with a gradient in the weights unless told otherwise, prompts and prompt_metadata; for a
+        user's own use: training walks back through the steps with less memory."""
+        c, batch = self.config, [(p, {}) for p in prompts or ()]
+        if prompts is None: batch = [self.prompt_function() for _ in range(batch_size)]
+        if len(batch) != batch_size:
+            raise InputError("prompts", f"there are {len(batch)} for {batch_size} images", "give one for each")
+        texts, metadata = zip(*batch)
+        how = dict(
+            prompt=[*texts], negative_prompt=[c.negative_prompts or ""] * len(texts), output_type="pt",
+            num_inference_steps=c.sample_num_steps, guidance_scale=c.sample_guidance_scale, eta=c.sample_eta)
+        cut = {o: getattr(c, o) for o in (
+            "truncated_backprop_rand", "truncated_backprop_timestep", "truncated_rand_backprop_minmax")}
+        if with_grad: images = self.sd_pipeline.rgb_with_grad(**how, **cut).images
+        else:
+            with torch.no_grad(): images = self.sd_pipeline(**how).images
+        return dict(images=images, prompts=texts, prompt_metadata=metadata)
+
     def figures(self, work) -> dict:
         "Means of the figures to log; the loss is `calculate_loss`'s."
         return super().figures(work) | dict(loss=work.row["reward_info"].pop(self._loss_of))

@@ -124,6 +124,18 @@ def test_without_a_hook_pictures_are_logged_as_often(folder, monkeypatch):
     make(folder, num_epochs=4, log_image_freq=2).train(progress=False)
     assert shown == [2, 4]
 
+def test_samples_are_generated_for_a_user_as_trl_generates_them(folder):
+    t = make(folder, truncated_backprop_rand=False, truncated_backprop_timestep=2)
+    drawn = t._generate_samples(2)
+    assert {*drawn} == {"images", "prompts", "prompt_metadata"} and drawn["prompts"] == ("cat", "cat")
+    drawn["images"].mean().backward()
+    assert sum(p.grad.norm() for p in t.trainable_layers) > 0
+    shown = t._generate_samples(batch_size=1, with_grad=False, prompts=["a fox"])
+    assert shown["images"].shape == (1, 3, 16, 16) and not shown["images"].requires_grad
+    assert shown["prompts"] == ("a fox",) and shown["prompt_metadata"] == ({},)
+    with pytest.raises(InputError, match="^prompts: there are 1 for 2 images"):
+        t._generate_samples(2, prompts=["a fox"])
+
 def test_the_loss_that_is_logged_is_calculate_losss(folder):
     class Mine(AlignPropTrainer):
         def calculate_loss(self, rewards): return 7 - 3 * rewards.mean()
