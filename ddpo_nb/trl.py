@@ -522,7 +522,7 @@ class TrlAlignProp:
         c, batch = self.config, [(p, {}) for p in prompts or ()]
         if prompts is None: batch = [self.prompt_function() for _ in range(batch_size)]
         if len(batch) != batch_size:
-            raise InputError("prompts", f"there are {len(batch)} for {batch_size} images", "give one for each")
+            raise InputError("prompts", f"there are {len(batch)} for {batch_size} images", "give as many")
         texts, metadata = zip(*batch)
         how = dict(
             prompt=[*texts], negative_prompt=[c.negative_prompts or ""] * len(texts), output_type="pt",
