@@ -47,7 +47,7 @@ def _one_step_back(policy, x, t, prev, cond, guidance, down, parameters, further
     with torch.enable_grad():
         x = x.detach().requires_grad_(further)
         with nullcontext() if parameters else torch.no_grad(): output = policy.predict(x, t, cond, guidance)
-        # older torch would hand the next step these casts of the weights, which have no gradient
+        # older torch hands the next step these casts of the weights, without a gradient (its issue 112583)
         if not parameters: torch.clear_autocast_cache()
         mean = policy.process.step(output, x, t, prev).mean
     inputs = [x, *parameters] if further else parameters

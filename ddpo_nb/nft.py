@@ -147,13 +147,12 @@ class NFT(Objective):
     def check(cls, c):
         "InputError for values out of range, and for those that others leave without effect."
         cls.from_config(c)
+        value = lambda name: getattr(c, cls._said(name))
+        off = [name for name in ("decay_max", "decay_rate") if not value(name)]
         for name in ("decay_rate", "decay_delay", "decay_max"):
-            if getattr(c, cls._said(name)) == getattr(cls, name): continue
-            for other in {"decay_max", "decay_rate"} - {name}:
-                # either of them at 0 says so; at both, neither is too much
-                if getattr(c, cls._said(other)) or not getattr(c, cls._said(name)): continue
+            if off and value(name) and value(name) != getattr(cls, name):
                 raise InputError(
-                    cls._said(name), f"{cls._said(other)} is 0, so that nothing is averaged",
+                    cls._said(name), f"{cls._said(off[0])} is 0, so that nothing is averaged",
                     "leave it, or set that"
                 )
 

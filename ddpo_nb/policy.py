@@ -476,13 +476,13 @@ def reference(self: DiffusionPolicy):
     copy that `keep_reference` made."""
     wrapped, network, kept = self.wrapped, self.trained, self._kept
     self.wrapped, self._kept = network if self.use_lora else self._pretrained, None
-    learns = [(p, p.requires_grad) for p in network.parameters()]
+    frozen = [p for p in network.parameters() if not p.requires_grad] if self.use_lora else []
     if self.use_lora: network.disable_adapters()
     try: yield
     finally:
         if self.use_lora: network.enable_adapters()
         # peft lets all of an adapter's weights learn again, those that were frozen too
-        for p, learnt in learns: p.requires_grad_(learnt)
+        for p in frozen: p.requires_grad_(False)
         self.wrapped, self._kept = wrapped, kept
 
 # %% ../nbs/02_policy.ipynb #4f20b57c

@@ -512,7 +512,8 @@ class TrlAlignProp:
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not depends_on(loss, images):
             raise InputError(
                 "calculate_loss", "it is not one number with a gradient", "return one, from the rewards")
-        self._info = {**(self._info or {}), self._loss_of: [loss.item()] * len(images)}
+        told = self._info if isinstance(self._info, dict) else {}  # of anything else, nothing is logged
+        self._info = told | {self._loss_of: [loss.item()] * len(images)}
         watched = answer(self.watched, images.detach(), *about)[0] if self.watched else None
         return (rewards, self._info, watched), -loss.sum() * len(images)  # the loss is a mean
 

@@ -139,7 +139,9 @@ def test_samples_are_generated_for_a_user_as_trl_generates_them(folder):
 def test_the_loss_that_is_logged_is_calculate_losss(folder):
     class Mine(AlignPropTrainer):
         def calculate_loss(self, rewards): return 7 - 3 * rewards.mean()
-    usual, mine = make(folder).epoch(), make(folder, Mine).epoch()
+    # whatever a reward says beside its rewards, it is none of the loss
+    curt = lambda *batch: (warmth(*batch)[0], ["warm"])
+    usual, mine = make(folder, reward=curt).epoch(), make(folder, Mine).epoch()
     assert usual["loss"] == pytest.approx(10 - usual["reward_mean"], rel=1e-5)
     assert mine["loss"] == pytest.approx(7 - 3 * mine["reward_mean"], rel=1e-5)
     assert usual["reward_info"] == {}

@@ -514,6 +514,7 @@ def test_a_text_is_embedded_alike_whatever_comes_with_it(kind):
     (dict(nft_decay_max=0.0, nft_decay_delay=5), "nft_decay_delay: nft_decay_max is 0"),
     (dict(nft_decay_rate=0.0, nft_decay_max=0.9), "nft_decay_max: nft_decay_rate is 0"),
     (dict(nft_decay_rate=0.0, nft_decay_delay=5), "nft_decay_delay: nft_decay_rate is 0"),
+    (dict(nft_decay_rate=0.0, nft_decay_max=0.0, nft_decay_delay=5), "nft_decay_delay: nft_decay_max is 0"),
     (dict(nft_beta="much"), "nft_beta: 'much' is not of type float"),
     (dict(nft_adaptive="maybe"), "nft_adaptive: 'maybe' is not of type bool"),
     (dict(algorithm="ddpo-is", nft_beta=0.5), "nft_beta: ddpo-is does nothing"),

@@ -210,7 +210,7 @@ def pipeline_step_with_grad(
     def predict(i, *o):
         if truncated_backprop and i < cut():
             with torch.no_grad(): output = policy.predict(*o)
-            # older torch would hand the next step these casts of the weights, without a gradient
+            # older torch hands the next step these casts of the weights (its issue 112583)
             torch.clear_autocast_cache()
             return output
         return (
